@@ -1,0 +1,37 @@
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from .project import copy_of_sources, run
+
+REPORT = []  # lines that tests add and pytest prints at the end: times, never asserted
+
+
+def pytest_terminal_summary(terminalreporter):
+    if REPORT: terminalreporter.section("times")
+    for line in REPORT: terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def report(): return REPORT.append
+
+
+@pytest.fixture(scope="session")
+def distributions(tmp_path_factory) -> dict:
+    "The sdist, built from the sources, and the wheel, built from that sdist"
+    import sys
+    work = tmp_path_factory.mktemp("build")
+    source = copy_of_sources(work/"odesteer")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", work/"dist", cwd=source)
+    sdist, = (work/"dist").glob("*.tar.gz")
+    wheel, = (work/"dist").glob("*.whl")
+    return {"sdist": sdist, "wheel": wheel}
+
+
+@pytest.fixture(scope="session")
+def site(distributions, tmp_path_factory) -> Path:
+    "A folder with nothing but the unpacked wheel: what a user gets from an index"
+    folder = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(distributions["wheel"]) as z: z.extractall(folder)
+    return folder

@@ -1,0 +1,42 @@
+"What several project-wide tests look at: the repository, its notebooks, and the distributions built from it"
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
+PAGES = [nb for nb in NOTEBOOKS if nb.stem != "index"]  # index is the home page: it exports nothing and follows no order
+
+
+def cells(nb: Path, kind=None) -> list:
+    "The notebook's cells, each with its source as one string"
+    found = json.loads(nb.read_text(encoding="utf-8"))["cells"]
+    return [dict(cell, source="".join(cell["source"])) for cell in found if kind in (None, cell["cell_type"])]
+
+
+def directive(source: str, name: str):
+    "Whether a code cell carries the line `#| name`"
+    return re.search(rf"^#\|\s*{name}\s*$", source, re.MULTILINE)
+
+
+def run(*command, cwd, env=None) -> str:
+    "Output of a command; its whole output is the message where it fails"
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, f"{' '.join(map(str, command))} failed:\n{done.stdout}"
+    return done.stdout
+
+
+def copy_of_sources(to: Path) -> Path:
+    "The repository without what git ignores, so that building or exporting leaves no trace in it"
+    skip = shutil.ignore_patterns(".git", ".venv*", "venv", "build", "dist", "*.egg-info", "__pycache__", "_docs", "_proc", "runs", ".*cache*", ".hypothesis", ".ipynb_checkpoints")
+    return Path(shutil.copytree(ROOT, to, ignore=skip, symlinks=True))
+
+
+def user_env(site: Path) -> dict:
+    "The environment of a user whose only odesteer is the one under `site`, without network"
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MPLBACKEND")}
+    return env | {"PYTHONPATH": str(site), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"}
