@@ -80,6 +80,25 @@ def test_page_has_the_common_form(nb):
     assert not long, f"export cells that do not fit on a page: {long}"
 
 
+@by_notebook
+def test_notebook_leaves_no_global_state(nb):
+    for cell in cells(nb, "code"):
+        found = re.search(r"\b(torch|np\.random|random)\.(manual_)?seed\(|set_default_dtype|set_seed\(|os\.environ\[[^]]+\] *=|\brcParams\[[^]]+\] *=", cell["source"])
+        assert not found, f"{found.group()} in cell {cell['id']} changes what runs after it: use a generator, or a context manager"
+
+
+def test_site_pages_can_be_made(tmp_path):
+    "nbdev runs export, import and show_doc cells again when it builds the site; here without Quarto"
+    out = run(sys.executable, "-W", "ignore", "-c", """
+from pathlib import Path
+from execnb.nbio import read_nb
+from nbdev.processors import FilterDefaults
+for nb in sorted(Path("nbs").resolve().glob("*.ipynb")):
+    try: FilterDefaults()(read_nb(nb))
+    except Exception as e: print("FAILED", nb.name, e, repr(e.__cause__))""", cwd=copy_of_sources(tmp_path/"odesteer"))
+    assert "FAILED" not in out, out
+
+
 # A module uses only modules of lower numbers
 
 def modules_used(source: str) -> set:
