@@ -84,7 +84,8 @@ def test_page_has_the_common_form(nb):
 def test_notebook_leaves_no_global_state(nb):
     for cell in cells(nb, "code"):
         found = re.search(r"\b(torch|np\.random|random)\.(manual_)?seed\(|set_default_dtype|set_seed\(|os\.environ\[[^]]+\] *=|\brcParams\[[^]]+\] *=", cell["source"])
-        assert not found, f"{found.group()} in cell {cell['id']} changes what runs after it: use a generator, or a context manager"
+        fine = not found or "fork_rng" in cell["source"]  # transformers initialises and samples from the global generator only
+        assert fine, f"{found.group()} in cell {cell['id']} changes what runs after it: use a generator, or `with torch.random.fork_rng():`"
 
 
 def test_site_pages_can_be_made(tmp_path):
