@@ -71,7 +71,7 @@ def certificate(
     drop = (h[:-1] - h[1:]).clamp_min(0)
     return Certificate(h, drop.max().item(), (drop.amax(0) <= tol).double().mean().item(), (h[-1] > h[0]).double().mean().item())
 
-# %% ../nbs/01_barrier.ipynb #4a293c28
+# %% ../nbs/01_barrier.ipynb #7760bc18
 class LinearBarrier(Barrier):
     "`h(a) = w . a + b`: the barrier of a linear probe."
     def __init__(self,
@@ -82,10 +82,14 @@ class LinearBarrier(Barrier):
         w = _finite(w, "w", 1)
         self.register_buffer("coef_", w)
         self.register_buffer("intercept_", _finite(b, "b", 0).to(w))
-    def value(self, a): return a @ self.coef_ + self.intercept_
-    def grad(self, a): return self.coef_.expand_as(a)
+    def value(self, a): a = _wide(a); return a @ self.coef_.to(a) + self.intercept_.to(a)
+    def grad(self, a): a = _wide(a); return self.coef_.to(a).expand_as(a)
 
-# %% ../nbs/01_barrier.ipynb #8db73722
+# %% ../nbs/01_barrier.ipynb #717828ba
+def _wide(a):
+    "Activations in float32 or better; tables follow their precision and device."
+    return a.to(torch.promote_types(a.dtype, torch.float32))
+
 def _finite(x, name, ndim):
     "A finite float tensor with so many dimensions, or one clear error."
     x = torch.as_tensor(x).detach()
@@ -94,7 +98,7 @@ def _finite(x, name, ndim):
     if not torch.isfinite(x).all(): raise ValueError(f"{name} holds NaN or infinity: a barrier needs finite numbers")
     return x
 
-# %% ../nbs/01_barrier.ipynb #da5d95ba
+# %% ../nbs/01_barrier.ipynb #1494d314
 class GaussianBarrier(Barrier):
     "`h = log N(a; mean_pos, cov_pos) - log N(a; mean_neg, cov_neg)`."
     def __init__(self,
@@ -117,12 +121,14 @@ class GaussianBarrier(Barrier):
         for name, x in dict(middle_=middle, linear_=linear, quadratic_=quadratic, constant_=constant).items():
             self.register_buffer(name, None if x is None else x.to(mean_pos))
     def value(self, a):
-        r = a - self.middle_
-        h = r @ self.linear_ + self.constant_
-        return h if self.quadratic_ is None else h + ((r @ self.quadratic_) * r).sum(-1) / 2
+        a = _wide(a)
+        r = a - self.middle_.to(a)
+        h = r @ self.linear_.to(a) + self.constant_.to(a)
+        return h if self.quadratic_ is None else h + ((r @ self.quadratic_.to(a)) * r).sum(-1) / 2
     def grad(self, a):
-        if self.quadratic_ is None: return self.linear_.expand_as(a)
-        return self.linear_ + (a - self.middle_) @ self.quadratic_
+        a = _wide(a)
+        if self.quadratic_ is None: return self.linear_.to(a).expand_as(a)
+        return self.linear_.to(a) + (a - self.middle_.to(a)) @ self.quadratic_.to(a)
 
 # %% ../nbs/01_barrier.ipynb #e556be35
 def _precision(cov, name, like):

@@ -90,6 +90,16 @@ def test_float32_agrees_with_float64(make):
     assert ((g - g_exact).norm(dim=-1) <= 1e-5 * g_exact.norm(dim=-1).clamp_min(1)).all()
 
 
+@pytest.mark.parametrize("name", [k for k in BARRIERS if k not in ("score", "subclass")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_maths_are_in_float32_or_better_whatever_the_activations(name, dtype):
+    h, a = BARRIERS[name]().float(), normal(4, D, seed=6).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    for f in h.value, h.grad:
+        assert f(a).dtype == wide
+        torch.testing.assert_close(f(a), f(a.double()).to(wide), rtol=1e-5, atol=1e-5)
+
+
 @every_barrier
 def test_tables_survive_a_state_dict(make):
     h, other, a = make(), make(), normal(4, D, seed=5)
