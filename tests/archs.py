@@ -52,7 +52,7 @@ def tiny_model(arch, seed=0, **changes):
         model = model_class(config_class(**{**settings, **changes})).eval()
         for p in model.parameters():  # the usual start of .02 gives logits so flat that no edit could change a token
             if p.ndim > 1: torch.nn.init.normal_(p, std=.2)
-    model.generation_config.eos_token_id = None  # every answer has the length asked for
+    model.generation_config.eos_token_id = VOCAB  # no token has this id: every answer has the length asked for
     return model
 
 

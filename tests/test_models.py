@@ -154,7 +154,7 @@ def test_greedy_is_the_same_when_tokens_are_drafted(model):
         with steering(model, TWIST, layer=LAYER, T=.3):
             for kw in (dict(assistant_model=draft), dict(assistant_model=same), dict(prompt_lookup_num_tokens=3)):
                 out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, **kw)
-                assert torch.equal(out[0, ids.shape[1]:], expected), kw
+                assert torch.equal(out[0, ids.shape[1]:][:10], expected), kw  # transformers before 5.14 looks up one token too many
 
 
 def test_a_batch_padded_on_the_left_answers_like_its_rows(model):
