@@ -1,0 +1,322 @@
+"""The shell, from texts in files to answers in files, and every mistake a user can make."""
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import odesteer as ods
+from odesteer import cli
+from odesteer.cli import main
+from odesteer.evaluation import Pairs, check_pairs, cue_auc, load_pairs, read_rows
+
+DATA = os.environ.get("ODESTEER_DATA")
+real = pytest.mark.skipif(not DATA, reason="ODESTEER_DATA names no folder")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    "A folder with a random Llama and a byte-level tokenizer, as a user would have a model on disk"
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    raw = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, []))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                        chat_template="{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokens), hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
+                                             intermediate_size=64, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    folder = tmp_path_factory.mktemp("tiny")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    "A folder with good files, in which the commands run"
+    monkeypatch.chdir(tmp_path)
+    rows = [{"q": f"What is number {i}?", "pos": f"It is {i}, surely.", "neg": f"Nobody knows {i}."} for i in range(16)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with open("pairs.csv", "w", encoding="utf-8-sig", newline="") as f:
+        w = csv.DictWriter(f, ["q", "pos", "neg"]); w.writeheader(); w.writerows(rows)
+    with open("labels.csv", "w", newline="") as f:
+        w = csv.writer(f); w.writerow(["text", "label"])
+        for r in rows: w.writerow([r["pos"], 1]); w.writerow([r["neg"], 0])
+    Path("prompts.txt").write_text("".join(f"How about {i}?\n" for i in range(9)))
+    return tmp_path
+
+
+def fails(capsys, *argv):
+    "The one line of an error"
+    assert main([str(a) for a in argv]) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("odesteer: ") and "\n" not in err and "Traceback" not in err
+    return err
+
+
+# ---- mistakes, each told in one line and before a model is loaded
+
+@pytest.mark.parametrize("line, words", [
+    ("fit --model MODEL --pairs nowhere.jsonl --out s", "no file nowhere.jsonl"),
+    ("fit --model MODEL --pairs pairs.jsonl --columns good,bad --out s", "no column 'good'; it has q, pos, neg"),
+    ("fit --model MODEL --pairs pairs.jsonl --columns pos --out s", "name two columns"),
+    ("fit --model MODEL --pairs pairs.jsonl --question why --out s", "no column 'why'"),
+    ("fit --model MODEL --pairs pairs.jsonl --group g --out s", "no column 'g'"),
+    ("fit --model MODEL --pairs broken.jsonl --out s", "broken.jsonl, line 3 is not valid JSON"),
+    ("fit --model MODEL --pairs list.jsonl --out s", "list.jsonl, line 2 is not an object"),
+    ("fit --model MODEL --pairs ragged.csv --out s", "ragged.csv, line 3: fewer cells than the header's 2"),
+    ("fit --model MODEL --pairs latin.csv --out s", "latin.csv is not UTF-8"),
+    ("fit --model MODEL --pairs empty.jsonl --out s", "empty.jsonl is empty"),
+    ("fit --model MODEL --pairs other.csv --out s", "say which hold the texts"),
+    ("fit --model MODEL --pairs oneclass.csv --out s", "no unwanted text in column label"),
+    ("fit --model MODEL --pairs table.xlsx --out s", "unknown kind of file"),
+    ("fit --model MODEL --pairs broken.parquet --out s", "not a parquet file"),
+    ("fit --model MODEL --pairs pairs.jsonl --template {question}{answer} --out s", "only with a question column"),
+    ("fit --model MODEL --pairs pairs.jsonl --template chat --out s", "needs a question column"),
+    ("fit --model MODEL --pairs pairs.jsonl --method magic --out s", "no method 'magic'; choose one of caa"),
+    ("fit --model MODEL --pairs pairs.jsonl --set size=3 --out s", "size"),
+    ("fit --model MODEL --pairs pairs.jsonl --set steps --out s", "name=value"),
+    ("fit --model MODEL --pairs pairs.jsonl --set steps=0 --out s", "steps must be a positive integer"),
+    ("fit --model MODEL --pairs pairs.jsonl --layer 3 --out s", "no layer 3: this model has layers 0 to 2"),
+    ("fit --model MODEL --pairs pairs.jsonl --layer -4 --out s", "no layer -4"),
+    ("fit --model ./nowhere --pairs pairs.jsonl --out s", "no folder ./nowhere"),
+    ("fit --model MODEL --pairs pairs.jsonl --out prompts.txt", "is a file; give a folder"),
+    ("fit --model MODEL --pairs pairs.jsonl", "--out"),
+    ("generate --steerer nowhere/at/all --prompts prompts.txt", "no folder nowhere/at/all"),
+    ("demo --model MODEL --pairs pairs.jsonl", "needs all of --model, --pairs and --prompts"),
+    ("demo --model MODEL --pairs pairs.jsonl --prompts empty.txt", "empty.txt is empty"),
+    ("demo --model MODEL --pairs pairs.jsonl --prompts blank.csv", "holds no prompt: column 'prompt' is empty"),
+    ("demo --model MODEL --pairs pairs.jsonl --prompts other.csv", "no column named prompt, question or text"),
+    ("demo --model MODEL --pairs pairs.jsonl --prompts pairs.csv --prompt z", "no text in column 'z'"),
+    ("demo --model MODEL --pairs pairs.jsonl --prompts prompts.txt --choose", "--choose needs a judge"),
+    ("demo --axis beauty", "invalid choice: 'beauty'"),
+    ("demo --method magic", "no method 'magic'"),
+    ("demo --layer 9", "no layer 9"),
+    ("demo --T 1 --share 1", "give one strength, not --T and --share"),
+    ("demo --T much", "invalid float value: 'much'"),
+    ("check-pairs nowhere.csv", "no file nowhere.csv"),
+    ("paint", "invalid choice: 'paint'"),
+    ("", "the following arguments are required: COMMAND"),
+])
+def test_mistakes(files, tiny, capsys, monkeypatch, line, words):
+    def loaded(*_, **__): raise AssertionError("a model was loaded before the mistake was found")
+    monkeypatch.setattr(cli, "load_model", loaded)
+    monkeypatch.setattr(ods, "load_micro", loaded, raising=False)
+    Path("broken.jsonl").write_text('{"pos": "a", "neg": "b"}\n\n{"pos": "a" "neg": "b"}\n')
+    Path("list.jsonl").write_text('{"pos": "a", "neg": "b"}\n["a", "b"]\n')
+    Path("ragged.csv").write_text("pos,neg\na,b\nc\n")
+    Path("latin.csv").write_bytes("pos,neg\ncaf\xe9,b\n".encode("latin-1"))
+    Path("empty.jsonl").write_text("\n"); Path("empty.txt").write_text("\n\n"); Path("table.xlsx").write_text("x")
+    Path("other.csv").write_text("a,b,c\n1,2,3\n"); Path("blank.csv").write_text('prompt\n""\n" "\n')
+    Path("oneclass.csv").write_text("text,label\na,1\nb,1\n"); Path("broken.parquet").write_text("x")
+    assert words in fails(capsys, *(str(tiny) if a == "MODEL" else a for a in line.split()))
+
+
+def test_chat_template_missing_and_strength_twice(files, tiny, capsys):
+    assert main(["fit", "--model", str(tiny), "--pairs", "pairs.jsonl", "--method", "caa", "--out", "s"]) == 0
+    capsys.readouterr()
+    assert "give one strength" in fails(capsys, "generate", "--steerer", "s", "--prompts", "prompts.txt", "--T", 1, "--nats", 2)
+    assert "no file p.txt" in fails(capsys, "generate", "--steerer", "s", "--prompts", "p.txt")
+    assert "no layer 7" in fails(capsys, "generate", "--steerer", "s", "--prompts", "prompts.txt", "--layer", 7)
+    assert "CAA has no barrier to stop at" in fails(capsys, "generate", "--steerer", "s", "--prompts", "prompts.txt", "--nats", 2)
+    Path("s/steerer.safetensors").write_bytes(b"")
+    assert "damaged" in fails(capsys, "generate", "--steerer", "s", "--prompts", "prompts.txt")
+
+
+def test_help_names_every_command_and_traceback_shows_the_place(files, capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(c in text for c in ("demo", "fit", "generate", "check-pairs"))
+    for c in ("demo", "fit", "generate", "check-pairs"):
+        assert main([c, "--help"]) == 0 and "examples:" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError): main(["check-pairs", "nowhere.csv", "--traceback"])
+
+
+# ---- the two halves with files in between
+
+@pytest.mark.parametrize("method, strength", [("caa", ["--T", "2"]), ("odesteer", ["--share", "0.5"])])
+def test_fit_then_generate(files, tiny, capsys, method, strength):
+    extra = ["--set", "n_components=64", "--set", "steps=3"] if method == "odesteer" else []
+    assert main(["fit", "--model", str(tiny), "--pairs", "pairs.csv", "--question", "q", "--method", method, "--layer", "-2", *extra, "--out", "s"]) == 0
+    assert "16 wanted and 16 unwanted texts in 16 groups; layer 1" in capsys.readouterr().out
+    card = json.loads(Path("s/card.json").read_text())
+    assert card["method"] == method and card["about"]["layer"] == 1 and card["about"]["model"] == str(tiny) and card["about"]["template"] == "Q: {question}\nA: {answer}"
+    if method == "odesteer": assert card["params"]["n_components"] == 64
+    run = ["generate", "--steerer", "s", "--prompts", "prompts.txt", "--max-new-tokens", "6", *strength]
+    assert main([*run, "--both", "--out", "a.jsonl"]) == 0 and main([*run, "--out", "b.jsonl"]) == 0
+    a, b = read_rows("a.jsonl"), read_rows("b.jsonl")
+    assert [r["prompt"] for r in a] == [f"Q: How about {i}?\nA:" for i in range(9)]  # the format that the steerer was fitted on
+    assert [r["output"] for r in a] == [r["output"] for r in b]  # the same seed
+    assert any(r["output"] != r["unsteered"] for r in a)
+    capsys.readouterr()
+    assert main([*run[:5], "--max-new-tokens", "6", *strength[:1], "0", "--both"]) == 0
+    lines = [json.loads(x) for x in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 9 and all(r["output"] == r["unsteered"] for r in lines)  # no strength, no change
+    assert main([*run, "--seed", "1", "--out", "c.jsonl"]) == 0 and read_rows("c.jsonl") != b
+
+
+def test_generate_answers_as_the_library_does(files, tiny):
+    main(["fit", "--model", str(tiny), "--pairs", "pairs.jsonl", "--method", "caa", "--layer", "1", "--out", "s"])
+    main(["generate", "--steerer", "s", "--prompts", "prompts.txt", "--greedy", "--max-new-tokens", "5", "--T", "3", "--out", "a.jsonl"])
+    model, tokenizer = cli.load_model(str(tiny))
+    pairs = load_pairs("pairs.jsonl")
+    acts = ods.collect_activations(model, tokenizer, pairs.pos + pairs.neg, layers=[1], progress=False)[1]
+    steerer = ods.CAA().fit(acts[:16], acts[16:])
+    with ods.steering(model, steerer, layer=1, T=3.):
+        expected = ods.generate_text(model, tokenizer, [f"How about {i}?" for i in range(9)], do_sample=False, max_new_tokens=5)
+    assert [r["output"] for r in read_rows("a.jsonl")] == expected
+
+
+def test_chat_format(files, tiny):
+    assert main(["fit", "--model", str(tiny), "--pairs", "pairs.jsonl", "--question", "q", "--template", "chat", "--method", "caa", "--out", "s"]) == 0
+    assert "chat template" in json.loads(Path("s/card.json").read_text())["about"]["prompt_format"]
+    assert main(["generate", "--steerer", "s", "--prompts", "prompts.txt", "--max-new-tokens", "3", "--out", "a.jsonl"]) == 0
+    assert read_rows("a.jsonl")[0]["prompt"] == "How about 0?"
+
+
+def test_repe_gets_its_pairs_from_the_questions(files, tiny):
+    Path("uneven.jsonl").write_text("".join(json.dumps({"q": f"q{i}", "pos": ["yes", f"yes {i}"], "neg": f"no {i}"}) + "\n" for i in range(6)))
+    assert main(["fit", "--model", str(tiny), "--pairs", "uneven.jsonl", "--question", "q", "--method", "repe", "--out", "s"]) == 0
+
+
+def test_demo_on_your_own_model(files, tiny, capsys):
+    assert main(["demo", "--model", str(tiny), "--pairs", "pairs.jsonl", "--question", "q", "--prompts", "prompts.txt", "--prompt", "text", "--method", "caa",
+                 "--max-new-tokens", "5", "--out", "o", "--show", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "Steering changed" in out and "perplexity (-)" in out and "tokens per second" in out
+    assert {p.name for p in Path("o").iterdir()} == {"demo.png", "answers.jsonl", "summary.json", "steerer"}
+    summary = json.loads(Path("o/summary.json").read_text())
+    assert summary["task"] == "your texts" and {r["metric"] for r in summary["table"]} >= {"perplexity", "dist2", "loops", "empty"}
+    assert ods.load_steerer("o/steerer").about["layer"] == 1
+
+
+def test_prompts_that_were_fitted_on_are_named(files, tiny, capsys):
+    main(["demo", "--model", str(tiny), "--pairs", "pairs.jsonl", "--question", "q", "--prompts", "pairs.jsonl", "--prompt", "q", "--method", "caa", "--max-new-tokens", "2", "--out", "o"])
+    assert "16 of 16 prompts are questions that the steerer is fitted on" in capsys.readouterr().err
+
+
+# ---- the demonstration
+
+@pytest.mark.parametrize("axis", ["truth", "toxicity", "helpfulness"])
+def test_demo_on_every_axis(files, capsys, monkeypatch, axis):
+    whole = cli.micro_task
+    def part(lm, axis):
+        task = whole(lm, axis)
+        task.val, task.test = task.val[:8], task.test[:16]
+        return task
+    monkeypatch.setattr(cli, "micro_task", part)
+    assert main(["demo", "--axis", axis, "--method", "step-odesteer", "--set", "n_components=64", "--out", "o", "--show", "2"]) == 0
+    out, summary = capsys.readouterr().out, json.loads(Path("o/summary.json").read_text())
+    primary = ods.load_micro().world.primary(axis)[0]
+    assert summary["table"][0]["metric"] == primary and summary["table"][0]["n"] == 16 and summary["table"][0]["groups"] == 8
+    assert primary in out and "Steering changed" in out and Path("o/demo.png").stat().st_size > 10_000
+    assert len(read_rows("o/answers.jsonl")) == 16
+    assert ods.load_steerer("o/steerer").card["method"] == "step-odesteer"
+
+
+def test_demo_repeats_itself(files, monkeypatch):
+    whole = cli.micro_task
+    def part(lm, axis): task = whole(lm, axis); task.val, task.test = task.val[:4], task.test[:6]; return task
+    monkeypatch.setattr(cli, "micro_task", part)
+    for out in ("a", "b"): assert main(["demo", "--method", "caa", "--T", "1", "--out", out]) == 0
+    assert Path("a/answers.jsonl").read_text() == Path("b/answers.jsonl").read_text()
+
+
+def test_committed_choices_are_possible():
+    from odesteer.micro import AXES, Recipe
+    assert {a for a, _ in cli.CHOSEN} == set(AXES)
+    for (axis, method), (layer, share) in cli.CHOSEN.items():
+        assert method in ods.steerer_names() and 0 <= layer < Recipe.layers and 0 < share <= 2
+
+
+# ---- labels
+
+def test_formats_give_the_same_pairs(files):
+    import pyarrow as pa, pyarrow.parquet as pq
+    rows = read_rows("pairs.jsonl")
+    pq.write_table(pa.Table.from_pylist(rows), "pairs.parquet")
+    Path("pairs.json").write_text(json.dumps(rows))
+    Path("pairs.tsv").write_text("q\tpos\tneg\n" + "".join(f"{r['q']}\t{r['pos']}\t{r['neg']}\n" for r in rows))
+    import datasets
+    datasets.Dataset.from_list(rows).save_to_disk("saved")
+    datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk("splits")
+    first, *others = (load_pairs(p, question="q") for p in ("pairs.jsonl", "pairs.csv", "pairs.parquet", "pairs.json", "pairs.tsv", "saved", "splits"))
+    assert all(other == first for other in others)
+    by_label = load_pairs("labels.csv")
+    assert by_label.pos == first.pos_answers and by_label.neg == first.neg_answers
+
+
+def test_cells_with_several_answers(tmp_path):
+    (tmp_path/"a.csv").write_text('\ufeffQ,R,W\nq1,"a; b;",c\nq2,,"d;e"\n', encoding="utf-8")
+    p = load_pairs(tmp_path/"a.csv", ("R", "W"), question="Q", sep=";", template="{question}? {answer}")
+    assert (p.pos, p.neg) == (["q1? a", "q1? b"], ["q1? c", "q2? d", "q2? e"]) and p.neg_groups == ["q1", "q2", "q2"]
+    (tmp_path/"b.jsonl").write_text('{"p": {"good": ["a", "b"], "bad": "c"}}\n')
+    p = load_pairs(tmp_path/"b.jsonl", ("p.good", "p.bad"))
+    assert (p.pos, p.neg) == (["a", "b"], ["c"])
+
+
+def test_planted_faults_are_found(files, capsys):
+    rows = [{"text": f"indeed item {i} is fine", "label": 1} for i in range(60)] + [{"text": f"item {i} has {'very ' * (i % 3)}long words", "label": 0} for i in range(60)]
+    rows += [{"text": "both ways", "label": y} for y in (0, 1)] + [{"text": "no comment", "label": 1}] * 9
+    Path("flawed.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert main(["check-pairs", "flawed.jsonl"]) == 1
+    out = capsys.readouterr().out
+    for words in ("1 texts stand under both labels, such as 'both ways'", "8 texts repeat another", "'no comment' is 13% of the wanted answers", "every text is its own group",
+                  "best word alone predicts", "'indeed' 86%/0%"): assert words in out
+
+
+def test_clean_pairs_pass_and_small_ones_do_not(files, capsys):
+    assert main(["check-pairs", "pairs.jsonl", "--question", "q"]) == 0
+    assert "16 texts in the smaller class are few" in capsys.readouterr().out
+    few = Pairs(["a b"] * 4, ["c d"] * 4, list(range(4)), list(range(4)))
+    assert not check_pairs(few).ok
+
+
+def test_one_sided_groups_and_dominating_groups_are_named():
+    one_sided = Pairs([f"yes {i}" for i in range(60)], [f"no {i}" for i in range(60)], [f"a{i // 2}" for i in range(60)], [f"b{i // 2}" for i in range(60)])
+    assert any("texts of one class only" in text for _, text in check_pairs(one_sided).findings)
+    one = Pairs([f"yes {i}" for i in range(60)], [f"no {i}" for i in range(60)], [0] * 30 + list(range(30)), list(range(60)))
+    assert any("one group holds 32 of 120" in text for _, text in check_pairs(one).findings)
+
+
+def test_cues_are_tested_on_questions_not_seen():
+    # each question has its own word for right and wrong: perfect within a question, worthless on a new one
+    texts = [[f"word{i}{side} common" for i in range(80) for _ in range(3)] for side in "ab"]
+    groups = [i for i in range(80) for _ in range(3)]
+    assert abs(cue_auc(Pairs(*texts, groups, groups))["bag of words"] - .5) < .15
+
+
+# ---- real files
+
+@real
+def test_truthfulqa_counts(capsys):
+    p = load_pairs(Path(DATA)/"truthfulqa"/"TruthfulQA.csv", ("Correct Answers", "Incorrect Answers"), question="Question", sep=";")
+    assert (len(set(p.groups)), len(p.pos), len(p.neg)) == (813, 2818, 3353)
+    assert main(["check-pairs", str(Path(DATA)/"truthfulqa"/"TruthfulQA.csv"), "--columns", "Correct Answers,Incorrect Answers", "--sep", ";", "--question", "Question"]) in (0, 1)
+    assert "groups (questions)" in capsys.readouterr().out
+
+
+@real
+def test_truthfulqa_through_fit_and_generate(files, tiny):
+    source = Path(DATA)/"truthfulqa"/"TruthfulQA.csv"
+    rows = read_rows(source)
+    for name, part in (("train.csv", rows[:60]), ("test.csv", rows[60:75])):
+        with open(name, "w", newline="", encoding="utf-8") as f:
+            w = csv.DictWriter(f, list(rows[0])); w.writeheader(); w.writerows(part)
+    columns = ["--columns", "Correct Answers,Incorrect Answers", "--sep", ";", "--question", "Question", "--template", "Q: {question}\\nA: {answer}"]
+    assert main(["fit", "--model", str(tiny), "--pairs", "train.csv", *columns, "--set", "n_components=128", "--layer", "1", "--out", "s"]) == 0
+    assert main(["generate", "--steerer", "s", "--prompts", "test.csv", "--prompt", "Question", "--share", "1", "--max-new-tokens", "6", "--both", "--out", "a.jsonl"]) == 0
+    answers = read_rows("a.jsonl")
+    assert len(answers) == 15 and answers[0]["prompt"] == f"Q: {rows[60]['Question']}\nA:" and any(r["output"] != r["unsteered"] for r in answers)
+
+
+@real
+def test_realtoxicityprompts_as_prompts(files):
+    prompts = cli.load_prompts(Path(DATA)/"realtoxicityprompts"/"val.jsonl", "prompt.text")
+    assert len(prompts) == 5000
