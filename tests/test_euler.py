@@ -1,0 +1,314 @@
+"Page 00: data and its checks, the logistic regression, the constant fields, the registry"
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.optimize import minimize
+from scipy.special import expit
+from sklearn.decomposition import PCA
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+import odesteer as ods
+from odesteer.euler import Contrast, contrast, logistic_regression, per_row
+
+
+def normal(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ---- data
+
+def test_contrast_keeps_float64_and_widens_the_rest():
+    for dtype, kept in (torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float32):
+        c = contrast(torch.ones(2, 3, dtype=dtype), torch.zeros(1, 3))
+        assert c.pos.dtype == c.neg.dtype == c.X.dtype == c.y.dtype == kept
+    assert not contrast(torch.ones(2, 3, requires_grad=True), torch.zeros(1, 3)).pos.requires_grad
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.booleans(), min_size=2, max_size=12).filter(lambda y: 0 < sum(y) < len(y)))
+def test_labels_sort_rows_and_groups_together(y):
+    X = torch.arange(len(y)).float()[:, None].expand(-1, 2)
+    for labels in y, np.array(y), torch.tensor(y), [float(v) for v in y]:
+        c = contrast(X, labels, groups=[f"q{i}" for i in range(len(y))])
+        assert c.pos[:, 0].tolist() == [i for i, v in enumerate(y) if v] and c.neg[:, 0].tolist() == [i for i, v in enumerate(y) if not v]
+        assert c.groups.tolist() == [f"q{int(i)}" for i in c.X[:, 0]] and c.y.tolist() == [1.] * sum(y) + [0.] * (len(y) - sum(y))
+
+
+@pytest.mark.parametrize("known, message", [
+    (dict(groups=[1, 2]), "groups must hold one id per row, positives first: expected shape (5,), got (2,)"),
+    (dict(pairs=[1, 2]), "pairs must be a (P, 2) integer array of rows (i, j); got shape (2,)"),
+    (dict(pairs=[[0., 1.]]), "pairs must be a (P, 2) integer array"),
+    (dict(pairs=np.zeros((0, 2), int)), "pairs must be a (P, 2) integer array"),
+    (dict(pairs=[[0, 2]]), "pairs point outside the 3 positives and 2 negatives"),
+    (dict(pairs=[[-1, 0]]), "pairs point outside"),
+    (dict(source=[[float("nan")] * 4]), "source holds NaN or infinity in 1 of 1 rows"),
+])
+def test_contrast_says_what_is_wrong(known, message):
+    with pytest.raises(ValueError, match=re.escape(message)): contrast(normal(3, 4), normal(2, 4), **known)
+
+
+def test_fit_names_what_it_takes():
+    import inspect
+    assert {"groups", "pairs", "source", "sequences", "rewards"} <= inspect.signature(ods.CAA.fit).parameters.keys()
+    with pytest.raises(TypeError, match="group"): ods.CAA().fit(normal(3, 4), normal(2, 4), group=[1, 2])
+
+
+def test_row_pairs():
+    c = contrast(normal(3, 4), normal(2, 4), pairs=[[2, 0], [0, 1], [1, 1]])
+    p, q = c.row_pairs()
+    assert torch.equal(p, c.pos[[2, 0, 1]]) and torch.equal(q, c.neg[[0, 1, 1]])
+    with pytest.raises(ValueError, match=re.escape("3 positives and 2 negatives: pass pairs=")): Contrast(c.pos, c.neg).row_pairs()
+
+
+# ---- strength
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 3), max_size=3), st.data())
+def test_per_row_repeats_a_prefix(rows, draw):
+    a = torch.zeros(*rows, 5)
+    k = draw.draw(st.integers(0, len(rows)))
+    T = normal(*rows[:k], 1)[..., 0].float()
+    out = per_row(T, a)
+    assert out.shape == tuple(rows)
+    for i in np.ndindex(*rows): assert out[i] == T[i[:k]]
+
+
+def test_per_row_has_the_precision_of_the_maths():
+    for dtype, wide in (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64):
+        for T in 1, .1, torch.tensor(.1), np.float64(.1), [.1, .2]: assert per_row(T, torch.zeros(2, 3, dtype=dtype)).dtype == wide
+    assert per_row(.1, torch.zeros(2, 3, dtype=torch.float64))[0].item() == .1
+
+
+# ---- the probe
+
+def probe_loss(theta, Z, y, C):
+    "Loss and gradient, written down again from the definition"
+    w, b = theta[:-1], theta[-1]
+    m = Z @ w + b
+    r = expit(m) - y
+    return np.logaddexp(0, m).sum() - y @ m + w @ w / (2 * C), np.append(Z.T @ r + w / C, r.sum())
+
+
+PROBES = {  # rows, entries, offset, scales
+    "more rows than entries": (80, 6, 0., 1.),
+    "fewer rows than entries": (20, 50, 0., 1.),
+    "as many": (15, 15, 1., 1.),
+    "an offset and unequal scales": (60, 10, 8., np.exp(np.linspace(-2, 2, 10))),
+    "the same, few rows": (24, 40, 8., np.exp(np.linspace(-2, 2, 40))),
+}
+
+
+@pytest.mark.parametrize("C", [.01, 1., 100.])
+@pytest.mark.parametrize("shape", PROBES)
+def test_logistic_regression_reaches_the_optimum_of_scipy(shape, C):
+    N, n, offset, scale = PROBES[shape]
+    rng = np.random.default_rng(0)
+    y = np.arange(N) % 3 > 0
+    Z = offset + scale * (rng.normal(size=(N, n)) + .5 * y[:, None])
+    w, b = logistic_regression(Z, y.astype(int), C)
+    assert w.dtype == b.dtype == torch.float64 and w.shape == (n,) and b.shape == ()
+    # a Newton method on the full problem, in all n + 1 unknowns: no span, no scikit-learn
+    def hessian(t):
+        A, p = np.hstack([Z, np.ones((N, 1))]), expit(Z @ t[:-1] + t[-1])
+        return A.T @ (A * (p * (1 - p))[:, None]) + np.diag([1 / C] * n + [0])
+    best = minimize(probe_loss, np.zeros(n + 1), (Z, y, C), jac=True, hess=lambda t, *_: hessian(t), method="trust-exact", options=dict(gtol=1e-9, maxiter=2000))
+    ours, gradient = probe_loss(np.append(w, b), Z, y, C)
+    assert abs(ours - best.fun) <= 1e-9 * best.fun
+    np.testing.assert_allclose(np.append(w, b), best.x, rtol=1e-5, atol=1e-6 * np.abs(best.x).max())
+    assert np.abs(gradient).max() < 1e-5 * N
+
+
+def test_logistic_regression_on_few_rows_is_the_regression_on_all_entries():
+    Z, y = normal(30, 200), np.arange(30) % 2
+    w, b = logistic_regression(Z, y, 3.)
+    p = torch.sigmoid(Z @ w + b)
+    torch.testing.assert_close(w, 3. * (torch.as_tensor(y) - p) @ Z, rtol=1e-7, atol=1e-9)
+    padded = torch.cat([Z, torch.zeros(30, 1, dtype=torch.float64)], -1)  # an entry that says nothing gets no weight
+    v, _ = logistic_regression(padded, y, 3.)
+    torch.testing.assert_close(v, torch.cat([w, torch.zeros(1)]), rtol=1e-7, atol=1e-9)
+
+
+def test_logistic_regression_with_repeated_rows():
+    Z, y = normal(10, 40), np.arange(10) % 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        once, twice = logistic_regression(Z, y, 2.), logistic_regression(Z.repeat(2, 1), np.tile(y, 2), 1.)
+    for u, v in zip(once, twice): torch.testing.assert_close(u, v, rtol=1e-6, atol=1e-8)
+
+
+# ---- constant fields
+
+@pytest.fixture(scope="module")
+def pairs():
+    "Paired answers with a known shift: large differences between questions, noise mostly in one entry"
+    question, noise = 3 * normal(400, 6, seed=1), torch.tensor([.1, .1, .1, .1, .1, 1.5], dtype=torch.float64)
+    shift = torch.tensor([1., 0, 0, 0, 0, 0], dtype=torch.float64)
+    return question + 2 * shift + noise * normal(400, 6, seed=2), question + noise * normal(400, 6, seed=3), shift
+
+
+def cosine(u, v): return torch.nn.functional.cosine_similarity(u, v, dim=0)
+
+
+def test_caa_is_the_difference_of_means(pairs):
+    pos, neg, _ = pairs
+    s = ods.CAA().fit(pos, neg[:300])
+    np.testing.assert_allclose(s.vector_field(pos[0]), pos.numpy().mean(0) - neg[:300].numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(s.steer(neg[:300]).numpy().mean(0), pos.numpy().mean(0), rtol=1e-9)
+
+
+def test_iti_is_the_unit_probe_and_finds_the_lda_direction():
+    L = np.linalg.cholesky(np.array([[2., 1.2, 0], [1.2, 1., 0], [0, 0, .5]]))
+    X, y = normal(6000, 3, seed=5) @ torch.as_tensor(L).T, torch.arange(6000) % 2
+    X = X + y[:, None] * torch.tensor([1., .2, .4])
+    s = ods.ITI().fit(X, y)
+    v = s.vector_field(X[0])
+    assert abs(v.norm() - 1) < 1e-12
+    w, b = logistic_regression(X, y)
+    torch.testing.assert_close(v, w / w.norm(), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(s.intercept_, b, rtol=1e-6, atol=1e-8)
+    assert cosine(v, torch.as_tensor(LinearDiscriminantAnalysis().fit(X, y).coef_[0])) > .999
+
+
+def test_fitted_offsets():
+    pos, neg = normal(30, 4) + 1, normal(10, 4, seed=1)
+    assert abs(ods.ITI().fit(pos, neg).log_prior_.item() - np.log(10 / 30)) < 1e-12
+    torch.testing.assert_close(ods.RepE().fit(pos[:10], neg).mid_, (pos[:10].mean(0) + neg.mean(0)) / 2)
+
+
+@pytest.mark.parametrize("C", [0, -1., float("inf"), float("nan"), "1", None, True])
+def test_iti_refuses_a_penalty_that_is_none(C):
+    with pytest.raises(ValueError, match="C must be a positive number; got"): ods.ITI(C=C)
+
+
+def test_repe_is_the_pca_of_both_orders_of_every_pair(pairs):
+    pos, neg, shift = pairs
+    s = ods.RepE().fit(pos, neg)
+    delta = (pos - neg).numpy()
+    flipped = np.concatenate([delta, -delta])
+    expected = torch.as_tensor(PCA(1).fit(flipped).components_[0])  # centring is harmless: the mean is zero
+    assert abs(cosine(s.direction_, expected).abs() - 1) < 1e-10 and abs(s.direction_.norm() - 1) < 1e-12
+
+
+def test_repe_needs_no_centring_and_the_table_variant_shows_why():
+    noise = torch.tensor([.1, .1, 1.5], dtype=torch.float64)
+    shift = torch.tensor([5., 0, 0], dtype=torch.float64)
+    question = normal(500, 3, seed=6)
+    pos, neg = question + shift + noise * normal(500, 3, seed=7), question + noise * normal(500, 3, seed=8)
+    assert cosine(ods.RepE().fit(pos, neg).direction_, shift) > .99
+    table = ods.RepE(variant="paper-table").fit(pos, neg[:400])  # row i with row i, up to the shorter table
+    assert cosine(table.direction_, shift).abs() < .1
+    expected = torch.as_tensor(PCA(1).fit((pos[:400] - neg[:400]).numpy()).components_[0])
+    assert abs(cosine(table.direction_, expected).abs() - 1) < 1e-10
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrays(np.float64, (8, 3), elements=st.floats(-5, 5, width=32)), st.sampled_from(["repe", "paper-table"]))
+def test_repe_points_towards_the_wanted_mean(noise, variant):
+    pos, neg = normal(8, 3) + torch.as_tensor(noise), normal(8, 3, seed=9)
+    there, back = ods.RepE(variant).fit(pos, neg).direction_, ods.RepE(variant).fit(neg, pos).direction_
+    assert there @ (pos.mean(0) - neg.mean(0)) >= 0 and back @ (neg.mean(0) - pos.mean(0)) >= 0
+
+
+def test_repe_takes_the_pairs_given(pairs):
+    pos, neg, _ = pairs
+    shuffle = torch.randperm(len(neg), generator=torch.Generator().manual_seed(0))
+    back = torch.argsort(shuffle)
+    given_pairs = ods.RepE().fit(pos, neg[shuffle], pairs=torch.stack([torch.arange(len(pos)), back], 1).numpy())
+    torch.testing.assert_close(given_pairs.direction_, ods.RepE().fit(pos, neg).direction_)
+    with pytest.raises(ValueError, match=re.escape("400 positives and 300 negatives: pass pairs=")): ods.RepE().fit(pos, neg[:300])
+
+
+def test_repe_refuses_an_unknown_variant():
+    with pytest.raises(ValueError, match="variant must be 'repe' or 'paper-table'; got 'pca'"): ods.RepE(variant="pca")
+
+
+@pytest.mark.parametrize("method, shift, message", [
+    (ods.CAA, 0., "have the same mean"), (ods.ITI, 0., "have the same mean"), (ods.RepE, 0., "differences hold no direction: they are all zero"),
+    (lambda: ods.RepE("paper-table"), 1., "they are all zero once centred"),
+], ids=["caa", "iti", "repe", "paper-table"])
+def test_no_difference_no_steerer(method, shift, message):
+    X = torch.ones(7, 4) / 3
+    with pytest.raises(ValueError, match=message): method().fit(X + shift, X)
+
+
+def test_constant_fields_need_one_step_only(pairs):
+    pos, neg, _ = pairs
+    for s in ods.CAA(), ods.ITI(), ods.RepE():
+        s.fit(pos, neg)
+        torch.testing.assert_close(s.steer(s.steer(neg, T=.7), T=1.3), s.steer(neg, T=2.))
+
+
+def test_equal_means_up_to_rounding_are_equal():
+    X = 1e3 + normal(50, 8).float()
+    for method in ods.CAA, ods.ITI:
+        with pytest.raises(ValueError, match="have the same mean"): method().fit(torch.cat([X, X, X]), X.flip(0))
+    method().fit(X + .01, X)
+
+
+# ---- a method of one's own, and the registry
+
+class Shrink(ods.Steerer):
+    "A field that is not constant, from three lines"
+    def _fit(self, data): pass
+    def _field(self, x): return -x
+
+
+def test_own_methods_need_a_fit_and_a_field_only(tmp_path):
+    s = Shrink().fit(normal(4, 3), normal(5, 3))
+    x = normal(2, 3, seed=4)
+    torch.testing.assert_close(s.steer(x, T=.25), .75 * x)
+    with pytest.raises(ValueError, match="Shrink is not in odesteer's registry, so it could not be loaded again"): s.save_pretrained(tmp_path/"mine")
+    assert not (tmp_path/"mine").exists()
+
+
+def test_registry():
+    assert {"caa", "iti", "repe"} <= set(ods.steerer_names()) <= set(ods.steerer_names(kind=None))
+    assert type(ods.make_steerer("iti", C=2.)) is ods.ITI and ods.make_steerer("iti", C=2.).params == {"C": 2.}
+    with pytest.raises(ValueError, match="unknown method 'cca': known are caa, iti"): ods.make_steerer("cca")
+    with pytest.raises(TypeError, match="gamma"): ods.make_steerer("iti", gamma=2.)
+
+
+def test_printing():
+    assert repr(ods.ITI()) == "ITI(), not fitted" and repr(ods.ITI(C=2.)) == "ITI(C=2.0), not fitted"
+
+
+def test_a_card_that_json_cannot_carry(tmp_path):
+    s = ods.CAA().fit(normal(3, 2), normal(3, 2, seed=1))
+    s.about["dtype"] = torch.float32
+    with pytest.raises(ValueError, match="JSON cannot carry.*in .about can be saved"): s.save_pretrained(tmp_path/"caa")
+    assert not (tmp_path/"caa").exists()
+
+
+def test_saving_leaves_no_other_files_and_is_readable_by_all(tmp_path):
+    s = ods.CAA().fit(normal(3, 2), normal(3, 2, seed=1))
+    for _ in range(2): s.save_pretrained(tmp_path/"a"/"b")
+    assert sorted(os.listdir(tmp_path/"a"/"b")) == ["card.json", "steerer.safetensors"]
+    if os.name == "posix": assert all(f.stat().st_mode & 0o044 == 0o044 for f in (tmp_path/"a"/"b").iterdir())
+
+
+def test_a_hub_that_does_not_answer(monkeypatch, tmp_path):
+    import huggingface_hub
+    def refuse(*args, **kw): raise ConnectionError("no network")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(FileNotFoundError, match=re.escape("no folder owner/name here, and the hub could not give it as a repository (ConnectionError)")): ods.load_steerer("owner/name")
+    saved = ods.CAA().fit(normal(3, 2), normal(3, 2, seed=1))
+    saved.save_pretrained(tmp_path)
+    seen = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **kw: seen.update(repo=repo, **kw) or str(tmp_path))
+    assert torch.equal(ods.load_steerer("owner/name", revision="v1").mean_pos_, saved.mean_pos_)
+    assert seen["repo"] == "owner/name" and seen["revision"] == "v1" and set(seen["allow_patterns"]) == {"card.json", "steerer.safetensors"}
+
+
+def test_steering_with_a_saved_constant_field_loads_no_heavy_library(tmp_path):
+    ods.CAA().fit(normal(3, 2), normal(3, 2, seed=1)).save_pretrained(tmp_path)
+    heavy = ("sklearn", "scipy", "matplotlib", "transformers", "datasets", "torchdiffeq", "ipywidgets")
+    code = f"import sys, torch, odesteer as ods; ods.load_steerer({str(tmp_path)!r}).steer(torch.ones(2)); print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,391 @@
+"What every steerer of the registry promises, whatever its method"
+import copy
+import hashlib
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+import odesteer as ods
+
+D, N_POS, N_NEG = 16, 60, 50
+SMALL = {"odesteer": dict(n_components=128), "step-odesteer": dict(n_components=128)}  # hyper-parameters that make a method quick to fit
+
+
+def made(name, **extra): return ods.make_steerer(name, **{**SMALL.get(name, {}), **extra})
+
+
+@pytest.fixture(scope="module")
+def data():
+    "Answers to questions: wanted and unwanted activations with everything that a method may ask for"
+    g = torch.Generator().manual_seed(0)
+    def normal(*shape): return torch.randn(*shape, generator=g)
+    question, shift = 2 * normal(N_POS, D) + 1, 1.5 * normal(D)
+    pos, neg = question + shift + .5 * normal(N_POS, D), question[:N_NEG] + .5 * normal(N_NEG, D)
+    sequences = [torch.cat([normal(3, D), x[None]]) for x in torch.cat([pos, neg])]
+    return dict(pos=pos, neg=neg, groups=[*range(N_POS), *range(N_NEG)], pairs=[[i, i] for i in range(N_NEG)], source=question[:N_NEG],
+                sequences=sequences, rewards=torch.cat([torch.ones(N_POS), torch.zeros(N_NEG)]))
+
+
+@pytest.fixture(scope="module", params=ods.steerer_names())
+def name(request): return request.param
+
+
+@pytest.fixture(scope="module")
+def steerer(name, data): return made(name).fit(**data)
+
+
+@pytest.fixture(scope="module")
+def a(data): return data["neg"][:7]
+
+
+@pytest.fixture
+def folder(steerer, tmp_path):
+    steerer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def same_field(x, y, a, **kw): torch.testing.assert_close(x.steer(a, T=1.5), y.steer(a, T=1.5), **kw)
+
+
+# ---- the motion
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("zero", [0, 0., -0., torch.tensor(0.), torch.zeros(7)], ids=str)
+def test_no_strength_is_the_identity_bit_for_bit(steerer, a, dtype, zero):
+    a = a.to(dtype, copy=True)
+    a[0, 0] = -0.
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
+    for unit in "T", "share":
+        assert torch.equal(steerer.steer(a, **{unit: zero}).view(bits), a.view(bits))
+
+
+@pytest.mark.parametrize("shape", [(D,), (1, D), (7, D), (2, 3, D), (0, D), (2, 0, D), (2, 1, 3, D)], ids=str)
+def test_shapes(steerer, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    assert steerer.steer(x, T=1.).shape == steerer.vector_field(x).shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_precision_follows_the_activation_and_the_maths_is_float32_or_better(steerer, a, dtype):
+    x = a.to(dtype)
+    assert steerer.steer(x, T=1.).dtype == steerer.vector_field(x).dtype == dtype
+    if dtype.itemsize == 2: assert torch.equal(steerer.steer(x, T=1.), steerer.steer(x.float(), T=1.).to(dtype))
+    else: torch.testing.assert_close(steerer.steer(x, T=1.).double(), steerer.steer(a.double(), T=1.), rtol=1e-5, atol=1e-5)
+
+
+def test_the_field_is_the_derivative_of_steer_at_zero(steerer, a):
+    x, eps = a.double(), 1e-4
+    slope = (steerer.steer(x, T=eps) - steerer.steer(x, T=-eps)) / (2 * eps)
+    torch.testing.assert_close(slope, steerer.vector_field(x), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 2**32 - 1), st.floats(-3, 3))
+def test_a_row_does_not_see_its_neighbours(steerer, n, seed, T):
+    x = 3 * torch.randn(n, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    together, apart = steerer.steer(x, T=T), torch.stack([steerer.steer(row, T=T) for row in x])
+    torch.testing.assert_close(together, apart, rtol=1e-9, atol=1e-9)
+
+
+def test_a_strength_for_every_row(steerer, a):
+    T = torch.tensor([0., 1., -1., .5, 2., 0., 3.])
+    out = steerer.steer(a, T=T)
+    torch.testing.assert_close(out, torch.stack([steerer.steer(x, T=t.item()) for x, t in zip(a, T)]), rtol=1e-5, atol=1e-5)
+    assert torch.equal(out[T == 0], a[T == 0]) and not (out[T != 0] == a[T != 0]).all(-1).any()
+
+
+def test_a_strength_for_a_prefix_of_the_rows(steerer, a):
+    x = a[:6].reshape(2, 3, D)
+    T = torch.tensor([1., 2.])
+    torch.testing.assert_close(steerer.steer(x, T=T), steerer.steer(x, T=T[:, None].expand(2, 3)))
+    assert steerer.steer(x, T=torch.ones(2, 3)).shape == x.shape
+
+
+def test_integer_strengths_mean_the_same(steerer, a):
+    for T in 2, torch.tensor(2), np.float32(2): assert torch.equal(steerer.steer(a, T=T), steerer.steer(a, T=2.))
+
+
+def test_share_is_a_displacement_over_the_median_norm(steerer, a):
+    T = .3 * steerer.median_norm_ / steerer.displacement_
+    torch.testing.assert_close(steerer.steer(a, share=.3), steerer.steer(a, T=T))
+    if steerer.unit == "length": assert steerer.displacement_ == 1
+
+
+def test_typical_norm_and_displacement(steerer, data):
+    both = torch.cat([data["pos"], data["neg"]])
+    assert steerer.median_norm_ == both.norm(dim=-1).median() and steerer.width == D
+    if steerer.unit == "fraction":
+        torch.testing.assert_close(steerer.displacement_, (steerer.steer(data["neg"], T=1.) - data["neg"]).norm(dim=-1).median())
+
+
+def test_a_published_map_knows_its_strength(steerer, a):
+    if steerer.unit == "fraction": return torch.testing.assert_close(steerer.steer(a), steerer.steer(a, T=1.))
+    for strength in steerer.steer, lambda a: steerer.edits(None, 0, None):
+        with pytest.raises(ValueError, match=re.escape(f"the median norm of the fitted activations is {steerer.median_norm_:.4g}")): strength(a)
+
+
+def test_steering_raises_the_share_of_wanted_projections(steerer, data):
+    u = data["pos"].mean(0) - data["neg"].mean(0)
+    assert ((steerer.steer(data["neg"], share=.2) - data["neg"]) @ u).mean() > 0
+
+
+def test_gradients_flow_through_steer(steerer, a):
+    x = a.double().requires_grad_()
+    steerer.steer(x, T=.5).sum().backward()
+    assert torch.isfinite(x.grad).all() and (x.grad != 0).any()
+
+
+def test_works_in_inference_mode(steerer, a):
+    with torch.inference_mode(): inside = steerer.steer(a.clone(), T=1.)
+    assert torch.equal(inside.clone(), steerer.steer(a, T=1.))
+
+
+# ---- the fit
+
+def test_fit_returns_the_steerer_and_says_so(name, data):
+    s = made(name)
+    assert "not fitted" in repr(s) and s.fit(**data) is s
+    assert f"fitted on {N_POS} + {N_NEG} activations of width {D}" in repr(s)
+
+
+def test_labels_and_two_tables_give_the_same_fit(name, steerer, data, a):
+    order = torch.randperm(N_POS + N_NEG, generator=torch.Generator().manual_seed(3))
+    order = order[torch.argsort(torch.where(order < N_POS, order, order - N_POS), stable=True)]  # mixed classes, in each class the old order
+    X, y = torch.cat([data["pos"], data["neg"]])[order], (order < N_POS).long()
+    rest = {k: v for k, v in data.items() if k not in ("pos", "neg", "groups")}
+    labelled = made(name).fit(X, y, groups=np.asarray(data["groups"])[order], **rest)
+    assert torch.equal(labelled.steer(a, T=1.), steerer.steer(a, T=1.)) and labelled.card["fit"] == steerer.card["fit"]
+
+
+def test_arrays_and_lists_are_as_good_as_tensors(name, steerer, data, a):
+    arrays = made(name).fit(data["pos"].numpy(), data["neg"].tolist(), **{k: v for k, v in data.items() if k not in ("pos", "neg")})
+    assert torch.equal(arrays.steer(a, T=1.), steerer.steer(a, T=1.))
+    torch.testing.assert_close(torch.as_tensor(arrays.steer(a.numpy(), T=1.)), steerer.steer(a, T=1.))
+
+
+def test_fitting_again_gives_the_same_and_forgets_the_past(name, steerer, data, a):
+    again = made(name).fit(**{**data, "pos": data["neg"] + 3, "neg": data["neg"], "groups": [*range(N_NEG)] * 2, "sequences": None, "rewards": None})
+    again.steer(a.double(), T=1.)  # makes a float64 copy, which must not outlive the next fit
+    again.fit(**data)
+    assert torch.equal(again.steer(a, T=1.), steerer.steer(a, T=1.)) and torch.equal(again.steer(a.double(), T=1.), steerer.steer(a.double(), T=1.))
+
+
+def test_half_precision_data_are_fitted_in_float32(name, data, a):
+    half = {**data, "pos": data["pos"].bfloat16(), "neg": data["neg"].bfloat16()}
+    wide = {**data, "pos": half["pos"].float(), "neg": half["neg"].float()}
+    assert torch.equal(made(name).fit(**half).steer(a, T=1.), made(name).fit(**wide).steer(a, T=1.))
+
+
+def test_float64_data_are_fitted_in_float64(name, steerer, data, a):
+    wide = made(name).fit(**{**data, "pos": data["pos"].double(), "neg": data["neg"].double()})
+    assert wide.median_norm_.dtype == torch.float64 and wide.steer(a, T=1.).dtype == torch.float32
+    same_field(wide, steerer, a, rtol=1e-4, atol=1e-4)
+
+
+def test_leaves_data_and_activations_as_they_were(name, data, a):
+    def copies(): return {k: copy.deepcopy(v) for k, v in data.items()}
+    before, x = copies(), a.clone()
+    s = made(name).fit(**data)
+    s.steer(x, T=1.), s.vector_field(x)
+    for k, v in before.items():
+        equal = all(map(torch.equal, v, data[k])) if k == "sequences" else torch.equal(v, data[k]) if isinstance(v, torch.Tensor) else v == data[k]
+        assert equal, k
+    assert torch.equal(x, a)
+
+
+def test_leaves_global_generators_alone_and_does_not_depend_on_them(name, steerer, data, a):
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # the states are compared, nothing is drawn or seeded
+    out = made(name).fit(**data).steer(a, T=1.)
+    assert random.getstate() == states[0] and all(map(np.array_equal, np.random.get_state(), states[1])) and torch.equal(torch.get_rng_state(), states[2])
+    assert torch.equal(out, steerer.steer(a, T=1.))
+
+
+def test_seed_decides(name, steerer, data, a):
+    if "seed" not in steerer.params: pytest.skip("nothing is drawn")
+    assert torch.equal(made(name, seed=steerer.params["seed"]).fit(**data).steer(a, T=1.), steerer.steer(a, T=1.))
+    assert not torch.equal(made(name, seed=steerer.params["seed"] + 1).fit(**data).steer(a, T=1.), steerer.steer(a, T=1.))
+
+
+# ---- bad input
+
+BAD_FITS = {
+    "a NaN": (lambda p, n: (p, torch.where(torch.arange(N_NEG)[:, None] == 3, torch.nan, n)), ValueError, "neg holds NaN or infinity in 1 of 50 rows (first: row 3)"),
+    "infinity": (lambda p, n: (p / torch.zeros(()), n), ValueError, "pos holds NaN or infinity in 60 of 60 rows"),
+    "an empty class": (lambda p, n: (p, n[:0]), ValueError, "neg is empty"),
+    "no width": (lambda p, n: (p[:, :0], n), ValueError, "pos is empty"),
+    "two widths": (lambda p, n: (p, n[:, :5]), ValueError, "pos has width 16 but neg has width 5"),
+    "integers": (lambda p, n: (p.long(), n), TypeError, "pos must hold floats; got torch.int64"),
+    "one row": (lambda p, n: (p[0], n), ValueError, "pos must have shape (N, d), one row per activation; got (16,)"),
+    "no table": (lambda p, n: ("pos.pt", n), TypeError, "pos must be an array or tensor of shape (N, d); got str"),
+    "too few labels": (lambda p, n: (p, [0, 1]), ValueError, "60 activations but 2 labels"),
+    "one label": (lambda p, n: (p, torch.ones(60)), ValueError, "all 60 labels are 1: both classes are needed"),
+    "three labels": (lambda p, n: (p, np.arange(60) % 3), ValueError, "labels must be 0 (unwanted) or 1 (wanted); got [0, 1, 2]"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_FITS)
+def test_bad_data(name, data, bad):
+    change, error, message = BAD_FITS[bad]
+    with pytest.raises(error, match=re.escape(message)): made(name).fit(*change(data["pos"], data["neg"]))
+
+
+def test_a_fit_that_fails_leaves_nothing_half_done(name, data, a):
+    s = made(name).fit(**data)
+    s._fit = lambda data: 1 / 0
+    with pytest.raises(ZeroDivisionError): s.fit(**data)
+    with pytest.raises(RuntimeError, match="not fitted: call .fit"): s.steer(a, T=1.)
+
+
+def test_unfitted(name, a, tmp_path):
+    s = made(name)
+    for use in (lambda: s.steer(a, T=1.), lambda: s.vector_field(a), lambda: s.save_pretrained(tmp_path), lambda: s.edits(None, 0, 1.)):
+        with pytest.raises(RuntimeError, match="is not fitted: call .fit"): use()
+
+
+BAD_STEERS = {
+    "integers": (lambda a: (a.long(),), dict(T=1.), TypeError, "activations must be floats; got torch.int64"),
+    "another width": (lambda a: (a[:, :5],), dict(T=1.), ValueError, "was fitted on activations of width 16; got shape (7, 5)"),
+    "a scalar": (lambda a: (a[0, 0],), dict(T=1.), ValueError, "got shape ()"),
+    "too many strengths": (lambda a: (a,), dict(T=torch.ones(3)), ValueError, "T must be a number or have one value per row: shape (7,) or a prefix of it; got (3,)"),
+    "a strength per entry": (lambda a: (a,), dict(share=torch.ones(7, D)), ValueError, "share must be a number or have one value per row"),
+    "a yes": (lambda a: (a,), dict(T=True), TypeError, "T must be a number or a float tensor; got torch.bool"),
+    "a word": (lambda a: (a,), dict(T="strong"), TypeError, "T must be a number or a float tensor; got 'strong'"),
+    "infinity": (lambda a: (a,), dict(T=float("inf")), ValueError, "T must be finite; got inf"),
+    "no number": (lambda a: (a,), dict(share=float("nan")), ValueError, "share must be finite; got nan"),
+    "two units": (lambda a: (a,), dict(T=1., share=.3), ValueError, "give one unit of strength, not T and share"),
+    "two units of which one is 0": (lambda a: (a,), dict(T=0, nats=1.), ValueError, "give one unit of strength, not T and nats"),
+    "two goals": (lambda a: (a,), dict(nats=1., until=0.), ValueError, "give one unit of strength, not nats and until"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_STEERS)
+def test_bad_steering(steerer, a, bad):
+    change, strength, error, message = BAD_STEERS[bad]
+    with pytest.raises(error, match=re.escape(message)): steerer.steer(*change(a), **strength)
+
+
+def test_without_a_barrier_there_is_no_level(steerer, a):
+    if hasattr(steerer, "stop_at"): pytest.skip("has a barrier")
+    for level in dict(until=0.), dict(nats=1.), dict(until=0., T=3.):
+        with pytest.raises(ValueError, match="has no barrier to stop at: use T= or share="): steerer.steer(a, **level)
+
+
+# ---- files
+
+def test_save_and_load(name, steerer, folder, a):
+    steerer.about.update(model="some/model", layer=3)
+    steerer.save_pretrained(folder)
+    assert sorted(f.name for f in folder.iterdir()) == ["card.json", "steerer.safetensors"]
+    for load_it in ods.load_steerer, type(steerer).from_pretrained, ods.Steerer.from_pretrained:
+        again = load_it(folder)
+        assert type(again) is type(steerer) and again.card == steerer.card and again.width == D and repr(again) == repr(steerer)
+        assert again.state_dict().keys() == steerer.state_dict().keys()
+        for k, v in steerer.state_dict().items(): assert torch.equal(again.state_dict()[k], v) and again.state_dict()[k].dtype == v.dtype
+        for how in dict(T=1.5), dict(share=.3): assert torch.equal(again.steer(a, **how), steerer.steer(a, **how))
+        assert torch.equal(again.vector_field(a.double()), steerer.vector_field(a.double()))
+    steerer.about.clear()
+
+
+def test_saved_twice_is_the_same_file(steerer, folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("again")
+    ods.load_steerer(folder).save_pretrained(other)
+    for f in folder.iterdir(): assert f.read_bytes() == (other/f.name).read_bytes()
+
+
+def test_a_loaded_steerer_can_be_fitted_again(steerer, folder, data, a):
+    assert torch.equal(ods.load_steerer(folder).fit(**data).steer(a, T=1.), steerer.steer(a, T=1.))
+
+
+def test_the_card_says_what_it_is(name, steerer):
+    card = steerer.card
+    assert card["method"] == name and card["params"] == steerer.params and card["width"] == D and card["version"] == ods.__version__ and card["unit"] in ("length", "fraction")
+    assert card["fit"]["n_pos"] == N_POS and card["fit"]["n_neg"] == N_NEG and re.fullmatch("[0-9a-f]{64}", card["fit"]["data_sha256"])
+    assert json.loads(json.dumps(card)) == card
+    for k, v in steerer.params.items(): assert v is None or hasattr(steerer, k)
+
+
+def rewrite(folder, card=None, tensors=None, blob=None):
+    "Change the card or the tensors and make the hash fit again: damage that a hash does not show"
+    if tensors is not None: blob = save(tensors(load((folder/"steerer.safetensors").read_bytes())))
+    if blob is not None: (folder/"steerer.safetensors").write_bytes(blob)
+    old = json.loads((folder/"card.json").read_text())
+    old["tensors_sha256"] = hashlib.sha256((folder/"steerer.safetensors").read_bytes()).hexdigest()
+    (folder/"card.json").write_text(json.dumps(card(old) if card else old))
+
+
+DAMAGE = {
+    "one bit": (lambda f: (f/"steerer.safetensors").write_bytes(bytes([(b := (f/"steerer.safetensors").read_bytes())[0] ^ 1]) + b[1:]), "does not match its card"),
+    "cut tensors": (lambda f: (f/"steerer.safetensors").write_bytes((f/"steerer.safetensors").read_bytes()[:-3]), "does not match its card"),
+    "cut card": (lambda f: (f/"card.json").write_text((f/"card.json").read_text()[:-5]), "card.json is not valid JSON"),
+    "binary card": (lambda f: (f/"card.json").write_bytes(b"\xff\xfe\x00"), "card.json is not valid JSON"),
+    "foreign card": (lambda f: (f/"card.json").write_text('{"peft_type": "LORA"}'), "not a card that this version"),
+    "list for a card": (lambda f: (f/"card.json").write_text("[1]"), "not a card that this version"),
+    "newer card": (lambda f: rewrite(f, lambda c: {**c, "format": 2}), "a newer odesteer"),
+    "unknown method": (lambda f: rewrite(f, lambda c: {**c, "method": "os.system"}), "unknown method 'os.system': known are caa"),
+    "method that is a list": (lambda f: rewrite(f, lambda c: {**c, "method": ["caa"]}), "not a card that this version"),
+    "unknown setting": (lambda f: rewrite(f, lambda c: {**c, "params": {"nonsense": 1}}), "do not make a"),
+    "another width": (lambda f: rewrite(f, lambda c: {**c, "width": D + 1}), f"of width {D + 1}"),
+    "tensors of another width": (lambda f: rewrite(f, tensors=lambda t: {k: v.repeat_interleave(3, -1) if v.ndim else v for k, v in t.items()}), "do not make a"),
+    "missing tensors": (lambda f: rewrite(f, tensors=lambda t: {"median_norm_": t["median_norm_"]}), "do not make a"),
+    "foreign tensors": (lambda f: rewrite(f, tensors=lambda t: {**t, "lora.A": torch.ones(2)}), "do not make a"),
+    "a tensor named like a method": (lambda f: rewrite(f, tensors=lambda t: {**t, "steer": torch.ones(2)}), "do not make a"),
+    "no safetensors": (lambda f: rewrite(f, blob=b"hello"), "is not a safetensors file"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files(folder, damage):
+    harm, message = DAMAGE[damage]
+    harm(folder)
+    with pytest.raises(ValueError, match=re.escape(message)): ods.load_steerer(folder)
+
+
+def test_missing_files(folder, tmp_path):
+    (folder/"steerer.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no steerer.safetensors: is it a folder that save_pretrained wrote?"): ods.load_steerer(folder)
+    with pytest.raises(FileNotFoundError, match="give the folder that save_pretrained wrote"): ods.load_steerer(tmp_path/"nowhere")
+
+
+def test_a_file_of_another_class(name, folder):
+    other = ods.ITI if name == "caa" else ods.CAA
+    with pytest.raises(ValueError, match=f"not a {other.__name__}: use odesteer.load_steerer"): other.from_pretrained(folder)
+
+
+def test_a_file_of_another_model_is_noticed_when_it_is_used(folder):
+    with pytest.raises(ValueError, match=f"was fitted on activations of width {D}; got shape \\(2, 8\\): same model, same layer?"): ods.load_steerer(folder).steer(torch.ones(2, 8), T=1.)
+
+
+# ---- what a hook asks for
+
+@pytest.mark.parametrize("strength", [2., torch.linspace(0, 2, 7), dict(T=1.), dict(share=.3)], ids=str)
+def test_edits(steerer, a, strength):
+    value, edit = steerer.resolve(strength), steerer.edits(None, 5, strength)
+    assert edit.keys() == {5} and value.dtype == torch.float32
+    units = strength if isinstance(strength, dict) else {"T": strength}
+    assert torch.equal(edit[5](None, a, value), steerer.steer(a, **units))
+    (unit, _), = units.items()
+    assert torch.equal(edit[5](None, a, 2 * value), steerer.steer(a, **{unit: 2 * value}))  # a strength changed later
+
+
+def test_bad_strengths(steerer):
+    with pytest.raises(ValueError, match="some of T=, share=, nats=, until=; got alpha"): steerer.edits(None, 0, dict(alpha=1.))
+    with pytest.raises(ValueError, match="give one unit of strength, not T and share"): steerer.resolve(dict(T=1., share=2.))
+
+
+def test_copies_and_pickles(steerer, a):
+    import pickle
+    for twin in copy.deepcopy(steerer), pickle.loads(pickle.dumps(steerer)): assert torch.equal(twin.steer(a, T=1.), steerer.steer(a, T=1.))
+
+
+def test_can_be_moved_like_a_module(name, data, a):
+    s = made(name).fit(**data)
+    wide = copy.deepcopy(s).double()
+    assert wide.median_norm_.dtype == torch.float64
+    same_field(wide, s, a, rtol=1e-5, atol=1e-5)
