@@ -21,7 +21,7 @@ __all__ = ['SAMPLING', 'CHOSEN', 'MICRO_PARAMS', 'UNITS', 'FILE', 'DEMO', 'FIT',
            'climb', 'demo_figure', 'side_by_side', 'load_prompts', 'prompt_text', 'user_task', 'load_model',
            'count_layers', 'check_layer', 'demo', 'report', 'fit', 'generate', 'check', 'method_params',
            'output_folder', 'read_pairs', 'layer_of', 'strength_of', 'default_strength', 'sampling', 'shown', 'say',
-           'warn_overlap', 'write_jsonl', 'Parser', 'main', 'parser']
+           'warn_overlap', 'write_jsonl', 'Parser', 'main', 'parser', 'count', 'positive']
 
 # %% ../nbs/12_cli.ipynb #f2835465
 def fit_steerer(
@@ -357,7 +357,7 @@ def report(task: Task, model, tokenizer, steerer, layer: int, strength: dict, o,
     settings = dict(task=task.name, method=o.method, layer=layer, strength=strength, seed=o.seed, tokens_per_second=[plain.speed, steered.speed])
     (out/"summary.json").write_text(json.dumps({**settings, "table": [row.flat() for row in table]}, indent=1) + "\n")
 
-# %% ../nbs/12_cli.ipynb #212dac90
+# %% ../nbs/12_cli.ipynb #8887b14a
 def fit(o):
     "Pairs in, a folder with a fitted steerer out"
     params, out = method_params(o), output_folder(o.out)
@@ -371,6 +371,7 @@ def fit(o):
 
 def generate(o):
     "A fitted steerer and prompts in, a JSONL of answers out"
+    if o.out and not Path(o.out).absolute().parent.is_dir(): raise ValueError(f"--out {o.out}: there is no folder {Path(o.out).parent}")
     steerer = ods.load_steerer(o.steerer)
     prompts = load_prompts(o.prompts, o.prompt, steerer.about.get("template", "{answer}"))
     name, revision = o.model or steerer.about.get("model"), o.revision or (None if o.model else steerer.about.get("revision"))
@@ -467,7 +468,7 @@ def main(
         say(f"odesteer: {' '.join(str(e).split())}")
         return 2
 
-# %% ../nbs/12_cli.ipynb #faca4cb6
+# %% ../nbs/12_cli.ipynb #ede9eee9
 def parser() -> Parser:
     p = Parser(prog="odesteer", description="Steer a language model by solving an ODE on its activations.")
     p.add_argument("--version", action="version", version=ods.__version__)
@@ -481,11 +482,11 @@ def parser() -> Parser:
     c.add_argument("--axis", choices=list(AXES), default="truth", help="what to steer in the micro model (default truth)")
     c.add_argument("--choose", action="store_true", help="choose layer and strength on validation prompts now, instead of taking the committed choice")
     c.add_argument("--out", default="odesteer-demo", help="folder for figure, answers, numbers and steerer (default odesteer-demo)")
-    c.add_argument("--show", type=int, default=6, metavar="N", help="answers to print side by side (default 6)")
+    c.add_argument("--show", type=count, default=6, metavar="N", help="answers to print side by side (default 6)")
     _model(c); _pairs(c); _method(c); _strength(c, "T", "share"); _prompts(c); _sampling(c)
     c = command("fit", fit, "fit a steerer on pairs and save it", FIT)
     c.add_argument("--out", required=True, help="folder for the steerer")
-    _model(c, required=True); _pairs(c, required=True); _method(c); c.add_argument("--batch-size", type=int, default=32)
+    _model(c, required=True); _pairs(c, required=True); _method(c); c.add_argument("--batch-size", type=count, default=32, metavar="N")
     c = command("generate", generate, "answer prompts with a saved steerer", GENERATE)
     c.add_argument("--steerer", required=True, help="folder written by fit, or an id on the hub")
     c.add_argument("--out", help="JSONL to write (default: print)")
@@ -496,6 +497,18 @@ def parser() -> Parser:
     c.add_argument("pairs", metavar="FILE", help=FILE)
     _columns(c)
     return p
+
+def count(text) -> int:
+    "A whole number from 1 on"
+    if not text.isdecimal() or int(text) < 1: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+def positive(text) -> float:
+    "A number above 0"
+    try: x = float(text)
+    except ValueError: x = 0.
+    if not 0 < x < float("inf"): raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return x
 
 FILE = "JSONL, JSON, CSV, TSV or parquet file, a folder saved by datasets, or the name of a data set"
 
@@ -532,9 +545,9 @@ def _prompts(c, required=False):
 
 def _sampling(c, new_tokens=None):
     c.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    c.add_argument("--max-new-tokens", type=int, default=new_tokens, metavar="N", help="length of the answers (default 50; 32 for the micro model)")
-    c.add_argument("--batch-size", type=int, default=64, metavar="N")
-    c.add_argument("--temperature", type=float, default=SAMPLING["temperature"]); c.add_argument("--top-p", type=float, default=SAMPLING["top_p"])
+    c.add_argument("--max-new-tokens", type=count, default=new_tokens, metavar="N", help="length of the answers (default 50; 32 for the micro model)")
+    c.add_argument("--batch-size", type=count, default=64, metavar="N")
+    c.add_argument("--temperature", type=positive, default=SAMPLING["temperature"], metavar="X"); c.add_argument("--top-p", type=positive, default=SAMPLING["top_p"], metavar="X")
     c.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
 
 DEMO = """odesteer demo

@@ -213,7 +213,7 @@ def perplexity(
     out[list(kept)] = np.exp(-logp.double().numpy() / tokens)
     return out
 
-# %% ../nbs/07_evaluation.ipynb #4022b843
+# %% ../nbs/07_evaluation.ipynb #76e2ea12
 @dataclass
 class Row:
     "One metric in both arms"
@@ -234,9 +234,9 @@ class Row:
 
     def flat(self) -> dict:
         "The row as plain numbers, for a file"
-        d = self.difference
-        return dict(metric=self.metric, unsteered=self.before, steered=self.after, difference=d.value, low=d.lo, high=d.hi, level=d.level,
-                    made_worse=self.worse and self.worse.value, n=d.n, groups=d.groups, verdict=self.verdict)
+        d, known = self.difference, lambda x: None if x is None or math.isnan(x) else x
+        return dict(metric=self.metric, unsteered=known(self.before), steered=known(self.after), difference=known(d.value), low=known(d.lo), high=known(d.hi),
+                    level=d.level, made_worse=known(self.worse and self.worse.value), n=d.n, groups=d.groups, verdict=self.verdict)
 
 # %% ../nbs/07_evaluation.ipynb #ef29196c
 class Summary(list):
@@ -284,17 +284,18 @@ def text_metrics(texts: list) -> dict:  # metric name -> (N,)
 #: Wanted direction of the metrics made here
 BETTER = {"dist1": 1, "dist2": 1, "dist3": 1, "loops": -1, "empty": -1, "perplexity": -1}
 
-# %% ../nbs/07_evaluation.ipynb #74144685
+# %% ../nbs/07_evaluation.ipynb #5376cf76
 def read_rows(
-    path,  # .jsonl, .json, .csv, .tsv, .parquet, .txt (one text a line), a folder saved by `datasets`, or the name of a data set
+    path,  # .jsonl, .json, .csv, .tsv, .parquet, .txt (one text a line), a folder saved by `datasets`, or owner/name of a data set on the hub
     config: str = None,  # configuration of a data set that has several
     split: str = "train",  # of a data set
 ) -> list:  # of dicts, column -> cell
     "Rows of a file or data set"
     path = str(path)
     kind = Path(path).suffix.lower()
-    if Path(path).is_dir() or (kind not in READERS and not Path(path).exists()): return _read_dataset(path, config, split)
-    if not Path(path).exists(): raise FileNotFoundError(f"no file {path}")
+    hub_id = kind not in READERS and path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    if Path(path).is_dir() or (hub_id and not Path(path).exists()): return _read_dataset(path, config, split)
+    if not Path(path).exists(): raise FileNotFoundError(f"no file {path}" + ("" if kind in READERS else " (a data set on the hub is named owner/name)"))
     if kind not in READERS: raise ValueError(f"{path}: unknown kind of file; use one of {', '.join(READERS)}")
     try: rows = READERS[kind](path)
     except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8 text (byte {e.start}): save it as UTF-8") from None

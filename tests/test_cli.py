@@ -101,6 +101,10 @@ def fails(capsys, *argv):
     ("demo --T 1 --share 1", "give one strength, not --T and --share"),
     ("demo --T much", "invalid float value: 'much'"),
     ("check-pairs nowhere.csv", "no file nowhere.csv"),
+    ("check-pairs nowhere", "no file nowhere (a data set on the hub is named owner/name)"),
+    ("demo --batch-size 0", "'0' is not a whole number from 1 on"),
+    ("demo --temperature 0", "'0' is not a number above 0"),
+    ("generate --steerer s --prompts prompts.txt --out no/such/place.jsonl", "there is no folder no/such"),
     ("paint", "invalid choice: 'paint'"),
     ("", "the following arguments are required: COMMAND"),
 ])
@@ -320,3 +324,9 @@ def test_truthfulqa_through_fit_and_generate(files, tiny):
 def test_realtoxicityprompts_as_prompts(files):
     prompts = cli.load_prompts(Path(DATA)/"realtoxicityprompts"/"val.jsonl", "prompt.text")
     assert len(prompts) == 5000
+
+
+def test_summaries_are_valid_json_even_where_nothing_is_defined():
+    from odesteer.evaluation import summary_table
+    row = summary_table({"dist2": [float("nan")]}, {"dist2": [1.]}, better={"dist2": 1})[0]
+    assert json.loads(json.dumps(row.flat(), allow_nan=False))["difference"] is None
