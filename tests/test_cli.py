@@ -193,7 +193,7 @@ def test_demo_on_your_own_model(files, tiny, capsys):
     assert main(["demo", "--model", str(tiny), "--pairs", "pairs.jsonl", "--question", "q", "--prompts", "prompts.txt", "--prompt", "text", "--method", "caa",
                  "--max-new-tokens", "5", "--out", "o", "--show", "1"]) == 0
     out = capsys.readouterr().out
-    assert "Steering changed" in out and "perplexity (-)" in out and "tokens per second" in out
+    assert "WITHOUT STEERING" in out and "perplexity (-)" in out and "tokens per second" in out
     assert {p.name for p in Path("o").iterdir()} == {"demo.png", "answers.jsonl", "summary.json", "steerer"}
     summary = json.loads(Path("o/summary.json").read_text())
     assert summary["task"] == "your texts" and {r["metric"] for r in summary["table"]} >= {"perplexity", "dist2", "loops", "empty"}
@@ -219,7 +219,7 @@ def test_demo_on_every_axis(files, capsys, monkeypatch, axis):
     out, summary = capsys.readouterr().out, json.loads(Path("o/summary.json").read_text())
     primary = ods.load_micro().world.primary(axis)[0]
     assert summary["table"][0]["metric"] == primary and summary["table"][0]["n"] == 16 and summary["table"][0]["groups"] == 8
-    assert primary in out and "Steering changed" in out and Path("o/demo.png").stat().st_size > 10_000
+    assert primary in out and "WITHOUT STEERING" in out and Path("o/demo.png").stat().st_size > 10_000
     assert len(read_rows("o/answers.jsonl")) == 16
     assert ods.load_steerer("o/steerer").card["method"] == "step-odesteer"
 
