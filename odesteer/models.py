@@ -41,11 +41,15 @@ def decoder_layers(
     raise ValueError(f"found {len(found)} lists of {depth} blocks below {type(decoder).__name__}: name the right one, "
                      f"such as blocks={_block_lists(model)[0]!r}; this model has the lists {', '.join(_block_lists(model))}")
 
-# %% ../nbs/04_models.ipynb #8e395ef6
+# %% ../nbs/04_models.ipynb #88aa72f7
 def _plain(model): return getattr(model, "_orig_mod", model)  # torch.compile(model) is a wrapper; hooks and generate live on what it wraps
-def _decoder(model): return model.get_decoder() if hasattr(model, "get_decoder") else model
 def _text_config(model): return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 def _block_lists(model): return [k for k, m in model.named_modules() if isinstance(m, nn.ModuleList)] or ["(no list at all)"]
+
+def _decoder(model):
+    "The module that holds the blocks; older transformers answer with the model itself where they do not know"
+    found = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return getattr(model, "base_model", model) if found is None or found is model else found
 
 def _named_blocks(model, name):
     try: blocks = model.get_submodule(name)

@@ -66,7 +66,8 @@ def tiny_tokenizer(bos=True):
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
     tok.add_special_tokens(special)
     if bos: tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                   model_input_names=["input_ids", "attention_mask"])
     fast.chat_template = ("{{ bos_token }}{% for m in messages %}|{{ m['role'][0] }}:{{ m['content'] }}</s>\n{% endfor %}"
                           "{% if add_generation_prompt %}|a:{% endif %}")
     return fast

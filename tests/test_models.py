@@ -262,7 +262,7 @@ def test_streaming_from_a_thread(llama, tok):
     inputs = tok("hello", return_tensors="pt")
     with steering(llama, TWIST, layer=LAYER, T=1.):
         expected = generate_text(llama, tok, ["hello"], **GREEDY)
-        streamer = TextIteratorStreamer(tok, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextIteratorStreamer(tok, skip_prompt=True, skip_special_tokens=True, timeout=300)  # an error in the thread must not hang the test
         thread = threading.Thread(target=llama.generate, kwargs=dict(**inputs, **GREEDY, streamer=streamer))
         thread.start()
         streamed = "".join(streamer)
