@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import odesteer as ods
@@ -441,7 +442,6 @@ def test_maths_in_float32_under_autocast(llama):
 
 
 def test_encoder_decoders_are_refused():
-    import transformers
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=64, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8))
     with pytest.raises(ValueError, match="only decoder-only models"): decoder_layers(t5)
 
@@ -471,6 +471,34 @@ def test_blocks_by_name(llama):
     before = model(IDS)
     with steering(model, TWIST, layer=3, T=1., blocks="one"): after = model(IDS)
     assert torch.equal((before != after).any(-1), torch.arange(7).expand(3, 7) == 6)
+
+
+def test_language_part_of_a_vision_model(tok):
+    vision = transformers.CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+    config = transformers.LlavaConfig(text_config=transformers.LlamaConfig(**CONFIGS["llama"][1]), vision_config=vision, image_token_index=VOCAB - 1)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    assert describe_site(model, tok, 1)["site"] == "output of model.language_model.layers.1"
+    with steering(model, TWIST, layer=1, T=1.) as h: model.generate(input_ids=IDS[:1] % (VOCAB - 1), attention_mask=MASK[:1], **GREEDY, eos_token_id=VOCAB)
+    assert h.applied == 6 and collect_activations(model, tok, ["hello"], layers=1, progress=False)[1].shape == (1, WIDTH)
+
+
+# Gradients, other ways in
+
+def test_gradient_with_respect_to_strength(llama):
+    T = torch.tensor(1., requires_grad=True)
+    def loss(t):
+        with steering(llama, TWIST, layer=LAYER, T=t): return llama(input_ids=IDS[:1]).logits[0, -1].square().mean()
+    slope, = torch.autograd.grad(loss(T), T)
+    with torch.no_grad(): secant = (loss(torch.tensor(1.01)) - loss(torch.tensor(.99))) / .02
+    torch.testing.assert_close(slope, secant, rtol=1e-2, atol=1e-3)
+
+
+def test_handle_made_in_inference_mode(llama):
+    expected = reference_greedy(llama, IDS[0])
+    with torch.inference_mode(): handle = steering(llama, TWIST, layer=LAYER, T=2.)
+    handle.strength = 1.
+    assert torch.equal(llama.generate(input_ids=IDS[:1], **GREEDY)[0, 7:], expected)
+    handle.remove()
 
 
 # Texts, chats, padding
