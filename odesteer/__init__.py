@@ -11,6 +11,9 @@ _MODULES = {
     "ode": "ODESteer StepODESteer integrate SOLVERS",
     "models": "decoder_layers collect_activations steering generate_text score_continuations describe_site",
     "micro": "load_micro",
+    "evaluation": "",
+    "cli": "",
+    "plots": "",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
@@ -28,7 +31,8 @@ __all__ = list(_HOME)
 def __getattr__(name):
     from importlib import import_module
     if name in _HOME: return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in _MODULES: return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module 'odesteer' has no attribute {name!r}")
 
 
-def __dir__(): return sorted({*globals(), *__all__})
+def __dir__(): return sorted({*globals(), *__all__, *_MODULES})

@@ -194,6 +194,11 @@ def test_registered_method_resolves(key):
     assert key in importlib.import_module("odesteer.plots").COLORS, "every method has its colour"
 
 
+def test_modules_are_attributes_without_importing_them():
+    fresh("import odesteer as ods; assert ods.euler.CAA is ods.CAA and ods.plots.style; assert set(dir(ods)) >= {'euler', 'evaluation'}")
+    assert set(ods._MODULES) == set(MODULES.values()), "every page's module stands in the table of odesteer/__init__.py"
+
+
 def test_version_is_that_of_the_settings(): assert ods.__version__ == settings()["version"]
 
 
