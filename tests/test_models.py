@@ -377,6 +377,7 @@ def test_handle_and_strength(llama):
     with pytest.raises(RuntimeError, match="was removed"): handle.__enter__()
 
 
+@pytest.mark.filterwarnings("ignore:.*could not reach the barrier level")
 def test_units(llama):
     ode = fitted(method="ODESteer", n_components=64)
     before = block_output(llama)[:, -1]
@@ -522,7 +523,7 @@ def test_prompt_tokens_are_those_of_generation():
     "Where the tokenizer would merge across the border, the prompt's own tokens win"
     class Merging:
         bos_token = chat_template = None
-        def __call__(self, text, add_special_tokens): return {"input_ids": [hash(t) % 1000 for t in text.replace("ab", "_").split("|")[0]]}
+        def __call__(self, text, add_special_tokens): return {"input_ids": [ord(t) for t in text.replace("ab", "_")]}
     one, = encode(Merging(), [("xa", "by")])
     assert one.ids[:2] == Merging()("xa", False)["input_ids"] and one.answer == 2 and len(one.ids) == 4
 
