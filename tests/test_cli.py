@@ -165,6 +165,29 @@ def test_fit_then_generate(files, tiny, capsys, method, strength):
     assert main([*run, "--seed", "1", "--out", "c.jsonl"]) == 0 and read_rows("c.jsonl") != b
 
 
+@pytest.mark.parametrize("settings", [[], ["--both"]])
+def test_an_interrupted_generate_goes_on_where_it_stopped(files, tiny, monkeypatch, capsys, settings):
+    main(["fit", "--model", str(tiny), "--pairs", "pairs.jsonl", "--method", "caa", "--out", "s"])
+    run = ["generate", "--steerer", "s", "--prompts", "prompts.txt", "--max-new-tokens", "4", "--batch-size", "2", *settings]
+    assert main([*run, "--out", "whole.jsonl"]) == 0
+    whole, made, real_batch = Path("whole.jsonl").read_text(), [], cli.sample_batch
+
+    def dying(model, tokenizer, prompts, i, *args, **kw):
+        if i == 6 and not made.count(6): made.append(6); raise KeyboardInterrupt
+        made.append(i)
+        return real_batch(model, tokenizer, prompts, i, *args, **kw)
+    monkeypatch.setattr(cli, "sample_batch", dying)
+    assert main([*run, "--out", "a.jsonl"]) == 130 and not Path("a.jsonl").exists()
+    with open("a.jsonl.part", "a") as f: f.write('[{"prompt": "cut of')  # killed while it wrote
+    made[:] = [6]
+    assert main([*run, "--out", "a.jsonl"]) == 0
+    assert set(made) == {6, 8} and Path("a.jsonl").read_text() == whole and not Path("a.jsonl.part").exists()
+    assert "3 of 5 batches were there already" in capsys.readouterr().err
+    # another setting is another run
+    Path("b.jsonl.part").write_text('{"key": "of something else"}\n[{"prompt": "x", "output": "y"}]\n')
+    assert main([*run, "--out", "b.jsonl"]) == 0 and Path("b.jsonl").read_text() == whole
+
+
 def test_generate_answers_as_the_library_does(files, tiny):
     main(["fit", "--model", str(tiny), "--pairs", "pairs.jsonl", "--method", "caa", "--layer", "1", "--out", "s"])
     main(["generate", "--steerer", "s", "--prompts", "prompts.txt", "--greedy", "--max-new-tokens", "5", "--T", "3", "--out", "a.jsonl"])
