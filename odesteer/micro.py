@@ -666,8 +666,13 @@ def separability(
     probe = lambda: make_pipeline(StandardScaler(), *products, LogisticRegression(C=.1 if degree == 1 else .01, max_iter=1000))
     return [float(roc_auc_score(z, probe().fit(fit[layer].numpy(), y).decision_function(held_out[layer].numpy()))) for layer in fit]
 
-# %% ../nbs/05_micro.ipynb #8f7611a1
+# %% ../nbs/05_micro.ipynb #9555bca8
 _RECORD = "micro-record.json"
+#: name -> what `steered_rates` is called with: three barriers for the truth axis at the last block, ever more curved
+_BARRIERS = {
+    "caa": dict(method="caa"),
+    "odesteer, gamma 10": dict(method="odesteer", gamma=10., n_components=2000),
+    "the same, metric C^1/2": dict(method="odesteer", gamma=10., n_components=2000, metric="covariance", power=.5)}
 
 def record_micro(
     models=(("speakers", 0), ("speakers", 1), ("speakers", 2), ("experts", 0)),  # (world, seed) pairs
@@ -679,12 +684,14 @@ def record_micro(
         lm = load_micro(world, seed)
         rates = {mark or "no mark": lm.rates("test", mark) for mark in (None, *lm.world.speakers)}
         auc = {axis: {name: lm.separability(axis, degree) for name, degree in (("linear", 1), ("quadratic", 2))} for axis in AXES}
-        numbers = json.dumps({"loss": lm.provenance["loss"], "rates": rates, "auc": auc, "steered": {axis: lm.steered_rates(axis) for axis in AXES}})
+        steered = {axis: lm.steered_rates(axis) for axis in AXES}
+        barriers = {name: lm.steered_rates("truth", layer=3, **settings) for name, settings in _BARRIERS.items()}
+        numbers = json.dumps({"loss": lm.provenance["loss"], "rates": rates, "auc": auc, "steered": steered, "barriers": barriers})
         record[f"{world} {seed}"] = {"sha256": lm.provenance["sha256"], **json.loads(numbers, parse_float=lambda x: round(float(x), 4))}
     _replace(Path(path), (json.dumps(record, indent=1) + "\n").encode())
     return record
 
-# %% ../nbs/05_micro.ipynb #000db936
+# %% ../nbs/05_micro.ipynb #003ee7d1
 @patch
 def steered_rates(
     self: Micro,
@@ -692,11 +699,12 @@ def steered_rates(
     method: str = "caa",  # name of a steerer
     layer: int = 1,
     shares: tuple = (.15, .3, .45, .6),  # strengths to choose from
+    **params,  # hyper-parameters of the steerer
 ) -> dict:  # metric -> mean over the n test prompts; "n"; the "share" that was chosen
     "What the model answers when it is steered as far as was best on the validation prompts"
     texts, (metric, way) = self.world.contrast(axis), self.world.primary(axis)
     pos, neg = (collect_activations(self.model, self.tokenizer, t, layers=layer, progress=False)[layer] for t in (texts.pos, texts.neg))
-    steerer = make_steerer(method).fit(pos, neg, groups=texts.pos_groups + texts.neg_groups)
+    steerer = make_steerer(method, **params).fit(pos, neg, groups=texts.pos_groups + texts.neg_groups)
     def at(share, split):
         with steering(self.model, steerer, layer=layer, share=share): return self.rates(split)
     share = max(shares, key=lambda share: way * at(share, "val")[metric])
