@@ -22,8 +22,8 @@ __all__ = ['SAMPLING', 'CHOSEN', 'MEANING', 'MICRO_PARAMS', 'UNITS', 'FILE', 'DE
            'run_arm', 'groups_of', 'shown', 'sweep', 'climb', 'demo_figure', 'kinds', 'side_by_side', 'load_prompts',
            'prompt_text', 'user_task', 'load_model', 'count_layers', 'check_layer', 'demo', 'one_thread', 'report',
            'fit', 'generate', 'write_jsonl', 'write_batches', 'check', 'method_params', 'output_folder', 'read_pairs',
-           'layer_of', 'strength_of', 'default_strength', 'sampling', 'warn_overlap', 'Parser', 'main', 'parser',
-           'count', 'positive']
+           'layer_of', 'strength_of', 'default_strength', 'sampling', 'warn_overlap', 'Parser', 'main', 'count',
+           'positive', 'parser']
 
 # %% ../nbs/12_cli.ipynb #f2835465
 def fit_steerer(
@@ -524,7 +524,72 @@ def main(
         say(f"odesteer: {' '.join(str(e).split())}")
         return 2
 
-# %% ../nbs/12_cli.ipynb #ede9eee9
+# %% ../nbs/12_cli.ipynb #0a95495a
+def count(text) -> int:
+    "A whole number from 1 on"
+    if not text.isdecimal() or int(text) < 1: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+def positive(text) -> float:
+    "A number above 0"
+    try: x = float(text)
+    except ValueError: x = 0.
+    if not 0 < x < float("inf"): raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return x
+
+# %% ../nbs/12_cli.ipynb #6905a020
+FILE = "JSONL, JSON, CSV, TSV or parquet file, a folder saved by datasets, or the name of a data set"
+
+def _model(c, required=False):
+    c.add_argument("--model", required=required, help="folder or hub id of a causal language model")
+    c.add_argument("--revision", help="branch, tag or commit of the model on the hub")
+    c.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
+    c.add_argument("--dtype", default="auto", help="such as bfloat16 (default: as saved)")
+
+def _pairs(c, required=False):
+    c.add_argument("--pairs", required=required, metavar="FILE", help="wanted and unwanted texts: " + FILE)
+    _columns(c)
+
+def _columns(c):
+    c.add_argument("--columns", metavar="A,B", help="WANTED,UNWANTED or TEXT,LABEL (default: usual names such as pos,neg or text,label)")
+    c.add_argument("--question", metavar="COLUMN", help="column of the question; texts about one question form a group")
+    c.add_argument("--group", metavar="COLUMN", help="column of group ids, where the question is not the group")
+    c.add_argument("--sep", help="splits a cell into several answers, such as ';'")
+    c.add_argument("--template", help="text that the model reads, with {question} and {answer}, or 'chat' (default 'Q: {question}\\nA: {answer}' if there is a question)")
+    c.add_argument("--config", help="configuration of a data set"); c.add_argument("--split", default="train", help="split of a data set (default train)")
+
+def _method(c):
+    c.add_argument("--method", default="odesteer", metavar="NAME", help="one of " + ", ".join(ods.steerer_names()))
+    c.add_argument("--layer", type=int, metavar="N", help="block whose output is read and steered, from 0; negative counts from the end")
+    c.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="hyper-parameter of the method, such as gamma=10; may be repeated")
+
+# %% ../nbs/12_cli.ipynb #de271e39
+def _strength(c, *units):
+    explain = dict(T="time", share="share of the median activation norm", nats="log-odds to add", until="barrier value to stop at")
+    for unit in units: c.add_argument(f"--{unit}", type=float, metavar="X", help=f"strength as {explain[unit]}")
+
+def _prompts(c, required=False):
+    c.add_argument("--prompts", required=required, metavar="FILE", help="prompts: a .txt with one a line, or a file of the kinds above")
+    c.add_argument("--prompt", metavar="COLUMN", help="column of the prompts")
+
+def _sampling(c, new_tokens=None):
+    c.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    c.add_argument("--max-new-tokens", type=count, default=new_tokens, metavar="N", help="length of the answers (default 50; 32 for the micro model)")
+    c.add_argument("--batch-size", type=count, default=64, metavar="N")
+    c.add_argument("--temperature", type=positive, default=SAMPLING["temperature"], metavar="X"); c.add_argument("--top-p", type=positive, default=SAMPLING["top_p"], metavar="X")
+    c.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
+
+# %% ../nbs/12_cli.ipynb #214cf97b
+DEMO = """odesteer demo
+odesteer demo --axis toxicity --method caa
+odesteer demo --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --prompts prompts.txt --share 0.3"""
+FIT = """odesteer fit --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --columns pos,neg --layer 6 --out steerer
+odesteer fit --model MODEL --pairs TruthfulQA.csv --columns "Correct Answers,Incorrect Answers" --sep ";" --question Question --out steerer"""
+GENERATE = """odesteer generate --steerer steerer --prompts prompts.txt --share 0.3 --out answers.jsonl
+odesteer generate --steerer steerer --prompts questions.csv --prompt Question --both"""
+CHECK = """odesteer check-pairs pairs.jsonl
+odesteer check-pairs comments.csv --columns text,label --group thread"""
+
 def parser() -> Parser:
     p = Parser(prog="odesteer", description="Steer a language model by solving an ODE on its activations.")
     p.add_argument("--version", action="version", version=ods.__version__)
@@ -553,65 +618,3 @@ def parser() -> Parser:
     c.add_argument("pairs", metavar="FILE", help=FILE)
     _columns(c)
     return p
-
-def count(text) -> int:
-    "A whole number from 1 on"
-    if not text.isdecimal() or int(text) < 1: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-def positive(text) -> float:
-    "A number above 0"
-    try: x = float(text)
-    except ValueError: x = 0.
-    if not 0 < x < float("inf"): raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return x
-
-FILE = "JSONL, JSON, CSV, TSV or parquet file, a folder saved by datasets, or the name of a data set"
-
-def _model(c, required=False):
-    c.add_argument("--model", required=required, help="folder or hub id of a causal language model")
-    c.add_argument("--revision", help="branch, tag or commit of the model on the hub")
-    c.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
-    c.add_argument("--dtype", default="auto", help="such as bfloat16 (default: as saved)")
-
-def _pairs(c, required=False):
-    c.add_argument("--pairs", required=required, metavar="FILE", help="wanted and unwanted texts: " + FILE)
-    _columns(c)
-
-def _columns(c):
-    c.add_argument("--columns", metavar="A,B", help="WANTED,UNWANTED or TEXT,LABEL (default: usual names such as pos,neg or text,label)")
-    c.add_argument("--question", metavar="COLUMN", help="column of the question; texts about one question form a group")
-    c.add_argument("--group", metavar="COLUMN", help="column of group ids, where the question is not the group")
-    c.add_argument("--sep", help="splits a cell into several answers, such as ';'")
-    c.add_argument("--template", help="text that the model reads, with {question} and {answer}, or 'chat' (default 'Q: {question}\\nA: {answer}' if there is a question)")
-    c.add_argument("--config", help="configuration of a data set"); c.add_argument("--split", default="train", help="split of a data set (default train)")
-
-def _method(c):
-    c.add_argument("--method", default="odesteer", metavar="NAME", help="one of " + ", ".join(ods.steerer_names()))
-    c.add_argument("--layer", type=int, metavar="N", help="block whose output is read and steered, from 0; negative counts from the end")
-    c.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="hyper-parameter of the method, such as gamma=10; may be repeated")
-
-def _strength(c, *units):
-    explain = dict(T="time", share="share of the median activation norm", nats="log-odds to add", until="barrier value to stop at")
-    for unit in units: c.add_argument(f"--{unit}", type=float, metavar="X", help=f"strength as {explain[unit]}")
-
-def _prompts(c, required=False):
-    c.add_argument("--prompts", required=required, metavar="FILE", help="prompts: a .txt with one a line, or a file of the kinds above")
-    c.add_argument("--prompt", metavar="COLUMN", help="column of the prompts")
-
-def _sampling(c, new_tokens=None):
-    c.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    c.add_argument("--max-new-tokens", type=count, default=new_tokens, metavar="N", help="length of the answers (default 50; 32 for the micro model)")
-    c.add_argument("--batch-size", type=count, default=64, metavar="N")
-    c.add_argument("--temperature", type=positive, default=SAMPLING["temperature"], metavar="X"); c.add_argument("--top-p", type=positive, default=SAMPLING["top_p"], metavar="X")
-    c.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
-
-DEMO = """odesteer demo
-odesteer demo --axis toxicity --method caa
-odesteer demo --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --prompts prompts.txt --share 0.3"""
-FIT = """odesteer fit --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --columns pos,neg --layer 6 --out steerer
-odesteer fit --model MODEL --pairs TruthfulQA.csv --columns "Correct Answers,Incorrect Answers" --sep ";" --question Question --out steerer"""
-GENERATE = """odesteer generate --steerer steerer --prompts prompts.txt --share 0.3 --out answers.jsonl
-odesteer generate --steerer steerer --prompts questions.csv --prompt Question --both"""
-CHECK = """odesteer check-pairs pairs.jsonl
-odesteer check-pairs comments.csv --columns text,label --group thread"""

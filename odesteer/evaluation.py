@@ -302,7 +302,7 @@ def read_rows(
     if not rows: raise ValueError(f"{path} is empty: it holds no row")
     return rows
 
-# %% ../nbs/07_evaluation.ipynb #189ecc8d
+# %% ../nbs/07_evaluation.ipynb #67db7252
 def _read_jsonl(path):
     rows = []
     with open(path, encoding="utf-8-sig") as f:
@@ -335,6 +335,7 @@ def _read_csv(path, delimiter=","):
         except csv.Error as e: raise ValueError(f"{path}, line {reader.line_num}: {e}") from None
     return rows
 
+# %% ../nbs/07_evaluation.ipynb #9004419f
 def _read_parquet(path):
     import pyarrow.parquet as pq
     try: return pq.read_table(path).to_pylist()
