@@ -237,7 +237,7 @@ def words(self: World) -> list:
 # %% ../nbs/05_micro.ipynb #6e3eba5b
 def make_tokenizer(
     words: list,  # each gets one token at the start of a text and one after a space
-) -> PreTrainedTokenizerFast:
+):  # a PreTrainedTokenizerFast
     "A fast tokenizer: known words are one token, everything else is spelled in bytes, so any text survives the round trip"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -429,7 +429,7 @@ def learning_rate(
 # %% ../nbs/05_micro.ipynb #d610d39f
 def training_batch(
     world: World,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer,
     recipe: Recipe,
     seed: int,
     step: int,
@@ -448,10 +448,10 @@ def training_batch(
 
 # %% ../nbs/05_micro.ipynb #ebdf4136
 def new_model(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer,
     recipe: Recipe,
     seed: int,
-) -> LlamaForCausalLM:
+):  # a LlamaForCausalLM
     "A Llama with random weights, drawn without touching the global generator"
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
     newline, = tokenizer.encode("\n", add_special_tokens=False)
@@ -467,7 +467,7 @@ def new_model(
 
 # %% ../nbs/05_micro.ipynb #6ac7acc7
 def train_step(
-    model: LlamaForCausalLM,
+    model,
     optimizer: torch.optim.Optimizer,
     ids: Tensor,  # (batch, tokens)
     labels: Tensor,  # (batch, tokens), -100 where nothing is to be learnt
@@ -497,8 +497,8 @@ def _sha256(path: Path) -> str: return hashlib.sha256(path.read_bytes()).hexdige
 
 def _save(
     folder: Path,
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model,
+    tokenizer,
     about: dict,  # world, seed, recipe
     losses: list,  # loss of each step
     every: int = 20,  # steps that one number of the recorded curve averages
@@ -585,8 +585,8 @@ def train_micro(
 @dataclass
 class Micro:
     "A micro model with all that belongs to it"
-    model: LlamaForCausalLM  # in float32, ready to generate
-    tokenizer: PreTrainedTokenizerFast
+    model: object  # a LlamaForCausalLM in float32, ready to generate
+    tokenizer: object  # a PreTrainedTokenizerFast
     world: World
     provenance: dict  # recipe, seed, package versions, training curve, hashes
 
