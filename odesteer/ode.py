@@ -69,7 +69,7 @@ def integrate(
         if path: states.append(a)
     return torch.stack(states) if path else a
 
-# %% ../nbs/03_ode.ipynb #629d574e
+# %% ../nbs/03_ode.ipynb #90410a53
 def _adaptive(f, a, T, steps, method, path, tol):
     "`integrate` by a solver that chooses its own steps; `steps` only says how many states a path has."
     from torchdiffeq import odeint
@@ -77,7 +77,7 @@ def _adaptive(f, a, T, steps, method, path, tol):
     options = dict(max_num_steps=1000, norm=lambda e: e.square().mean(-1).sqrt().max())
     try: states = odeint(lambda _, x: T * f(x), a, s, method=method, rtol=tol, atol=tol, options=options)
     except AssertionError as e:
-        raise RuntimeError(f"{method} gave up ({e}): the field turns too sharply somewhere, as at a maximum of h: use a smaller T, a larger tol, or a fixed-step solver") from None
+        raise RuntimeError(f"{method} gave up ({e}): the field turns too sharply somewhere, as at a maximum of h: use a smaller T or a fixed-step solver") from None
     return states if path else states[-1]
 
 # %% ../nbs/03_ode.ipynb #84290efa
@@ -157,12 +157,12 @@ def _field(self: ODESteer, x):
     if self.metric == "covariance": v = project(ascent(v) @ self.metric_)
     return ascent(v)
 
-# %% ../nbs/03_ode.ipynb #0c0c437a
+# %% ../nbs/03_ode.ipynb #3e744cae
 @patch
 def _step(self: ODESteer, x):
     "The solver; with `retract`, one whose steps end on the sphere that `x` lies on."
     if not self.retract: return self.solver
-    r, step = x.norm(dim=-1, keepdim=True), SOLVERS[self.solver]
+    r, step = x.norm(dim=-1, keepdim=True), step_function(self.solver)
     return lambda f, a, dt: r * ascent(step(f, a, dt))
 
 @patch

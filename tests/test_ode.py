@@ -534,3 +534,10 @@ def test_bad_hyper_parameters(kw, error, said):
 @pytest.mark.parametrize("kw,said", [(dict(steps=0), "steps must be a positive integer"), (dict(solver="leapfrog"), "unknown solver 'leapfrog'"), (dict(T=torch.ones(3)), "T must be a number or have one value per row")])
 def test_bad_calls_of_integrate(kw, said):
     with pytest.raises(ValueError, match=said): integrate(turn, torch.zeros(2, 2, dtype=torch.float64), **{"T": 1.0, **kw})
+
+
+def test_a_step_function_can_be_retracted():
+    from odesteer.ode import euler
+    pos, neg = (torch.randn(20, 8, generator=torch.Generator().manual_seed(s)) + s for s in (1, 0))
+    named, given = (ods.ODESteer(n_components=64, solver=s, retract=True).fit(pos, neg).steer(neg, 1.0) for s in ("euler", euler))
+    assert torch.equal(named, given)
