@@ -21,7 +21,7 @@ __all__ = ['SAMPLING', 'CHOSEN', 'MEANING', 'MICRO_PARAMS', 'UNITS', 'FILE', 'DE
            'say', 'sample', 'sample_batch', 'Task', 'micro_task', 'general_metrics', 'choose_on_validation', 'Arm',
            'run_arm', 'groups_of', 'shown', 'sweep', 'climb', 'demo_figure', 'kinds', 'side_by_side', 'load_prompts',
            'prompt_text', 'user_task', 'load_model', 'count_layers', 'check_layer', 'demo', 'one_thread', 'report',
-           'fit', 'generate', 'write_jsonl', 'write_batches', 'check', 'method_params', 'output_folder', 'read_pairs',
+           'write_jsonl', 'write_batches', 'fit', 'generate', 'check', 'method_params', 'output_folder', 'read_pairs',
            'layer_of', 'strength_of', 'default_strength', 'sampling', 'warn_overlap', 'Parser', 'main', 'count',
            'positive', 'parser']
 
@@ -388,6 +388,34 @@ def report(task: Task, model, tokenizer, steerer, layer: int, strength: dict, o,
     settings = dict(task=task.name, method=o.method, layer=layer, strength=strength, seed=o.seed, tokens_per_second=[plain.speed, steered.speed])
     (out/"summary.json").write_text(json.dumps({**settings, "table": [row.flat() for row in table]}, indent=1) + "\n")
 
+# %% ../nbs/12_cli.ipynb #869ff58b
+def write_jsonl(path, rows):
+    "One JSON object a line, to a file or (None) to the terminal"
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if path is None: sys.stdout.write(lines)
+    else: Path(path).write_text(lines, encoding="utf-8")
+
+def write_batches(
+    out,  # JSONL to write, or None for the terminal
+    batch,  # i -> rows of the batch that begins at i, as dicts
+    starts,  # where the batches begin
+    what: dict,  # everything that the rows depend on
+):
+    "Every batch reaches the disk as it is made, in OUT.part; a run that was interrupted goes on where it stopped"
+    from tqdm import tqdm
+    key, part, done = json.dumps({"key": hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()}), out and Path(f"{out}.part"), []
+    if out and part.exists():
+        first, *lines = part.read_text(encoding="utf-8").split("\n")[:-1] or [""]  # what follows the last line end was cut off
+        if first == key: done = lines[:len(starts)]
+    if done: say(f"odesteer: {len(done)} of {len(starts)} batches were there already")
+    if out: part.write_text("".join(line + "\n" for line in [key, *done]), encoding="utf-8")
+    for i in tqdm(starts[len(done):], "answers", initial=len(done), total=len(starts), disable=None, leave=False):
+        done.append(json.dumps(batch(i), ensure_ascii=False))  # a line holds a whole batch
+        if out:
+            with open(part, "a", encoding="utf-8") as f: f.write(done[-1] + "\n")
+    write_jsonl(out, (row for line in done for row in json.loads(line)))
+    if out: part.unlink()
+
 # %% ../nbs/12_cli.ipynb #1a3020d9
 def fit(o):
     "Pairs in, a folder with a fitted steerer out"
@@ -420,34 +448,6 @@ def generate(o):
         return [{"prompt": shown(p), **dict(zip(rows, answers))} for p, *answers in zip(prompts[i:i + o.batch_size], *rows.values())]
     what = dict(texts=texts, steerer=steerer.card, model=name, revision=revision, layer=layer, strength=strength, both=o.both, version=ods.__version__, **settings)
     write_batches(o.out, batch, range(0, len(prompts), o.batch_size), what)
-
-# %% ../nbs/12_cli.ipynb #869ff58b
-def write_jsonl(path, rows):
-    "One JSON object a line, to a file or (None) to the terminal"
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if path is None: sys.stdout.write(lines)
-    else: Path(path).write_text(lines, encoding="utf-8")
-
-def write_batches(
-    out,  # JSONL to write, or None for the terminal
-    batch,  # i -> rows of the batch that begins at i, as dicts
-    starts,  # where the batches begin
-    what: dict,  # everything that the rows depend on
-):
-    "Every batch reaches the disk as it is made, in OUT.part; a run that was interrupted goes on where it stopped"
-    from tqdm import tqdm
-    key, part, done = json.dumps({"key": hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()}), out and Path(f"{out}.part"), []
-    if out and part.exists():
-        first, *lines = part.read_text(encoding="utf-8").split("\n")[:-1] or [""]  # what follows the last line end was cut off
-        if first == key: done = lines[:len(starts)]
-    if done: say(f"odesteer: {len(done)} of {len(starts)} batches were there already")
-    if out: part.write_text("".join(line + "\n" for line in [key, *done]), encoding="utf-8")
-    for i in tqdm(starts[len(done):], "answers", initial=len(done), total=len(starts), disable=None, leave=False):
-        done.append(json.dumps(batch(i), ensure_ascii=False))  # a line holds a whole batch
-        if out:
-            with open(part, "a", encoding="utf-8") as f: f.write(done[-1] + "\n")
-    write_jsonl(out, (row for line in done for row in json.loads(line)))
-    if out: part.unlink()
 
 # %% ../nbs/12_cli.ipynb #96f48ed6
 def check(o):

@@ -227,7 +227,7 @@ def per_row(
     if T.shape != rows[:T.ndim]: raise ValueError(f"{name} must be a number or have one value per row: shape {tuple(rows)} or a prefix of it; got {tuple(T.shape)}")
     return T.to(**like).reshape(T.shape + (1,) * (len(rows) - T.ndim)).expand(rows)
 
-# %% ../nbs/00_euler.ipynb #f503b985
+# %% ../nbs/00_euler.ipynb #98c1b522
 @patch
 def _given(self: Steerer, **units):
     "The units of strength that were given, checked; a published map needs none."
@@ -237,7 +237,8 @@ def _given(self: Steerer, **units):
         raise ValueError(f"give one unit of strength, not {' and '.join(given)}: T= (time), share= (of the median norm), or nats= (added log-odds); until= may be capped by T= or share=")
     if given: return given
     if self.unit == "fraction": return {"T": 1.0}
-    raise ValueError(f"say how far to steer: T= (a distance; the median norm of the fitted activations is {self.median_norm_:.4g}), share= of that norm, nats= of log-odds, or until= a barrier value")
+    levels = "share= of that norm, nats= of log-odds, or until= a barrier value" if hasattr(self, "barrier") else "or share= of that norm"
+    raise ValueError(f"say how far to steer: T= (a distance; the median norm of the fitted activations is {self.median_norm_:.4g}), {levels}")
 
 @patch
 def _time(self: Steerer, x, T, share, nats, until):
@@ -414,7 +415,7 @@ def load_steerer(
     "Load a fitted steerer of any method."
     return Steerer.from_pretrained(path, revision)
 
-# %% ../nbs/00_euler.ipynb #c3bf0f84
+# %% ../nbs/00_euler.ipynb #720cea08
 @patch(cls_method=True)
 def from_pretrained(cls: Steerer,
     path,  # folder written by save_pretrained, or hub id "owner/name"
@@ -423,7 +424,7 @@ def from_pretrained(cls: Steerer,
     "Load a fitted steerer of this class."
     card, tensors = _read(path, revision)
     made = load_class(card["method"])
-    if not issubclass(made, cls): raise ValueError(f"{path} holds a {made.__name__}, not a {cls.__name__}: use odesteer.load_steerer, which takes any method")
+    if not issubclass(made, cls): raise ValueError(f"{path} holds {made.__name__}, but {cls.__name__} was asked for: use odesteer.load_steerer, which takes any method")
     try:
         self = made(**card["params"])
         self.width, self.about, self.chosen, self._made = (card[k] for k in ("width", "about", "chosen", "fit"))
