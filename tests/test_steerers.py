@@ -355,7 +355,7 @@ def test_missing_files(folder, tmp_path):
 
 def test_a_file_of_another_class(name, folder):
     other = ods.ITI if name == "caa" else ods.CAA
-    with pytest.raises(ValueError, match=f"not a {other.__name__}: use odesteer.load_steerer"): other.from_pretrained(folder)
+    with pytest.raises(ValueError, match=f"holds {type(ods.make_steerer(name)).__name__}, but {other.__name__} was asked for: use odesteer.load_steerer"): other.from_pretrained(folder)
 
 
 def test_a_file_of_another_model_is_noticed_when_it_is_used(folder):
