@@ -11,7 +11,9 @@ _MODULES = {
     "ode": "ODESteer StepODESteer integrate SOLVERS",
     "models": "decoder_layers collect_activations steering generate_text score_continuations describe_site",
     "micro": "load_micro",
+    "baselines": "MiMiC LinAcT RandomDirection ShuffledLabels",
     "evaluation": "",
+    "benchmarks": "",
     "cli": "",
     "plots": "",
 }
@@ -24,6 +26,10 @@ REGISTRY = {
     "repe": ("RepE", "steerer"),
     "odesteer": ("ODESteer", "steerer"),
     "step-odesteer": ("StepODESteer", "steerer"),
+    "mimic": ("MiMiC", "steerer"),
+    "linact": ("LinAcT", "steerer"),
+    "random": ("RandomDirection", "placebo"),
+    "shuffled": ("ShuffledLabels", "placebo"),
 }
 __all__ = list(_HOME)
 

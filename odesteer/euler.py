@@ -391,7 +391,7 @@ def _read(path, revision=None):
 
 # %% ../nbs/00_euler.ipynb #4d53f967
 def steerer_names(
-    kind="steerer",  # "steerer", "controller" or None for both
+    kind="steerer",  # or "controller" (feedback across layers), "placebo" (controls of a claim); None for all
 ) -> list:
     "Names that `make_steerer` takes."
     return [k for k, (_, of) in odesteer.REGISTRY.items() if kind in (None, of)]

@@ -189,7 +189,7 @@ def test_public_name_resolves(name):
 @pytest.mark.parametrize("key", ods.REGISTRY)
 def test_registered_method_resolves(key):
     name, kind = ods.REGISTRY[key]
-    assert name in ods.__all__ and kind in ("steerer", "controller")
+    assert name in ods.__all__ and kind in ("steerer", "controller", "placebo")
     assert isinstance(getattr(ods, name), type)
     assert key in importlib.import_module("odesteer.plots").COLORS, "every method has its colour"
 
