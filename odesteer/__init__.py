@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "euler": "Steerer CAA ITI RepE make_steerer steerer_names load_steerer",
-    "barrier": "Barrier LinearBarrier GaussianBarrier ScoreBarrier implied_barrier certificate",
+    "barrier": "Barrier LinearBarrier GaussianBarrier ScoreBarrier AllOf implied_barrier certificate",
     "density": "PolynomialCountSketch RandomFourierFeatures IdentityFeatures DensityRatioBarrier barrier_quality",
     "ode": "ODESteer StepODESteer integrate SOLVERS",
     "models": "decoder_layers collect_activations steering generate_text score_continuations describe_site",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Barrier', 'ascent', 'Certificate', 'certificate', 'LinearBarrier', 'GaussianBarrier', 'ScoreBarrier',
-           'implied_barrier']
+           'implied_barrier', 'common_ascent', 'AllOf']
 
 # %% ../nbs/01_barrier.ipynb #4722e446
 from dataclasses import dataclass
@@ -171,3 +171,65 @@ def implied_barrier(
     if isinstance(steerer, RepE): return LinearBarrier(steerer.direction_, -steerer.direction_ @ steerer.mid_)
     if isinstance(getattr(steerer, "barrier", None), Barrier): return steerer.barrier  # it says so itself
     raise TypeError(f"{type(steerer).__name__} climbs no barrier that is known in closed form")
+
+# %% ../nbs/01_barrier.ipynb #d65f98a7
+def _hull_weights(u):
+    "Weights of the point nearest to 0 in the convex hull of the vectors u, (..., K, d) -> (..., K)."
+    K = u.shape[-2]
+    inside = (torch.arange(1, 2**K, device=u.device)[:, None] >> torch.arange(K, device=u.device)) & 1  # every face, (2^K - 1, K)
+    m, u = inside.double(), u.double()  # close faces differ by less than float32 resolves
+    G = u @ u.mT
+    A = torch.zeros(*G.shape[:-2], len(m), K + 1, K + 1, dtype=m.dtype, device=m.device)
+    A[..., :K, :K] = G[..., None, :, :] * m[:, :, None] * m[:, None, :] + torch.diag_embed(1 - m)
+    A[..., :K, K] = A[..., K, :K] = m
+    rhs = torch.zeros_like(A[..., :1]); rhs[..., K, 0] = 1
+    w = torch.linalg.solve_ex(A, rhs)[0][..., :K, 0]  # a face without a nearest point of its own gives what the next line drops
+    w = w.nan_to_num(0, 0, 0).clamp_min(0) * m
+    total = w.sum(-1, keepdim=True)
+    w = torch.where(total > 1e-9, w / total.clamp_min(1e-9), m / m.sum(-1, keepdim=True))  # in any case a point of the hull
+    size = (w * (w @ G)).sum(-1) + 1e-14 * m.sum(-1)  # of equals the one with fewest corners
+    return w.gather(-2, size.argmin(-1)[..., None, None].expand(*size.shape[:-1], 1, K)).squeeze(-2)
+
+# %% ../nbs/01_barrier.ipynb #b27b8d51
+def common_ascent(
+    gradients: Tensor,  # of K barriers at the same activations, (..., K, d)
+    least=1e-3,  # smallest promised rate, as a share of a barrier's own steepest, that still counts as rising
+) -> tuple[Tensor, Tensor]:  # the direction p, (..., d), zero where there is none; and whether there is one, bool (...)
+    "The direction of least norm that raises all barriers; its length is the rate that it promises to each."
+    u = ascent(gradients)
+    p = (_hull_weights(u).to(u)[..., None] * u).sum(-2)
+    exists = p.norm(dim=-1) > least
+    return torch.where(exists[..., None], p, 0.0), exists
+
+# %% ../nbs/01_barrier.ipynb #edf30e01
+class AllOf(Barrier):
+    "Several barriers at once: the value is the least of theirs, and `grad` is the common direction that raises every one."
+    def __init__(self,
+        *barriers,  # one to six
+    ):
+        super().__init__()
+        if not 1 <= len(barriers) <= 6: raise ValueError(f"AllOf takes one to six barriers; got {len(barriers)}")
+        wrong = [type(h).__name__ for h in barriers if not isinstance(h, Barrier)]
+        if wrong: raise TypeError(f"AllOf takes barriers; got {', '.join(wrong)}: wrap a differentiable score in ScoreBarrier(score, threshold)")
+        self.barriers = nn.ModuleList(barriers)
+    def gradients(self, a):
+        "Of each barrier, (..., K, d)."
+        return torch.stack([h.grad(_wide(a)) for h in self.barriers], -2)
+    def value(self, a): return torch.stack([h.value(_wide(a)) for h in self.barriers]).amin(0)
+    def grad(self, a): return common_ascent(self.gradients(a))[0]
+
+# %% ../nbs/01_barrier.ipynb #9109a6d7
+@patch
+def must_agree(self: AllOf,
+    a: Tensor,  # activations, (N, d)
+):
+    "An error, with its reason, if most of these activations have no direction that raises every barrier."
+    g = self.gradients(a)
+    none = ~common_ascent(g)[1]
+    if not none.double().mean() > .5: return
+    against = _hull_weights(ascent(g[none])) > 1e-3
+    who, often = against.unique(dim=0, return_counts=True)
+    names = [f"barrier {i} ({type(self.barriers[i]).__name__})" for i in who[often.argmax()].nonzero().flatten().tolist()]
+    why = f"{names[0]} has no gradient" if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]} pull against each other"
+    raise ValueError(f"no direction raises all {len(self.barriers)} barriers in {none.sum()} of these {len(a)} activations; {why} "
+                     f"in {often.max().item() / len(a):.0%} of them: leave one of them out, or fit them on other data")

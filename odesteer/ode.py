@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .barrier import Barrier, ascent
+from .barrier import AllOf, Barrier, ascent
 from .density import DensityRatioBarrier, IdentityFeatures, PolynomialCountSketch, RandomFourierFeatures, choose
 from .euler import Steerer, per_row
 
@@ -122,6 +122,7 @@ def _validate(self: ODESteer):
         if v != "cv" and not (isinstance(v, (int, float)) and v > 0): raise ValueError(f"{name} must be a positive number or 'cv'; got {v!r}")
     if self.gamma == "cv" and self.features != "count-sketch": raise ValueError(f"gamma belongs to the count sketch: gamma='cv' does nothing for features={self.features!r}")
     if not isinstance(self.barrier, (Barrier, type(None))): raise TypeError(f"barrier must be a Barrier; got {type(self.barrier).__name__}: wrap a differentiable score in ScoreBarrier(score, threshold)")
+    if isinstance(self.barrier, AllOf) and (self.metric != "euclidean" or self.retract): raise ValueError("AllOf raises every barrier along its own direction, which metric='covariance' and retract=True would turn: leave both at their defaults")
 
 # %% ../nbs/03_ode.ipynb #eabe5029
 GRID = dict(C=[0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4], gamma=[0.1, 1.0, 10.0])  # what "cv" tries
@@ -140,6 +141,7 @@ def _fit(self: ODESteer, data):
     if given is None and grid: self.chosen = choose(self._new_barrier, grid, data.pos, data.neg, data.groups, seed=self.seed)[0]
     self.barrier = self._new_barrier() if given is None else copy.deepcopy(given).to(data.pos)  # a copy: the one given stays as it is
     if isinstance(self.barrier, DensityRatioBarrier) and not hasattr(self.barrier, "coef_"): self.barrier.fit(data.pos, data.neg, seed=self.seed)
+    if isinstance(self.barrier, AllOf): self.barrier.must_agree(data.neg)
     if self.metric == "covariance": self._store(metric_=metric_root(data, self.power).to(data.pos))
     self._warned = False
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 
 import odesteer as ods
-from odesteer.barrier import Barrier, GaussianBarrier, LinearBarrier, ScoreBarrier, ascent, certificate, implied_barrier
+from odesteer.barrier import AllOf, Barrier, GaussianBarrier, LinearBarrier, ScoreBarrier, ascent, certificate, common_ascent, implied_barrier
 
 D = 5
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -335,3 +335,118 @@ def test_desired_set_is_left_by_no_exact_trajectory_but_by_large_steps():
     assert (inside[1:] >= inside[:-1]).all() and inside[-1].all()
     cert = certificate(h, walk(4., 5))
     assert cert.share_monotone < .5 and ((cert.h[0] >= 0) & (cert.h[1] < 0)).any()
+
+
+# ---------------------------------------------------------------- several barriers at once
+
+def least_norm(g):
+    "Independent: SciPy's SLSQP on the shortest w with u_i . w >= 1, or None where there is none"
+    from scipy.optimize import minimize
+    u = (g / g.norm(dim=-1, keepdim=True)).numpy()
+    found = minimize(lambda w: w @ w, u.sum(0), jac=lambda w: 2 * w, constraints={"type": "ineq", "fun": lambda w: u @ w - 1, "jac": lambda w: u}, method="SLSQP", options=dict(ftol=1e-14, maxiter=500))
+    return torch.as_tensor(found.x) if found.success and (u @ found.x > 1 - 1e-6).all() else None
+
+
+@quick
+@given(seeds, st.integers(1, 6), st.integers(1, 9))
+def test_common_ascent_is_the_shortest_that_raises_all(seed, K, d):
+    g = normal(K, d, seed=seed) * 10**normal(K, 1, seed=seed + 1) + normal(d, seed=seed + 2)
+    (p, exists), w = common_ascent(g), least_norm(g)
+    if p.norm() > .02 or (w is not None and w.norm() < 50): torch.testing.assert_close(p / p.norm()**2, w, rtol=1e-4, atol=1e-4)  # elsewhere SLSQP is not exact
+    assert exists == (p != 0).any()
+    rates = ascent(g) @ ascent(p)
+    assert not exists or (rates >= p.norm() - 1e-7).all()
+
+
+@quick
+@given(seeds, st.integers(1, 6))
+def test_common_ascent_promises_the_slowest_as_much_as_any_direction_can(seed, K):
+    g, angle = normal(K, 2, seed=seed), torch.arange(0, 2 * np.pi, 1e-4).double()
+    best = (ascent(g) @ torch.stack([angle.cos(), angle.sin()])).amin(0).max()
+    p, exists = common_ascent(g)
+    if best > 2e-3: torch.testing.assert_close(p.norm(), best, rtol=0, atol=1e-4)  # the grid is that coarse
+    if best < 0: assert not exists and not p.any()
+
+
+@quick
+@given(seeds, st.integers(2, 6), st.sampled_from([torch.float32, torch.float64]))
+def test_common_ascent_of_the_same_of_nearly_the_same_and_of_opposites(seed, K, dtype):
+    g = normal(3, 7, seed=seed).to(dtype)
+    near = g[:, None] * (1 + normal(3, K, 1, seed=seed + 1).abs().to(dtype)) + 1e-6 * normal(3, K, 7, seed=seed + 2).to(dtype)
+    p, exists = common_ascent(near)
+    assert exists.all() and p.dtype == dtype
+    torch.testing.assert_close(p, ascent(g), rtol=1e-4, atol=1e-4)
+    p, exists = common_ascent(torch.cat([near, -near[:, :1]], 1)[:, -6:])
+    assert not exists.any() and not p.any()
+
+
+def test_common_ascent_knows_rows_and_shapes():
+    g = normal(2, 3, 4, D, seed=1)
+    p, exists = common_ascent(g)
+    assert p.shape == (2, 3, D) and exists.shape == (2, 3)
+    torch.testing.assert_close(p[1, 2], common_ascent(g[1, 2])[0], rtol=1e-12, atol=1e-12)
+    p, exists = common_ascent(g[:0])
+    assert p.shape == (0, 3, D) and exists.shape == (0, 3)
+    p, exists = common_ascent(torch.cat([g[0, :, :2], torch.zeros(3, 1, D)], 1))  # one barrier is at its top
+    assert not exists.any() and not p.any()
+
+
+ALL = {name: [make() for name, make in BARRIERS.items() if name in names] for name, names in
+       {"two": ("linear", "gaussian-separate"), "three": ("linear", "score", "gaussian-shared"), "one": ("score",)}.items()}
+
+
+@pytest.mark.parametrize("parts", ALL.values(), ids=ALL)
+def test_all_of_is_the_least_value_and_small_steps_raise_every_part(parts):
+    h, a, dt = AllOf(*parts), normal(60, D, seed=4), 1e-5
+    assert torch.equal(h.value(a), torch.stack([part.value(a) for part in parts]).min(0).values)
+    p = h.grad(a)
+    goes = p.norm(dim=-1) > 0
+    assert goes.double().mean() > .9
+    for part in parts:
+        rate = (part.value(a + dt * ascent(p)) - part.value(a)) / dt
+        assert (rate[goes] >= (p.norm(dim=-1) * part.grad(a).norm(dim=-1))[goes] - 1e-3).all()
+    torch.testing.assert_close(h.value(a[0]), h.value(a)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(h.grad(a[0]), p[0], rtol=1e-12, atol=1e-12)
+
+
+def test_all_of_one_climbs_that_one():
+    score, a = ScoreBarrier(network()), normal(20, D)
+    torch.testing.assert_close(AllOf(score).grad(a), ascent(score.grad(a)), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_all_of_thinks_in_float32_or_better(dtype):
+    h = AllOf(*(BARRIERS[k]().float() for k in ("linear", "gaussian-separate")))
+    a, wide = normal(4, D, seed=6).to(dtype), torch.promote_types(dtype, torch.float32)
+    for f in h.value, h.grad:
+        assert f(a).dtype == wide
+        torch.testing.assert_close(f(a), f(a.double()).to(wide), rtol=1e-5, atol=1e-5)
+
+
+def test_odesteer_climbs_all_of_them():
+    pos, neg = clouds()
+    parts = LinearBarrier(pos.mean(0) - neg.mean(0)), GaussianBarrier(pos.mean(0), neg.mean(0), covariance(3), covariance(4))
+    steerer = ods.ODESteer(barrier=AllOf(*parts), steps=50).fit(pos, neg)
+    path = steerer.trajectory(neg, T=.5)
+    for part in (*parts, steerer.barrier): assert certificate(part, path, tol=1e-3).share_risen > .9
+    alone = ods.ODESteer(barrier=parts[0], steps=50).fit(pos, neg).trajectory(neg, T=.5)
+    assert certificate(parts[1], alone).share_risen < certificate(parts[1], path).share_risen
+    with pytest.raises(ValueError, match="JSON"): steerer.save_pretrained("never")
+
+
+def test_all_of_refuses_with_the_reason():
+    pos, neg = clouds()
+    w, flat = torch.ones(D), ScoreBarrier(lambda a: 0 * a.sum(-1))
+    def fit(*parts, **kw): return ods.ODESteer(barrier=AllOf(*parts), **kw).fit(pos, neg)
+    with pytest.raises(ValueError, match=r"no direction raises all 3 barriers in 100 of these 100 activations; barrier 0 \(LinearBarrier\) and barrier 2 \(LinearBarrier\) pull against each other in 100% of them"):
+        fit(LinearBarrier(w), BARRIERS["gaussian-identity"](), LinearBarrier(-w, 3.))
+    with pytest.raises(ValueError, match=r"barrier 1 \(ScoreBarrier\) has no gradient in 100% of them"): fit(LinearBarrier(w), flat)
+    e = torch.eye(D)
+    with pytest.raises(ValueError, match=r"barrier 0 \(LinearBarrier\), barrier 1 \(LinearBarrier\) and barrier 2 \(LinearBarrier\) pull"): fit(*map(LinearBarrier, (e[0], e[1], -e[0] - e[1])))
+    half = ScoreBarrier(lambda a: (a - neg[:30].mean()).clamp_max(1e9).mul(torch.where(a[..., :1] > neg[:, 0].quantile(.6), -1., 1.)).sum(-1))
+    fit(LinearBarrier(w), half)  # in a minority of places only: these stand still
+    for kw in dict(metric="covariance"), dict(retract=True):
+        with pytest.raises(ValueError, match="AllOf raises every barrier along its own direction"): fit(LinearBarrier(w), **kw)
+    with pytest.raises(ValueError, match="one to six barriers; got 0"): AllOf()
+    with pytest.raises(ValueError, match="one to six barriers; got 7"): AllOf(*[flat] * 7)
+    with pytest.raises(TypeError, match=r"AllOf takes barriers; got function: wrap"): AllOf(flat, lambda a: a)
