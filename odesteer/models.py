@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['decoder_layers', 'Encoded', 'encode', 'padded', 'fingerprint', 'collect_activations', 'steered_positions', 'Prompt',
-           'Steering', 'steering', 'generate_text', 'score_continuations', 'describe_site']
+           'Steering', 'steering', 'generate_text', 'score_encoded', 'score_continuations', 'describe_site']
 
 # %% ../nbs/04_models.ipynb #72de7520
 import hashlib
@@ -587,6 +587,29 @@ def _seeded(seed, b):
         torch.manual_seed(seed + b)
         yield
 
+# %% ../nbs/04_models.ipynb #4d60a82a
+def score_encoded(
+    model,  # a causal language model, steered or not
+    coded: list,  # of Encoded, each with an answer
+    pad: int = 0,  # id that fills the gaps
+    batch_size: int = 32,
+) -> tuple:  # (N,) float32: log-probability of each answer given its prompt; (N,) bool: is it what greedy decoding would say?
+    "How likely answers are that are given as tokens"
+    model, n = _plain(model), len(coded)
+    scores, greedy, device = torch.empty(n), torch.empty(n, dtype=torch.bool), _device(model.get_input_embeddings())
+    with _evaluating(model):
+        for rows in _batches([len(e.ids) for e in coded], batch_size):
+            inputs = padded([coded[i] for i in rows], pad, "right", device)
+            starts = torch.tensor([coded[i].answer for i in rows], device=device)
+            with _call(model, starts, (rows, n)): logits = model(**inputs, use_cache=False).logits[:, :-1]
+            ids, real = inputs["input_ids"].to(logits.device), inputs["attention_mask"].to(logits.device).bool()
+            answer = (real & (real.cumsum(1) > starts.to(real.device)[:, None]))[:, 1:]  # column j of the logits is about token j + 1
+            logp, said = torch.zeros(answer.shape, device=logits.device), torch.ones_like(answer)
+            logp[answer] = logits[answer].float().log_softmax(-1).gather(1, ids[:, 1:][answer][:, None])[:, 0]
+            said[answer] = logits[answer].argmax(-1) == ids[:, 1:][answer]
+            scores[rows], greedy[rows] = logp.sum(1).cpu(), said.all(1).cpu()
+    return scores, greedy
+
 # %% ../nbs/04_models.ipynb #03d7719a
 def score_continuations(
     model,  # a causal language model, steered or not
@@ -598,20 +621,8 @@ def score_continuations(
 ) -> Tensor:  # (N,) float32: log-probability of each continuation given its prompt
     "Summed log-probability of given answers; steered from the last prompt token on, as generation would be"
     if len(prompts) != len(continuations): raise ValueError(f"{len(prompts)} prompts but {len(continuations)} continuations: give one continuation per prompt")
-    model = _plain(model)
-    coded = _fit(encode(tokenizer, list(zip(prompts, continuations))), model, max_length)
-    scores, device = torch.empty(len(coded)), _device(model.get_input_embeddings())
-    with _evaluating(model):
-        for rows in _batches([len(e.ids) for e in coded], batch_size):
-            inputs = padded([coded[i] for i in rows], _pad_id(tokenizer), "right", device)
-            starts = torch.tensor([coded[i].answer for i in rows], device=device)
-            with _call(model, starts, (rows, len(coded))): logits = model(**inputs, use_cache=False).logits[:, :-1]
-            ids, real = inputs["input_ids"].to(logits.device), inputs["attention_mask"].to(logits.device).bool()
-            answer = (real & (real.cumsum(1) > starts.to(real.device)[:, None]))[:, 1:]  # column j of the logits is about token j + 1
-            logp = torch.zeros(answer.shape, device=logits.device)
-            logp[answer] = logits[answer].float().log_softmax(-1).gather(1, ids[:, 1:][answer][:, None])[:, 0]
-            scores[rows] = logp.sum(1).cpu()
-    return scores
+    coded = _fit(encode(tokenizer, list(zip(prompts, continuations))), _plain(model), max_length)
+    return score_encoded(model, coded, _pad_id(tokenizer), batch_size)[0]
 
 # %% ../nbs/04_models.ipynb #ff366ab2
 def describe_site(
