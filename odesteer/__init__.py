@@ -11,7 +11,7 @@ _MODULES = {
     "ode": "ODESteer StepODESteer integrate SOLVERS",
     "models": "decoder_layers collect_activations steering generate_text score_continuations describe_site",
     "micro": "load_micro",
-    "baselines": "MiMiC LinAcT RandomDirection ShuffledLabels",
+    "baselines": "MiMiC LinAcT HPR REControl TruthFlow RandomDirection ShuffledLabels",
     "evaluation": "load_judge YesNoJudge ClassifierJudge RewardJudge kl_to_unsteered load_pairs check_pairs paired_difference bootstrap_interval wilson_interval summary_table",
     "benchmarks": "",
     "cli": "",
@@ -28,6 +28,9 @@ REGISTRY = {
     "step-odesteer": ("StepODESteer", "steerer"),
     "mimic": ("MiMiC", "steerer"),
     "linact": ("LinAcT", "steerer"),
+    "hpr": ("HPR", "steerer"),
+    "recontrol": ("REControl", "steerer"),
+    "truthflow": ("TruthFlow", "steerer"),
     "random": ("RandomDirection", "placebo"),
     "shuffled": ("ShuffledLabels", "placebo"),
 }

@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = ['matrix_power', 'gaussian_map', 'GatedSteerer', 'MiMiC', 'sorted_map', 'LinAcT', 'np_quantiles', 'RandomDirection',
-           'shuffle_labels', 'ShuffledLabels']
+           'shuffle_labels', 'ShuffledLabels', 'split_groups', 'fit_network', 'draw_weights', 'Scalar', 'mlp',
+           'TrainedSteerer', 'across', 'HPR', 'angle_between', 'REControl', 'td_loss', 'time_embedding', 'Block',
+           'UNet', 'TruthFlow']
 
 # %% ../nbs/06_baselines.ipynb #64eb3ff3
 import re
@@ -209,3 +211,351 @@ class ShuffledLabels(Steerer):
         self.inner.width, self.inner.chosen, mine = self.width, self.chosen, {}
         self.inner._restore({k.removeprefix("inner."): v for k, v in tensors.items() if k.startswith("inner.")})
         super()._restore({k: v for k, v in tensors.items() if not k.startswith("inner.")})
+
+# %% ../nbs/06_baselines.ipynb #2d8f83c7
+import copy
+import math
+from dataclasses import replace
+
+from fastcore.basics import patch
+from torch import nn
+
+from .barrier import ScoreBarrier, ascent
+from .euler import CAA
+from .ode import integrate
+
+# %% ../nbs/06_baselines.ipynb #e35cbecb
+def split_groups(
+    groups,  # question id of each row, (n,)
+    share,  # of the questions to hold out; 0 holds out nothing
+    g: torch.Generator,
+) -> tuple:  # (rows to train on, rows held out)
+    "Split rows so that no question is in both parts."
+    ids = torch.from_numpy(np.unique(np.asarray(groups), return_inverse=True)[1])
+    n = int(ids.max()) + 1
+    held = torch.isin(ids, torch.randperm(n, generator=g)[:math.ceil(share * n)]) & (n > 1)
+    return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+# %% ../nbs/06_baselines.ipynb #a155c130
+def fit_network(
+    net,  # module; ends with its best weights
+    loss,  # (rows, generator) -> mean loss of these rows
+    groups,  # question id of each row
+    seed=0,  # of every draw
+    lr=1e-3, epochs=100, batch_size=64, weight_decay=0.0,  # of AdamW
+    held_out=0.2,  # share of the questions that decides when to stop; 0: train for all epochs
+    patience=10,  # stop after so many epochs without a better held-out loss; None: never
+    schedule=lambda step, steps: 1.0,  # factor of the learning rate
+    label="training",  # of the progress bar, which is there only when somebody watches
+) -> dict:  # the losses of every epoch, and which epoch was best
+    "Train a network with early stopping."
+    g, start = torch.Generator().manual_seed(seed), torch.Generator()
+    rows, held = split_groups(groups, held_out, g)
+    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=weight_decay, fused=True)
+    batches, best, history = math.ceil(len(rows) / batch_size), (math.inf, 0, None), dict(train=[], held_out=[])
+    for epoch in _bar(epochs, label):
+        total = 0.0
+        for i, batch in enumerate(rows[torch.randperm(len(rows), generator=g)].tensor_split(batches)):
+            for group in optimizer.param_groups: group["lr"] = lr * schedule(epoch * batches + i, epochs * batches)
+            total = total + len(batch) / len(rows) * _step(net.train(), optimizer, loss(batch, g))
+        history["train"].append(_digits(total))
+        if not len(held): best = total, epoch, None; continue
+        with torch.no_grad(): net.eval(); now = loss(held, start.manual_seed(seed)).item()  # the same draws every time
+        history["held_out"].append(_digits(now))
+        if now < best[0]: best = now, epoch, copy.deepcopy(net.state_dict())
+        elif patience and epoch - best[1] >= patience: break
+    if best[2]: net.load_state_dict(best[2])
+    net.eval()
+    return dict(history, best=best[1])
+
+# %% ../nbs/06_baselines.ipynb #52daeed7
+def _bar(epochs, label):
+    from tqdm import tqdm
+    return tqdm(range(epochs), label, disable=None, leave=False)
+
+def _step(net, optimizer, loss):
+    "One step down the slope; the loss stays on its device."
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+def _digits(loss):
+    "A loss that is short enough for a card."
+    if not math.isfinite(loss := float(loss)): raise ValueError(f"training diverged (loss {loss}): use a smaller lr, and look for activations of enormous size")
+    return float(f"{loss:.4g}")
+
+# %% ../nbs/06_baselines.ipynb #daeff4fa
+def draw_weights(
+    net,  # module made on the "meta" device
+    seed,
+    like: Tensor,  # dtype and device of the weights
+):
+    "PyTorch's usual first weights from a generator of their own: the same on every device, the global one untouched."
+    net.to_empty(device="cpu")
+    g = torch.Generator().manual_seed(seed)
+    for m in net.modules():
+        if isinstance(m, nn.Linear):
+            for p in m.parameters(): nn.init.uniform_(p, -m.in_features**-0.5, m.in_features**-0.5, generator=g)
+        elif isinstance(m, nn.BatchNorm1d): m.reset_parameters()
+    return net.to(like)
+
+class Scalar(nn.Sequential):
+    "Layers whose last has one output, without its axis: (..., d) -> (...)."
+    def forward(self, x): return super().forward(x).squeeze(-1)
+
+def mlp(widths, activation):
+    "Linear layers of these widths with an activation between them."
+    layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), activation())]
+    return Scalar(*layers[:-1])
+
+# %% ../nbs/06_baselines.ipynb #c912940d
+class TrainedSteerer(Steerer):
+    "A steerer whose field is a small network; a subclass makes it in `_build(width)` and trains it in `_train(data)`."
+    unit = "fraction"
+
+    def __init__(self, **params):
+        super().__init__(**params)
+        for k, least in dict(epochs=1, batch_size=2, patience=1, steps=1, k=1).items():
+            v = params.get(k)
+            if v is not None and (isinstance(v, bool) or not isinstance(v, int) or v < least): raise ValueError(f"{k} must be an integer of at least {least}; got {v!r}")
+        for k in "lr", "eta", "alpha":
+            v = params.get(k, 1.0)
+            if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 < v < math.inf: raise ValueError(f"{k} must be a positive number; got {v!r}")
+        if not 0 <= self.held_out < 1: raise ValueError(f"held_out is a share of the questions, at least 0 and below 1; got {self.held_out!r}")
+
+    def _fit(self, data):
+        self._train(replace(data, **{k: v.float() for k, v in vars(data).items() if isinstance(v, Tensor)}))  # training is no more exact in float64
+        self.to(data.pos.dtype)
+
+    def _learn(self, net, loss, groups, like, **kw):
+        "Draw the network's weights and train it."
+        with torch.inference_mode(False), torch.enable_grad():
+            draw_weights(net, self.seed, like).requires_grad_(True)
+            self.chosen = fit_network(net, loss, groups, self.seed, self.lr, self.epochs, self.batch_size, held_out=self.held_out, patience=self.patience, label=type(self).__name__, **kw)
+            net.requires_grad_(False)
+
+    def _restore(self, tensors):
+        with torch.device("meta"): self._build(self.width)
+        super()._restore({k: t for k, t in tensors.items() if "." not in k})
+        self.load_state_dict(tensors, assign=True)
+        self.requires_grad_(False).eval()
+
+# %% ../nbs/06_baselines.ipynb #022160d1
+def _rms(*xs):
+    "Typical size of an entry: networks see activations divided by it, so that one learning rate fits every layer of every model."
+    return torch.cat(xs).square().mean().sqrt().clamp_min(torch.finfo(xs[0].dtype).tiny)
+
+def _pair_groups(data):
+    "The question of every pair; without question ids, its wanted row."
+    i = np.arange(len(data.pos)) if data.pairs is None else data.pairs[:, 0]
+    return i if data.groups is None else data.groups[i]
+
+# %% ../nbs/06_baselines.ipynb #c2a40a87
+def across(
+    a: Tensor,  # (..., d)
+    p: Tensor,  # where to turn, (d,)
+) -> Tensor:  # w, (..., d): |w| = |a|, at a right angle to a, in the plane of a and p
+    "Where a quarter turn towards `p` takes `a`."
+    u, p = ascent(a), ascent(p)
+    def off(v): return v - u * (u * v).sum(-1, keepdim=True)
+    w, aside = off(p), torch.zeros_like(p).scatter(0, p.abs().argmin(0, keepdim=True), 1.0)
+    w = torch.where(w.norm(dim=-1, keepdim=True) > 1e-6, w, off(aside))  # straight against p every plane is as good
+    return a.norm(dim=-1, keepdim=True) * ascent(off(ascent(w)))  # off twice: the first leaves rounding behind
+
+# %% ../nbs/06_baselines.ipynb #53cf5878
+class HPR(TrainedSteerer, GatedSteerer):
+    "Householder pseudo-rotation: activations on the wrong side of a mirror turn towards the right one by a learned angle."
+    def __init__(self,
+        lr=5e-4,  # of AdamW, rising for a twentieth of the steps and then falling to 0
+        epochs=20,  # at most (published, for more data: 5)
+        batch_size=16,  # pairs
+        held_out=0.2,  # share of the questions that decides when to stop
+        patience=10,  # epochs without a better held-out loss
+        seed=0,  # of first weights, split and batches
+    ):
+        super().__init__(lr=lr, epochs=epochs, batch_size=batch_size, held_out=held_out, patience=patience, seed=seed)
+    def _build(self, d): self.angle = mlp([d, *(max(d // k, 16) for k in (2, 4, 8)), 1], nn.GELU)
+    def _theta(self, x): return math.pi * self.angle(x).sigmoid()
+    def _turn(self, x):
+        "The angle of each row, and the vector that it turns to."
+        return torch.where(self._unwanted(x), self._theta(x), 0.0)[..., None], across(x, self.coef_)
+    def _field(self, x): theta, w = self._turn(x); return theta * w
+    def _flow(self, x, T):
+        theta, w = self._turn(x)
+        return (T[..., None] * theta).cos() * x + (T[..., None] * theta).sin() * w
+
+# %% ../nbs/06_baselines.ipynb #be30442e
+def angle_between(a, b):
+    "Angle between rows in [0, pi], exact at both ends."
+    a, b = ascent(a), ascent(b)
+    return 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1))
+
+@patch
+def _train(self: HPR, data):
+    good, bad = data.row_pairs()
+    differ = (good == bad).double().mean(-1) < 0.75  # pairs that are mostly equal have nothing to teach
+    if not differ.any(): raise ValueError("in every pair the wanted and the unwanted activation agree in most entries: are these pairs of different answers?")
+    good, bad, scale = good[differ], bad[differ], _rms(good, bad)
+    target = angle_between(bad, good)
+    with torch.device("meta"):
+        self._build(good.shape[1])
+        net = nn.ModuleDict(dict(probe=nn.Linear(good.shape[1], 1, bias=False), angle=self.angle))
+    def loss(rows, g):
+        rows = rows.to(good.device)
+        a, wanted = torch.cat([good[rows], bad[rows]]) / scale, torch.ones_like(target[rows])
+        label, theta = torch.cat([wanted, 0 * wanted]), torch.cat([0 * wanted, target[rows]])
+        return nn.functional.binary_cross_entropy_with_logits(net["probe"](a)[:, 0], label) + (self._theta(a) - theta).square().mean()
+    def schedule(step, steps): return min((step + 1) / (0.05 * steps), (steps - step) / (0.95 * steps), 1.0)
+    self._learn(net, loss, _pair_groups(data)[differ.cpu().numpy()], good, schedule=schedule)
+    self.angle[0].weight /= scale  # from here on it reads activations as they are
+    self._store(coef_=net["probe"].weight[0] / scale, intercept_=torch.zeros_like(scale))
+
+# %% ../nbs/06_baselines.ipynb #4aacb208
+class REControl(TrainedSteerer):
+    "RE-Control: gradient ascent on a learned value, the expected reward of the answer."
+    def __init__(self,
+        eta=1.0,  # size of a gradient step
+        steps=30,  # E, gradient steps; T = 1 takes E steps of size eta, T = 0.5 takes E steps of half the size
+        threshold=0.5,  # value from which an activation counts as wanted: the zero of `barrier`
+        lr=1e-3,  # of Adam
+        epochs=100,  # at most
+        batch_size=512,  # tokens
+        held_out=0.2,  # share of the questions that decides when to stop
+        patience=10,  # epochs without a better held-out loss
+        seed=0,  # of first weights, split and batches
+    ):
+        super().__init__(eta=eta, steps=steps, threshold=threshold, lr=lr, epochs=epochs, batch_size=batch_size, held_out=held_out, patience=patience, seed=seed)
+    def _build(self, d): self.barrier = ScoreBarrier(mlp([d, max(d, 16), max(d, 16), 1], nn.ReLU), self.threshold)
+    def _field(self, x): return self.steps * self.eta * self.barrier.grad(x)
+    def _flow(self, x, T): return integrate(self._field, x, T, self.steps)
+    def _climb(self, *_): raise ValueError("REControl takes a fixed number of steps and has no barrier to stop at: use T= or share=, or ODESteer(barrier=steerer.barrier), which stops where the value reaches a level")
+
+# %% ../nbs/06_baselines.ipynb #a22e9095
+def td_loss(
+    value,  # (n, d) -> (n,)
+    X: Tensor,  # activations of all tokens, response after response, (n, d)
+    reward: Tensor,  # of the response that each token belongs to, (n,)
+    after: Tensor,  # row of the next token, -1 at the last of a response, (n,)
+    rows: Tensor,  # the tokens of this batch
+) -> Tensor:
+    "Mean squared temporal difference."
+    rows = rows.to(X.device)
+    with torch.no_grad(): target = torch.where(after[rows] < 0, reward[rows], value(X[after[rows].clamp_min(0)]))
+    return (value(X[rows]) - target).square().mean()
+
+@patch
+def _train(self: REControl, data):
+    X, reward, after, groups = _tokens(data)
+    scale, mean, std = _rms(X), reward.mean(), reward.std()
+    if not std > 0: raise ValueError(f"all rewards are {mean:.4g}: there is nothing to climb")
+    with torch.device("meta"): self._build(X.shape[1])
+    net = self.barrier.score
+    def loss(rows, g): return td_loss(lambda a: net(a / scale), X, (reward - mean) / std, after, rows)
+    self._learn(net, loss, groups, X)
+    net[0].weight /= scale  # from here on it reads activations as they are and answers in rewards
+    net[-1].weight *= std
+    net[-1].bias.mul_(std).add_(mean)
+
+# %% ../nbs/06_baselines.ipynb #ba532865
+def _tokens(data):
+    "The tokens of all responses in one table: activations, reward, row of the next token (-1: none), question."
+    seqs, n = data.sequences, len(data.X)
+    if seqs is None: return data.X, data.y, torch.full((n,), -1, device=data.pos.device), np.arange(n) if data.groups is None else data.groups
+    if data.rewards is None or data.rewards.shape != (len(seqs),): raise ValueError(f"{len(seqs)} sequences need rewards=, one number each; got {None if data.rewards is None else tuple(data.rewards.shape)}")
+    seqs = [torch.as_tensor(s).to(data.pos) for s in seqs]
+    bad = next((i for i, s in enumerate(seqs) if s.ndim != 2 or len(s) == 0 or s.shape[1] != data.pos.shape[1] or not torch.isfinite(s).all()), None)
+    if bad is not None: raise ValueError(f"sequences[{bad}] must be finite activations of shape (n_tokens, {data.pos.shape[1]}), at least one token; got {tuple(seqs[bad].shape)}")
+    lengths = torch.tensor([len(s) for s in seqs])
+    owner, after = torch.arange(len(seqs)).repeat_interleave(lengths), torch.arange(1, int(lengths.sum()) + 1)
+    after[lengths.cumsum(0) - 1] = -1
+    groups = data.groups if data.groups is not None and len(data.groups) == len(seqs) else np.arange(len(seqs))
+    return torch.cat(seqs), data.rewards[owner.to(data.pos.device)], after.to(data.pos.device), groups[owner.numpy()]
+
+# %% ../nbs/06_baselines.ipynb #1a5fd901
+def time_embedding(
+    t: Tensor,  # (..., 1)
+    width=128,
+) -> Tensor:  # (..., width)
+    "Sines and cosines of the time, from slow to fast."
+    f = 100 ** torch.linspace(0, 1, width // 2, dtype=t.dtype, device=t.device)
+    return torch.cat([(t * f).sin(), (t * f).cos()], -1)
+
+class Block(nn.Module):
+    "A residual block that is told the time."
+    def __init__(self, i, o, time=128):
+        super().__init__()
+        self.path = nn.Sequential(nn.Linear(i + time, o, bias=False), nn.BatchNorm1d(o), nn.ReLU(), nn.Linear(o, o, bias=False), nn.BatchNorm1d(o))  # normalising removes a bias
+        self.skip = nn.Linear(i + time, o)
+    def forward(self, x, e): x = torch.cat([x, e], -1); return self.path(x) + self.skip(x)
+
+class UNet(nn.Module):
+    "A fully connected U-Net: widths halve on the way down, and the way up sees them again."
+    def __init__(self, d, depth=4):
+        super().__init__()
+        w = [d, *(max(d >> i, 16) for i in range(1, depth + 1))]
+        self.down = nn.ModuleList(Block(i, o) for i, o in zip(w, w[1:]))
+        self.up = nn.ModuleList(Block(i + o, o) for i, o in zip(w[:0:-1], w[-2::-1]))
+        self.out = nn.Linear(d, d)
+    def forward(self, x, t):
+        e, seen = time_embedding(t), []
+        for block in self.down: seen.append(x); x = block(x, e)
+        for block in self.up: x = block(torch.cat([x, seen.pop()], -1), e)
+        return self.out(x)
+
+# %% ../nbs/06_baselines.ipynb #3b96a4aa
+class TruthFlow(TrainedSteerer):
+    "TruthFlow: a rectified flow carries a state to its own correction, which is added along the main directions of the corrections."
+    def __init__(self,
+        alpha=1.5,  # how much of the correction T = 1 adds
+        k=20,  # directions that are kept
+        steps=15,  # of the midpoint method: 16 time points
+        lr=3e-4,  # of AdamW (published, for wider networks: 1e-4)
+        epochs=100,  # at most (published: 25)
+        batch_size=136,  # pairs
+        held_out=0.2,  # share of the questions that decides when to stop
+        patience=10,  # epochs without a better held-out loss
+        seed=0,  # of first weights, split, batches and times
+    ):
+        super().__init__(alpha=alpha, k=k, steps=steps, lr=lr, epochs=epochs, batch_size=batch_size, held_out=held_out, patience=patience, seed=seed)
+    def _build(self, d): self.net = UNet(d)
+    def _carry(self, x):
+        "Follow the flow for its whole time; its time is one more coordinate of the state."
+        def f(z): return torch.cat([self.net(z[..., :-1], z[..., -1:]), torch.ones_like(z[..., :1])], -1)
+        z = torch.cat([x / self.scale_, torch.zeros_like(x[..., :1])], -1).reshape(-1, x.shape[-1] + 1)
+        return self.scale_ * integrate(f, z, 1.0, self.steps, "midpoint")[..., :-1].reshape(x.shape)
+    def _field(self, x): return self.alpha * (self._carry(x) @ self.basis_) @ self.basis_.T
+
+# %% ../nbs/06_baselines.ipynb #e6fa02af
+@patch
+def _train(self: TruthFlow, data):
+    good, bad = data.row_pairs()
+    start, goal = bad if data.source is None else data.source, good - bad
+    if len(start) != len(goal): raise ValueError(f"source must hold one state per pair: {len(goal)} pairs, {len(start)} states")
+    if start.shape != goal.shape: raise ValueError(f"source has width {start.shape[1]}, the activations {goal.shape[1]}: same layer?")
+    if len(goal) < 3: raise ValueError(f"a flow cannot be trained on {len(goal)} pairs: give at least 3")
+    scale = _rms(start, goal)
+    start, goal = start / scale, goal / scale
+    with torch.device("meta"): self._build(goal.shape[1])
+    def loss(rows, g):
+        t, rows = torch.rand(len(rows), 1, generator=g).to(goal), rows.to(goal.device)
+        a, b = start[rows], goal[rows]
+        return (self.net((1 - t) * a + t * b, t) - (b - a)).square().mean()
+    def schedule(step, steps):
+        warm = min(100, steps // 10)
+        return (step + 1) / warm if step < warm else max(0.7, (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2)
+    self._learn(self.net, loss, _pair_groups(data), goal, schedule=schedule, weight_decay=0.01)
+    self._store(scale_=scale, basis_=torch.linalg.svd(goal, full_matrices=False).Vh[:self.k].T.contiguous())
+
+@patch
+def query(self: TruthFlow,
+    source: Tensor,  # state of the query: the activation at the last prompt token, (d,)
+) -> CAA:  # T = 1 adds the correction of this query, whatever the activation
+    "The steerer of one query: the correction is computed once and added at every token."
+    source, x, me = self._ready(source)
+    if x.ndim != 1: raise ValueError(f"give the state of one query, shape ({self.width},); got {tuple(x.shape)}: for many, add T * vector_field(states) to their rows yourself")
+    made = CAA()
+    c = me._field(x)
+    made._store(mean_pos_=x + c, mean_neg_=x, median_norm_=me.median_norm_, displacement_=c.norm())
+    made.width, made.about = self.width, dict(self.about)
+    return made
