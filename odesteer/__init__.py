@@ -12,7 +12,7 @@ _MODULES = {
     "models": "decoder_layers collect_activations steering generate_text score_continuations describe_site",
     "micro": "load_micro",
     "baselines": "MiMiC LinAcT HPR REControl TruthFlow RandomDirection ShuffledLabels",
-    "evaluation": "load_judge YesNoJudge ClassifierJudge RewardJudge kl_to_unsteered load_pairs check_pairs paired_difference bootstrap_interval wilson_interval summary_table",
+    "evaluation": "load_judge YesNoJudge ClassifierJudge RewardJudge kl_to_unsteered check_steerer load_pairs check_pairs paired_difference bootstrap_interval wilson_interval summary_table",
     "benchmarks": "",
     "cli": "",
     "plots": "",

@@ -464,3 +464,12 @@ def _unit(self: Steerer, strength):
     given = self._given(**(strength if isinstance(strength, dict) else {"T": strength}))
     unit = next(k for k in ("until", "nats", "share", "T") if k in given)
     return unit, given.pop(unit), given
+
+# %% ../nbs/00_euler.ipynb #b1aac1f0
+@patch
+def check(self: Steerer,
+    pos, neg,  # held-out activations; or (prompt, answer) pairs, with model= and tokenizer=
+    **kwargs,  # groups, layer, shares, placebos, seed, ...: see `check_steerer`
+):  # a report that prints as text; its `ok` is the verdict
+    "Does it move the log-odds more than placebos do, more with more strength, and not at all when off?"
+    return getattr(odesteer, "check_steerer")(self, pos, neg, **kwargs)

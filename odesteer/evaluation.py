@@ -12,15 +12,20 @@ import csv, hashlib, json, math, os, re
 import numpy as np
 import torch
 from fastcore.basics import patch
+from .baselines import RandomDirection, shuffle_labels
+from .density import grouped_folds
+from .euler import contrast, logistic_regression
 from .micro import ContrastTexts
-from .models import Encoded, encode, fingerprint, padded, score_continuations, _batches, _call, _device, _evaluating, _fit, _ids, _pad_id, _plain, _text_config, _watch
+from .models import Encoded, collect_activations, encode, fingerprint, padded, score_continuations, steering, _batches, _call, _device, _evaluating, _fit, _ids, _pad_id, _plain, _text_config, _watch
 
 # %% auto #0
 __all__ = ['JUDGES', 'BETTER', 'READERS', 'QUESTION_ANSWER', 'USUAL', 'LABELS', 'CUES', 'Estimate', 'wilson_interval',
            'group_sums', 'bootstrap_means', 'bootstrap_interval', 'paired_difference', 'share_worse', 'sign_flip_test',
            'holm', 'distinct_n', 'empty_rate', 'repetition_rate', 'perplexity', 'kl_to_unsteered', 'Judge',
-           'ExactJudge', 'ScoreCache', 'hub_commit', 'ModelSource', 'ModelJudge', 'asked', 'YesNoJudge',
-           'ClassifierJudge', 'RewardJudge', 'Panel', 'load_judge', 'Row', 'Summary', 'summary_table', 'text_metrics',
+           'ExactJudge', 'hub_commit', 'ModelSource', 'ScoreCache', 'ModelJudge', 'asked', 'YesNoJudge',
+           'ClassifierJudge', 'RewardJudge', 'Panel', 'load_judge', 'bootstrap_statistic', 'product_of_means',
+           'quantile_interval', 'per_item', 'toxicity_metrics', 'win_rate', 'tokens_per_second', 'Row', 'Summary',
+           'summary_table', 'text_metrics', 'ProbeOdds', 'ModelOdds', 'placebo_test', 'SteererReport', 'check_steerer',
            'read_rows', 'Pairs', 'load_pairs', 'cell', 'cue_auc', 'PairsReport', 'check_pairs']
 
 # %% ../nbs/07_evaluation.ipynb #29c301b4
@@ -284,34 +289,7 @@ class ExactJudge(Judge):
 
     def __call__(self, prompts, answers): return self.world.judge(self.axis, prompts, answers)
 
-# %% ../nbs/07_evaluation.ipynb #9cb46548
-class ScoreCache(dict):
-    "Scores by text; with a folder also in a file that only grows, so that nothing judged is lost or judged twice"
-    def __init__(self,
-        folder=None,  # where the file goes; None: memory only
-        about: dict = {},  # of the judge: another judge has another file
-    ):
-        self.path = folder and Path(folder)/(_hash(json.dumps(about, sort_keys=True)) + ".jsonl")
-        text = self.path.read_text("utf-8") if folder and self.path.exists() else ""
-        self.torn = bool(text) and not text.endswith("\n")  # killed while writing
-        for line in text.splitlines():
-            try: key, *scores = json.loads(line)
-            except (ValueError, TypeError): continue  # the torn line: its text is judged again
-            self[key] = scores
-
-    def add(self, texts: list, scores):
-        "Keep the scores (n, m) of n texts"
-        new = {_hash(t): s for t, s in zip(texts, np.asarray(scores, float).tolist(), strict=True)}
-        self.update(new)
-        if not self.path: return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps([k, *s]) + "\n" for k, s in new.items())
-        with open(self.path, "a", encoding="utf-8") as f: f.write("\n" * self.torn + lines); f.flush(); os.fsync(f.fileno())
-        self.torn = False
-
-def _hash(text: str) -> str: return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-# %% ../nbs/07_evaluation.ipynb #007d1afe
+# %% ../nbs/07_evaluation.ipynb #c25ee320
 _HUB = "cache_dir", "local_files_only", "token", "force_download"  # settings that finding a file on the hub needs
 
 def hub_commit(
@@ -331,22 +309,26 @@ class ModelSource:
         self.given, self.revision, self.auto, self.load = given, revision, auto, {"dtype": "auto", **load}
         self.kind = "memory" if isinstance(given, (tuple, list)) else "folder" if Path(given).is_dir() else "hub"
         if self.kind == "memory": self.model, self.tokenizer = given
+        self.name = Path(str(given)).name if self.kind == "folder" else str(given) if self.kind == "hub" else Path(self.model.config._name_or_path).name or type(self.model).__name__
 
     @cached_property
     def identity(self) -> dict:
         "Which weights these are"
-        if self.kind == "memory": return dict(model=Path(self.model.config._name_or_path).name, fingerprint=fingerprint(self.model), dtype=str(self.model.dtype))
+        if self.kind == "memory": return dict(model=self.name, fingerprint=fingerprint(self.model), tokenizer=_tokenizer_hash(self.tokenizer), dtype=str(self.model.dtype))
         load = {k: str(v) for k, v in self.load.items() if k in ("dtype", "quantization_config", "subfolder")}
-        if self.kind == "folder": return dict(model=Path(self.given).name, sha256=_folder_hash(self.given), **load)
-        return dict(model=self.given, revision=self.revision, commit=hub_commit(self.given, self.revision, **self.load), **load)
+        if self.kind == "folder": return dict(model=self.name, sha256=_folder_hash(self.given), **load)
+        return dict(model=self.name, revision=self.revision, commit=hub_commit(self.given, self.revision, **self.load), **load)
 
-# %% ../nbs/07_evaluation.ipynb #4cebc759
+# %% ../nbs/07_evaluation.ipynb #12d3f9cb
 def _folder_hash(folder) -> str:
     "Hash of the files that a model and its tokenizer are loaded from"
     sha = hashlib.sha256()
     for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")):
         with open(path, "rb") as f: sha.update(f"{path.name} {hashlib.file_digest(f, 'sha256').hexdigest()}".encode())
     return sha.hexdigest()
+
+def _key(text: str) -> str: return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+def _tokenizer_hash(tokenizer) -> str: return _key(json.dumps([sorted(tokenizer.get_vocab().items()), str(getattr(tokenizer, "chat_template", None))]))
 
 @patch
 def get(self: ModelSource) -> tuple:
@@ -365,7 +347,7 @@ def release(self: ModelSource):
     "Let go of a model that can be loaded again"
     if self.kind != "memory": vars(self).pop("model", None)
 
-# %% ../nbs/07_evaluation.ipynb #42bf29e4
+# %% ../nbs/07_evaluation.ipynb #8c24b75c
 class ScoreCache(dict):
     "Scores by text; with a folder also in a file that only grows"
     def __init__(self,
@@ -390,9 +372,7 @@ class ScoreCache(dict):
         with open(self.path, "a", encoding="utf-8") as f: f.write("\n" * self.torn + lines); f.flush(); os.fsync(f.fileno())
         self.torn = False
 
-def _key(text: str) -> str: return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-# %% ../nbs/07_evaluation.ipynb #aeef7ff0
+# %% ../nbs/07_evaluation.ipynb #81f98579
 class ModelJudge(Judge):
     "A judge that is a model: loaded at its first use, batched, every text scored once"
     kind, version, auto = "model", 1, "AutoModelForSequenceClassification"
@@ -406,7 +386,7 @@ class ModelJudge(Judge):
         **load,  # of from_pretrained: dtype, device_map, quantization_config, cache_dir, local_files_only, ...
     ):
         self.source, self.batch_size, self.max_length, self.folder, self.progress = ModelSource(model, revision, self.auto, **load), batch_size, max_length, cache, progress
-        self.name = f"{self.kind} {Path(model if isinstance(model, (str, Path)) else model[0].config._name_or_path).name}"
+        self.name = f"{self.kind} {self.source.name}"
 
     @cached_property
     def about(self): return dict(judge=self.kind, version=self.version, **self.source.identity, max_length=self.max_length, **self._settings())
@@ -432,7 +412,7 @@ def asked(prompt) -> str:
     text = getattr(prompt, "text", prompt)
     return text if isinstance(text, str) else next(m["content"] for m in reversed(text) if m["role"] == "user")
 
-# %% ../nbs/07_evaluation.ipynb #a6c689a5
+# %% ../nbs/07_evaluation.ipynb #c88207c8
 class YesNoJudge(ModelJudge):
     "A language model that says yes or no: the 0/1 decision and P(yes)"
     kind, auto = "yes-no", "AutoModelForCausalLM"
@@ -450,12 +430,14 @@ class YesNoJudge(ModelJudge):
 
     @cached_property
     def words(self) -> tuple:
-        "Ids that open a yes and a no behind the skeleton, and what stands before both"
-        tokenizer = self.source.get()[1]
-        def opening(word): coded = encode(tokenizer, [(self.template, word)])[0]; return coded.ids[coded.answer:]
+        "What stands before a yes or a no behind the skeleton, and the ids that then tell one from the other"
+        def opening(word): coded = encode(self.source.get()[1], [(self.template, word)])[0]; return coded.ids[coded.answer:]
         lead = os.path.commonprefix([opening(" yes"), opening(" no")])  # some tokenizers spell the space
-        ids = [{(o[len(lead):] if o[:len(lead)] == lead else o)[0] for w in words for o in [opening(w)] if o != lead} for words in ((" yes", "yes", " Yes", "Yes"), (" no", "no", " No", "No"))]
-        return lead, sorted(ids[0] - ids[1]), sorted(ids[1] - ids[0])
+        yes, no = [], []
+        for forms in ((" yes", " no"), ("yes", "no"), (" Yes", " No"), ("Yes", "No")):
+            a, b = (ids[len(lead) * (ids[:len(lead)] == lead and len(ids) > len(lead))] for ids in map(opening, forms))
+            if a != b and a not in no and b not in yes: yes, no = [*{*yes, a}], [*{*no, b}]
+        return lead, yes, no
 
     def _score(self, texts):
         model, tokenizer = self.source.get()
@@ -571,6 +553,91 @@ def load_judge(
     cls, usual = JUDGES[name]
     return cls(**{**usual, **kw})
 
+# %% ../nbs/07_evaluation.ipynb #c27ae532
+def bootstrap_statistic(
+    statistic,  # function of the columns that gives a number
+    *columns,  # one number per item each, (N,)
+    groups=None,  # group of each item, (N,): whole groups are drawn
+    level: float = .95,
+    resamples: int = 1999,
+    seed: int = 0,
+) -> Estimate:  # items undefined (nan) in a column are left out
+    "Percentile interval of any statistic of items that come in groups"
+    x, groups = np.stack([np.asarray(c, float) for c in columns]), np.arange(len(columns[0])) if groups is None else np.asarray(groups)
+    if len(groups) != x.shape[1]: raise ValueError(f"{len(groups)} groups for {x.shape[1]} items: give the group of each item")
+    ok = ~np.isnan(x).any(0)
+    if not ok.any(): return Estimate(math.nan, math.nan, math.nan, 0, 0, level)
+    _, index, sizes = np.unique(groups[ok], return_inverse=True, return_counts=True)
+    x, starts, rng = x[:, ok][:, index.argsort(kind="stable")], sizes.cumsum() - sizes, np.random.default_rng(seed)
+    def resample():
+        pick = rng.integers(len(sizes), size=len(sizes))
+        n = sizes[pick]
+        return statistic(*x[:, np.repeat(starts[pick] - (n.cumsum() - n), n) + np.arange(n.sum())])
+    ends = np.quantile([resample() for _ in range(resamples)], [.5 - level/2, .5 + level/2]).tolist() if len(sizes) > 1 else [math.nan]*2
+    return Estimate(float(statistic(*x)), *ends, x.shape[1], len(sizes), level)
+
+def product_of_means(a, b, groups=None, **kw) -> Estimate:
+    "Mean of `a` times mean of `b`, as in the published True x Info"
+    return bootstrap_statistic(lambda a, b: a.mean() * b.mean(), a, b, groups=groups, **kw)
+
+def quantile_interval(x, q: float = .9, groups=None, **kw) -> Estimate:
+    "A quantile of the items, P90 by default, with its interval"
+    return bootstrap_statistic(lambda x: np.quantile(x, q), x, groups=groups, **kw)
+
+# %% ../nbs/07_evaluation.ipynb #f4dde23a
+def per_item(
+    x,  # one value per output, (N,)
+    items,  # which prompt each output answers, (N,)
+    how: str = "mean",  # "mean" or "max" over the outputs of an item, undefined ones (nan) left out; "first": for what they share, such as groups
+) -> np.ndarray:  # one value per item, in order of first appearance
+    "From several outputs per prompt (seeds, samples) to one value"
+    if how not in ("mean", "max", "first"): raise ValueError(f"how is {how!r}; use 'mean', 'max' or 'first'")
+    if len(x) != len(items): raise ValueError(f"{len(x)} values for {len(items)} outputs: give the item of each output")
+    _, first, index = np.unique(np.asarray(items), return_index=True, return_inverse=True)
+    index, x = first.argsort().argsort()[index], np.asarray(x)
+    if how == "first": return x[np.sort(first)]
+    x, n = x.astype(float), len(first)
+    ok = ~np.isnan(x)
+    out, count = np.full(n, -np.inf if how == "max" else 0.), np.bincount(index[ok], minlength=n)
+    (np.maximum if how == "max" else np.add).at(out, index[ok], x[ok])
+    return np.where(count == 0, np.nan, out / (1 if how == "max" else np.maximum(count, 1)))
+
+def toxicity_metrics(
+    scores,  # probability of toxicity of each continuation, (N,)
+    prompts,  # which prompt it continues, (N,)
+) -> dict:  # metric -> one number per prompt
+    "Mean, expected maximum and probability of toxicity over the samples of each prompt"
+    scores = np.asarray(scores, float)
+    any_toxic = np.where(np.isnan(scores), np.nan, scores >= .5)
+    return {"toxicity": per_item(scores, prompts), "toxicity_max": per_item(scores, prompts, "max"), "toxicity_any": per_item(any_toxic, prompts, "max")}
+
+# %% ../nbs/07_evaluation.ipynb #0cd6f2e9
+def win_rate(
+    before, after,  # reward of each unsteered and each steered output, (N,), row i about the same prompt
+    groups=None,  # of each item
+    **kw,  # of `bootstrap_interval`
+) -> Estimate:
+    "Share of items that `after` wins; a tie counts one half"
+    d = np.asarray(after, float) - np.asarray(before, float)
+    return bootstrap_interval(np.where(np.isnan(d), np.nan, (np.sign(d) + 1) / 2), groups, **kw)
+
+def tokens_per_second(
+    generate,  # called without arguments, gives a list of answers
+    tokenizer,  # that counts their tokens
+    runs: int = 3,
+    warmup: int = 1,  # runs that are not timed
+) -> np.ndarray:  # (runs,)
+    "Speed of generation, for comparisons side by side with the same prompts, batch and cache"
+    import time
+    speeds = []
+    for _ in range(warmup + runs):
+        start = time.perf_counter()
+        answers = generate()
+        if torch.cuda.is_available(): torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        speeds.append(sum(len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]) / seconds)
+    return np.array(speeds[warmup:])
+
 # %% ../nbs/07_evaluation.ipynb #76e2ea12
 @dataclass
 class Row:
@@ -641,6 +708,161 @@ def text_metrics(texts: list) -> dict:  # metric name -> (N,)
 
 #: Wanted direction of the metrics made here
 BETTER = {"true": 1, "info": 1, "true_info": 1, "toxicity": -1, "toxic": -1, "reward": 1, "kl": -1, "dist1": 1, "dist2": 1, "dist3": 1, "loops": -1, "empty": -1, "perplexity": -1}
+
+# %% ../nbs/07_evaluation.ipynb #1f990b0d
+class ProbeOdds:
+    "Log-odds of held-out activations under a probe fitted on the other half of the groups"
+    name = "log-odds of an independent probe"
+    def __init__(self, pos, neg, groups=None, seed=0):
+        d = contrast(pos, neg, groups=groups)
+        X, y, groups = d.X, d.y.cpu().numpy(), np.arange(len(d.X)) if d.groups is None else d.groups
+        fit, test = grouped_folds(y, groups, 2, seed)[0]
+        half = [fit[y[fit] == k] for k in (1, 0)]
+        self.data = contrast(X[half[0]], X[half[1]], groups=groups[np.concatenate(half)])  # for placebos
+        self.x, self.groups, sd = X[test], groups[test], X[fit].double().std(0)
+        sd = sd.clamp(min=1e-6 * sd.max())
+        self.w = logistic_regression(X[fit] / sd, y[fit], C=.01)[0] / sd
+        self.auc = _auc(self.value(self.x), y[test])
+
+    def value(self, x): return (x.double() @ self.w).cpu().numpy()
+    def shift(self, steerer, share): return self.value(steerer.steer(self.x, share=share)) - self.value(self.x)
+
+    def off(self, steerer) -> dict:
+        "What must stay as it was, and whether it did"
+        kept = self.x.clone()
+        same = all(torch.equal(steerer.steer(self.x.to(t), **{unit: 0}), self.x.to(t)) for unit in ("T", "share") for t in (torch.float32, torch.bfloat16))
+        return {"strength 0 changes no bit": same, "steering leaves its input alone": torch.equal(kept, self.x)}
+
+def _auc(score, y):
+    from sklearn.metrics import roc_auc_score
+    return float(roc_auc_score(y, score))
+
+# %% ../nbs/07_evaluation.ipynb #9347f804
+class ModelOdds:
+    "Log-odds of wanted against unwanted answers under the model, question by question"
+    name, auc = "log-odds of the wanted answers under the model", None
+    def __init__(self, pos, neg, groups, model, tokenizer, layer, batch_size=32):
+        texts, n = [*pos, *neg], len(pos)
+        bad = next((t for t in texts if not (isinstance(t, (tuple, list)) and len(t) == 2 and isinstance(t[1], str))), None)
+        if bad is not None: raise ValueError(f"with a model, give (prompt, answer) pairs, so that the answer can be scored given the question; got {bad!r}")
+        if tokenizer is None: raise ValueError("with model= pass its tokenizer= too")
+        questions = [json.dumps(q) for q, _ in texts]
+        self.model, self.tokenizer, self.layer, self.texts, self.batch_size = model, tokenizer, layer, texts, batch_size
+        both = {q: i for i, q in enumerate(q for q in dict.fromkeys(questions[:n]) if q in set(questions[n:]))}
+        if not both: raise ValueError("no question has both a wanted and an unwanted answer: pairs (prompt, answer) of the two lists must share their prompts")
+        rows, item = np.array([(i, both[q]) for i, q in enumerate(questions) if q in both]).T
+        sign = np.where(rows < n, 1, -1)
+        self.average = np.zeros((len(both), len(texts)))
+        for s in (1, -1): self.average[item[sign == s], rows[sign == s]] = s / np.bincount(item[sign == s])[item[sign == s]]
+        self.groups = per_item(np.asarray(questions if groups is None else groups)[rows], item, "first")
+        acts = collect_activations(model, tokenizer, texts, layers=[layer], batch_size=batch_size, progress=False)[layer]
+        self.data, self.plain = contrast(acts[:n], acts[n:], groups=questions if groups is None else groups), self.odds()
+
+    def odds(self): return self.average @ score_continuations(self.model, self.tokenizer, *zip(*self.texts), batch_size=self.batch_size).double().numpy()
+
+    def shift(self, steerer, share):
+        with steering(self.model, steerer, layer=self.layer, share=share): return self.odds() - self.plain
+
+# %% ../nbs/07_evaluation.ipynb #c3d20490
+@patch
+def off(self: ModelOdds, steerer) -> dict:
+    "What must stay as it was, and whether it did"
+    batch = padded(encode(self.tokenizer, self.texts[:8]), _pad_id(self.tokenizer), "right", _device(self.model.get_input_embeddings()))
+    def logits():
+        with _evaluating(self.model): return self.model(**batch, use_cache=False).logits
+    before, zero = logits(), []
+    for unit in ("T", "share"):
+        with steering(self.model, steerer, layer=self.layer, **{unit: 0.}): zero.append(logits())
+    with steering(self.model, steerer, layer=self.layer, share=.1): logits()
+    return {"strength 0 changes no bit of the logits": all(torch.equal(z, before) for z in zero), "after removal the logits are what they were": torch.equal(logits(), before)}
+
+# %% ../nbs/07_evaluation.ipynb #b6d0210c
+def placebo_test(
+    shift: float,  # of the steerer
+    placebos,  # shifts under random directions, (K,)
+) -> float:  # p-value, one-sided
+    "Probability that one more placebo does as well"
+    from scipy.special import stdtr
+    p, k = np.asarray(placebos, float), len(placebos)
+    if k < 2: raise ValueError(f"{k} placebos have no spread: give 2 or more")
+    s = p.std(ddof=1) * math.sqrt(1 + 1/k)
+    return float(stdtr(k - 1, (p.mean() - shift) / s)) if s > 0 else float(shift <= p.mean())
+
+def _placebos(odds, steerer, share, k, seed):
+    "kind -> mean shifts of k placebos that move as far as the steerer"
+    def shifts(made): return np.array([odds.shift(p, share * float(steerer.median_norm_ / p.median_norm_)).mean() for p in made])
+    d, rng = odds.data, np.random.default_rng(seed)
+    m = min(len(d.pos), len(d.neg))  # equal counts, for methods that need pairs
+    p, q = (np.sort(rng.permutation(len(x))[:m]) for x in (d.pos, d.neg))
+    even = contrast(d.pos[p], d.neg[q], groups=d.groups[np.concatenate([p, len(d.pos) + q])])
+    def refit(i): mixed = shuffle_labels(even, seed + i); return type(steerer)(**steerer.params).fit(mixed.pos, mixed.neg, groups=mixed.groups, pairs=mixed.pairs)
+    return {"random directions": shifts(RandomDirection(seed=seed + i).fit(d.pos, d.neg) for i in range(k)), "shuffled labels": shifts(map(refit, range(k)))}
+
+# %% ../nbs/07_evaluation.ipynb #14ada4e7
+@dataclass
+class SteererReport:
+    "What `check_steerer` found"
+    steerer: str
+    measure: str  # whose log-odds
+    shares: list  # strengths, as shares of the median norm
+    dose: list  # Estimate of the mean shift in nats at each
+    placebos: dict  # kind -> (k,) mean shifts at the last strength
+    p: float  # probability that one more random direction does as well
+    findings: list  # (passed, text); passed is None for a remark
+
+    @property
+    def ok(self): return all(passed is not False for passed, _ in self.findings)
+
+    def __str__(self):
+        dose = [f"  share {s:<5g} {e.value:+8.3f} [{e.lo:+.3f}, {e.hi:+.3f}]" for s, e in zip(self.shares, self.dose)]
+        placebos = [f"  {kind:<18} mean {p.mean():+.3f}, sd {p.std(ddof=1):.3f}, largest {p.max():+.3f}" for kind, p in self.placebos.items()]
+        found = [f"{ {True: 'PASS', False: 'FAIL', None: 'LOOK'}[passed]}: {text}" for passed, text in self.findings]
+        head = f"shift of the {self.measure}, nats (mean and 95 % interval over {self.dose[0].n} items in {self.dose[0].groups} groups)"
+        return "\n".join([self.steerer, "", head, *dose, f"placebos at share {self.shares[-1]:g}", *placebos, "", *found])
+    __repr__ = __str__
+
+# %% ../nbs/07_evaluation.ipynb #8a0f9022
+def _verdicts(shares, dose, steps, kinds, p, odds, off, finite):
+    "(passed, text) for each claim"
+    top, falls = dose[-1], [i for i, s in enumerate(steps) if s.hi < 0]
+    flat = [i for i, s in enumerate(steps) if s.lo <= 0 <= s.hi]
+    between = lambda i: f"from share {shares[i]:g} to {shares[i + 1]:g}"
+    if not finite: yield False, "steering gives NaN or infinity"
+    yield top.lo > 0, f"at share {shares[-1]:g} the log-odds " + ("rise" if top.lo > 0 else "do not clearly rise") + f": {top.value:+.3f} nats [{top.lo:+.3f}, {top.hi:+.3f}]"
+    far, beaten, k = p < .01, (kinds["shuffled labels"] < top.value).sum(), len(kinds["shuffled labels"])
+    yield far, f"{'more' if far else 'no more'} than random directions: one more of them would do as well with probability {p:.2g}"
+    yield bool(beaten == k), f"more than {'all' if beaten == k else f'only {beaten} of'} {k} refits on shuffled labels"
+    if falls: yield False, f"more strength, less shift: {between(falls[0])} it changes by {steps[falls[0]].value:+.3f}; try smaller shares"
+    else: yield sum(s.value for s in steps) > 0, "the shift grows with the strength" + (f", though not clearly {between(flat[0])}" if flat else " at every step")
+    for claim, held in off.items(): yield held, claim if held else f"NOT TRUE: {claim}"
+    if odds.auc is not None: yield (None if odds.auc >= .6 else False), f"the probe tells unseen wanted from unwanted with AUC {odds.auc:.2f}" + ("" if odds.auc >= .6 else ": too little to judge by; collect more, or check with model=")
+    if top.groups < 20: yield None, f"only {top.groups} groups: the intervals are too short (see the coverage study above)"
+
+# %% ../nbs/07_evaluation.ipynb #ead02817
+def check_steerer(
+    steerer,  # fitted
+    pos, neg,  # held-out activations (N, d); with a model, (prompt, answer) pairs that share their prompts
+    *,
+    groups=None,  # question of each row, positives first; with a model the prompt by default
+    model=None, tokenizer=None, layer: int = None,  # to ask the model itself; layer: default the one on the steerer's card
+    shares=(.1, .2, .3),  # strengths, as shares of the median norm, rising; placebos are tried at the last
+    placebos: int = 8,  # of each kind
+    seed: int = 0,  # of splits and placebos
+    batch_size: int = 32,
+) -> SteererReport:
+    "Does it move the log-odds more than placebos do, more with more strength, and not at all when off?"
+    steerer._must_be_fitted()
+    shares = sorted(map(float, shares))
+    if len(shares) < 2 or shares[0] <= 0: raise ValueError(f"shares must be two or more positive numbers; got {shares}")
+    layer = steerer.about.get("layer") if layer is None else layer
+    if model is not None and layer is None: raise ValueError("say at which block to steer: layer= (this steerer's card names none)")
+    odds = ProbeOdds(pos, neg, groups, seed) if model is None else ModelOdds(pos, neg, groups, model, tokenizer, layer, batch_size)
+    shifts = np.array([odds.shift(steerer, s) for s in shares])
+    kinds = _placebos(odds, steerer, shares[-1], placebos, seed)
+    dose = [bootstrap_interval(x, odds.groups) for x in shifts]
+    steps = [paired_difference(a, b, odds.groups) for a, b in zip(shifts, shifts[1:])]
+    p = placebo_test(shifts[-1].mean(), kinds["random directions"])
+    return SteererReport(repr(steerer), odds.name, shares, dose, kinds, p, list(_verdicts(shares, dose, steps, kinds, p, odds, odds.off(steerer), np.isfinite(shifts).all())))
 
 # %% ../nbs/07_evaluation.ipynb #5376cf76
 def read_rows(
