@@ -101,7 +101,7 @@ class DensityRatioBarrier(Barrier):
     ):
         super().__init__()
         if not C > 0: raise ValueError(f"C must be positive; got {C!r}")
-        self.features, self.C, self.normalize = features, C, normalize
+        self.features, self.C, self.normalize, self._form = features, C, normalize, None
 
     def _unit(self, a):
         "What the features see, in float32 or better, and the norm that was divided out."
@@ -189,12 +189,35 @@ class RandomFourierFeatures(nn.Module):
     def forward(self, x): return math.sqrt(2 / self.n_components) * self._angle(x).cos()
     def vjp(self, x, w): return -math.sqrt(2 / self.n_components) * (self._angle(x).sin() * w) @ self.W_.to(x)
 
+# %% ../nbs/02_density.ipynb #ef30d00f
+@patch
+def quadratic_form(self: PolynomialCountSketch,
+    w: Tensor,  # (n_components,)
+) -> tuple:  # A (d, d) and c (d,)
+    "For degree 2: the gradient of `w . psi(x)` is `A x + c`."
+    if self.degree != 2: raise ValueError(f"only a sketch of degree 2 is a quadratic form; this one has degree {self.degree}")
+    (h1, h2), (s1, s2) = self.indexHash_, self.bitHash_.to(w)
+    M = s1[:, None] * s2 * w[(h1[:, None] + h2) % self.n_components]
+    M, d = M + M.T, len(h1) - (self.coef0 != 0)
+    return self.gamma * M[:d, :d], (self.gamma * self.coef0)**0.5 * M[:d, d] if self.coef0 else w.new_zeros(d)
+
+@patch
+def _vjp(self: DensityRatioBarrier, u, w):
+    "`J(u)^T w` of the features, by the cheaper of two exact routes"
+    phi = self.features
+    if not (isinstance(phi, PolynomialCountSketch) and phi.degree == 2 and u.shape[-1] <= 512): return phi.vjp(u, w)
+    made = self.coef_, 0 if self.coef_.is_inference() else self.coef_._version, w.dtype, w.device  # what the matrix was made from
+    if self._form is None or self._form[0][0] is not made[0] or self._form[0][1:] != made[1:]:
+        with torch.inference_mode(False), torch.no_grad(): self._form = made, phi.quadratic_form(w.clone())
+    A, c = self._form[1]
+    return u @ A + c
+
 # %% ../nbs/02_density.ipynb #5e889b07
 @patch
 def grad(self: DensityRatioBarrier, a):
     "`grad h(a)`, exact, (..., d); orthogonal to `a` when `normalize`."
     u, r = self._unit(a)
-    g = self.features.vjp(u, self._weights(a))
+    g = self._vjp(u, self._weights(a))
     return (g - u * (u * g).sum(-1, keepdim=True)) / r if self.normalize else g
 
 # %% ../nbs/02_density.ipynb #845b28d3
