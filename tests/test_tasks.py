@@ -1,0 +1,523 @@
+"The published tasks: their rows, splits, draws, formats and choices; no leaks; lm-eval through our own model class"
+import csv
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import odesteer as ods
+from odesteer import benchmarks as b
+from odesteer.evaluation import YesNoJudge, Panel, perplexity, read_rows
+from odesteer.micro import Prompt
+
+from .archs import tiny_model, tiny_tokenizer
+
+DATA = Path(os.environ.get("ODESTEER_DATA", "/nowhere"))
+QA_FILE, RTP_FILE = DATA/"truthfulqa/TruthfulQA.csv", DATA/"realtoxicityprompts/val.jsonl"
+needs_qa, needs_rtp = (pytest.mark.skipif(not f.exists(), reason="ODESTEER_DATA names no folder with this file") for f in (QA_FILE, RTP_FILE))
+
+
+def judge(prompts, answers): return {m: np.array([float(len(a) % 2) for a in answers]) for m in ("true", "info", "true_info", "toxicity", "reward")}
+
+
+def norm(text): return re.sub(r"\W+", " ", text.lower()).strip()  # the tests' own idea of the same question
+
+
+def questions(n, wrong=3): return [dict(question=f"Is {i} odd?", correct=[f"right {i}", f"quite right {i}"], incorrect=[f"wrong {i} {k}" for k in range(wrong)], best=f"right {i}", best_wrong=f"wrong {i} 0") for i in range(n)]
+
+
+def hub_rows(rows): return [dict(question=r["question"], best_answer=r["best"], correct_answers=r["correct"], incorrect_answers=r["incorrect"]) for r in rows]
+
+
+def write(path, rows): path.write_text("\n".join(map(json.dumps, rows))); return str(path)
+
+
+def write_csv(path, rows):
+    with open(path, "w", encoding="utf-8-sig", newline="") as f:
+        out = csv.writer(f)
+        out.writerow(["Type", "Question", "Best Answer", "Best Incorrect Answer", "Correct Answers", "Incorrect Answers"])
+        for r in rows: out.writerow(["Adversarial", r["question"], r["best"], r["best_wrong"], "; ".join(r["correct"]), ";".join(r["incorrect"]) + "; "])
+    return str(path)
+
+
+def assert_disjoint(task):
+    for fold in task.folds:
+        fit = {norm(q) for q in [*fold.texts.pos_groups, *fold.texts.neg_groups]}
+        val, test = ({norm(p.fact) for p in part} for part in (fold.val, fold.test))
+        assert fit and test and not fit & val and not fit & test and not val & test
+
+
+# --- splits and leaks
+
+@pytest.mark.parametrize("n", [2, 7, 40, 813, 817])
+@pytest.mark.parametrize("test_size", [.2, .5])
+def test_halves_are_those_of_the_datasets_library(n, test_size):
+    from datasets import Dataset
+    split = Dataset.from_dict({"row": range(n)}).train_test_split(test_size=test_size, seed=42)
+    assert b.halves(n, test_size) == (split["train"]["row"], split["test"]["row"])
+
+
+def test_the_817_questions_give_the_published_halves_and_each_is_tested_once(tmp_path):
+    rows = questions(817)
+    task = b.truthfulqa(write(tmp_path/"hub.jsonl", hub_rows(rows)), judge)
+    assert [len(f.test) for f in task.folds] == [408, 409]
+    assert sorted(p.fact for f in task.folds for p in f.test) == sorted(r["question"] for r in rows)
+    assert [len(f.val) for f in task.folds] == [math.ceil(.2 * n) for n in (409, 408)]
+    for fold in task.folds:
+        n = 817 - len(fold.test) - len(fold.val)
+        assert (len(fold.texts.pos), len(fold.texts.neg)) == (2*n, 3*n)
+        number = fold.texts.pos_groups[0].split()[1]
+        assert "".join(fold.texts.pos[0]) == f"Q: Is {number} odd?\nA: right {number}"
+    assert_disjoint(task)
+    assert task.folds[0].test[0].text.endswith(f"\nQ: {task.folds[0].test[0].fact}\nA:") and task.stop == ("\nQ:",)
+    assert task.decoding == dict(do_sample=True, temperature=.7, top_p=.9, top_k=0, repetition_penalty=1.1, max_new_tokens=50)
+
+
+same = st.sampled_from(["Is it so?", "is it so", " IS it  so ?", "Is it not so?", "Why?", "why", "Who are you", "who are you?!", "Two", "three", "Four?"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(*[st.lists(same, max_size=8)] * 4, st.none() | st.integers(1, 4))
+def test_a_fold_cannot_leak_whatever_the_rows(pos, neg, val, test, limit):
+    texts = lambda qs: [(q, ("Q:", f" {i}")) for i, q in enumerate(qs)]
+    try: fold = b.make_fold(texts(pos), texts(neg), [Prompt(q, q) for q in val], [Prompt(q, q) for q in test], limit)
+    except ValueError: return
+    fit = {norm(q) for q in fold.texts.pos_groups} | {norm(q) for q in fold.texts.neg_groups}
+    assert not fit & {norm(q) for q in test + val} and not {norm(p.fact) for p in fold.val} & {norm(q) for q in test}
+    assert [p.fact for p in fold.test] == test[:limit]
+    if limit is None: assert {t for t in fold.texts.pos} == {t for q, t in texts(pos) if norm(q) not in {norm(x) for x in test + val}}
+
+
+def test_a_task_made_by_hand_with_a_leak_is_refused(tmp_path):
+    fold = b.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge).folds[0]
+    for parts in ([fold.texts, fold.val, [*fold.test, Prompt("x", fold.texts.neg_groups[0].upper() + "!")]], [fold.texts, [*fold.val, fold.test[0]], fold.test]):
+        with pytest.raises(ValueError, match="stand both in"): b.Task("leaky", [b.Fold(*parts)], judge, "true", {"true": 1}, data={})
+
+
+def test_a_question_in_two_rows_is_not_fitted_where_it_is_tested(tmp_path):
+    rows = questions(40)
+    rows[7]["question"] = rows[21]["question"].upper() + " "
+    task = b.truthfulqa(write(tmp_path/"twice.jsonl", hub_rows(rows)), judge)
+    assert_disjoint(task)
+    assert sum(len(f.test) for f in task.folds) == 40
+
+
+def test_the_contaminated_protocol_says_so_everywhere(tmp_path):
+    rows = [dict(question=f"Is {i} odd?", mc2_targets=dict(choices=["yes", "no", "maybe"], labels=[i % 2, 1 - i % 2, 0])) for i in range(300)]
+    task = b.truthfulqa(write(tmp_path/"mc.jsonl", rows), judge, protocol="alqr-paper")
+    fold, = task.folds
+    assert "contaminated" in task.name and task.data["contaminated"] is True
+    assert len(fold.texts.pos) == len(fold.texts.neg) == 200 and len(fold.test) == 300 and task.samples == 5 and len(task.prompts("test")) == 1500
+    for prompt, answer in fold.texts.pos: assert answer == (" yes" if int(re.search(r"\d+", prompt)[0]) % 2 else " no")
+    assert fold.test[3].text == "Q: Is 3 odd? A:" and task.decoding["top_p"] == .3 and task.decoding["repetition_penalty"] == 1.2
+    clean = b.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge)
+    assert not any(isinstance(f, b.ContaminatedFold) for f in clean.folds) and "contaminated" not in json.dumps(clean.data)
+    with pytest.raises(ValueError, match="alqr-paper"): b.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge, protocol="alqr")
+
+
+# --- formats and identity
+
+def test_the_same_rows_are_the_same_task_whatever_the_file(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset, DatasetDict
+    rows = questions(31)
+    pq.write_table(pa.Table.from_pylist(hub_rows(rows)), tmp_path/"q.parquet")
+    Dataset.from_list(hub_rows(rows)).save_to_disk(tmp_path/"saved")
+    DatasetDict({"validation": Dataset.from_list(hub_rows(rows))}).save_to_disk(tmp_path/"saved_dict")
+    paths = [write(tmp_path/"q.jsonl", hub_rows(rows)), write_csv(tmp_path/"q.csv", rows), str(tmp_path/"q.parquet"), str(tmp_path/"saved"), str(tmp_path/"saved_dict")]
+    tasks = [b.truthfulqa(p, judge) for p in paths]
+    assert len({json.dumps(t.data, sort_keys=True) for t in tasks}) == 1
+    for t in tasks[1:]: assert t.folds == tasks[0].folds
+
+
+def test_whatever_changes_the_texts_or_the_rules_changes_the_identity(tmp_path):
+    rows = questions(31)
+    path = write(tmp_path/"q.jsonl", hub_rows(rows))
+    for r in rows: r["correct"][1] += "!"
+    def other(prompts, answers): return judge(prompts, answers)
+    other.about = {"model": "another", "revision": "abc"}
+    variants = [b.truthfulqa(path, judge), b.truthfulqa(write(tmp_path/"r.jsonl", hub_rows(rows)), judge), b.truthfulqa(path, other), b.truthfulqa(path, judge, seed=43), b.truthfulqa(path, judge, val_ratio=.3),
+                b.truthfulqa(path, judge, template="chat"), b.truthfulqa(path, judge, system="Be brief."), b.truthfulqa(path, judge, limit=5), b.truthfulqa(path, judge, fluency=(tiny_model("llama"), tiny_tokenizer())),
+                b.truthfulqa(path, judge, protocol="alqr-paper")]
+    assert len({json.dumps(t.data, sort_keys=True) for t in variants}) == len(variants)
+    assert variants[2].data["judge"] == other.about
+    assert b.truthfulqa(path, judge).data == variants[0].data
+
+
+def test_chat_template(tmp_path):
+    task, tok = b.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge, template="chat", system="Be brief."), tiny_tokenizer()
+    prompt, fold = task.folds[0].test[0], task.folds[0]
+    assert prompt.text == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": prompt.fact}]
+    ids = ods.models.encode(tok, [fold.texts.pos[0]])[0].ids
+    assert ids.count(tok.bos_token_id) == 1 and tok.decode(ids[-3:]) == fold.texts.pos[0][1][-3:]  # read at the answer's last token, no template behind it
+    assert task.instruct(prompt).text[1]["content"].endswith(prompt.fact) and task.instruct(prompt).text[1]["content"] != prompt.fact and task.instruct(prompt).fact == prompt.fact
+    with pytest.raises(ValueError, match="template"): b.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge, template="chatml")
+
+
+def test_limit_is_for_trials(tmp_path):
+    path = write(tmp_path/"q.jsonl", hub_rows(questions(60)))
+    small, full = b.truthfulqa(path, judge, limit=4), b.truthfulqa(path, judge)
+    for s, f in zip(small.folds, full.folds):
+        assert (len(set(s.texts.pos_groups)), len(s.val), len(s.test)) == (4, 4, 4)
+        assert s.test == f.test[:4] and s.val == f.val[:4] and set(s.texts.pos) <= set(f.texts.pos)
+    assert_disjoint(small)
+
+
+def test_rows_without_the_columns_are_refused_with_a_remedy(tmp_path):
+    with pytest.raises(ValueError, match="correct_answers, incorrect_answers"): b.truthfulqa(write(tmp_path/"a.jsonl", [{"question": "Why?", "answer": "so"}]), judge)
+    with pytest.raises(ValueError, match="score_chosen, score_rejected"): b.ultrafeedback(write(tmp_path/"b.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}]), judge=judge)
+    with pytest.raises(ValueError, match="prompt.toxicity"): b.realtoxicityprompts(write(tmp_path/"c.jsonl", [{"text": "a"}]), judge=judge, filter=None)
+    with pytest.raises(ValueError, match="wrong='first'"): b.truthfulqa_binary(write(tmp_path/"d.jsonl", hub_rows(questions(9))))
+
+
+# --- the binary form
+
+def test_binary_letters_are_balanced_and_judged_by_the_option_behind_them(tmp_path):
+    rows = questions(101)
+    task = b.truthfulqa_binary(write_csv(tmp_path/"q.csv", rows))
+    prompts = [p for _, p in task.prompts("test")]
+    by_letter = {}
+    for p in prompts:
+        options = dict(re.findall(r"^([AB])\. (.*)$", p.text, re.M))
+        row = next(r for r in rows if r["question"] == p.fact)
+        assert sorted(options.values()) == sorted([row["best"], row["best_wrong"]]) and p.text.endswith("\nAnswer:")
+        by_letter[p.fact] = next(k for k, v in options.items() if v == row["best"])
+    assert sorted(Counter(by_letter.values()).values()) == [50, 51]
+    assert task.choices(prompts[0]) == [" A", " B"]
+    rng = random.Random(0)
+    said = [rng.choice([" A", " B"]) for _ in prompts]
+    assert task.judge(prompts, said)["correct"].tolist() == [float(s.strip() == by_letter[p.fact]) for p, s in zip(prompts, said)]
+    assert_disjoint(task)
+    open_task = b.truthfulqa(write_csv(tmp_path/"q.csv", rows), judge)
+    assert [f.texts for f in task.folds] == [f.texts for f in open_task.folds]  # the same steerers, another exam
+
+
+def test_binary_run_chooses_by_the_logits_at_the_last_position(tmp_path):
+    model, tok = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer()
+    task = b.truthfulqa_binary(write_csv(tmp_path/"q.csv", questions(12)))
+    bench = b.Bench(model, tok, task, tmp_path/"runs", batch_size=4)
+    caa = bench.steerer("caa", 1, {}, 0)
+    letters = [tok(x, add_special_tokens=False)["input_ids"] for x in (" A", " B")]
+    assert letters[0][:1] == letters[1][:1]  # one token per character here: the space, then the letter
+    for how in (None, dict(method="caa", layer=1, strength={"T": 3.})):
+        run = bench.run(split="test", seed=0, **(how or {}))
+        rows = [json.loads(line) for line in open(bench.out/run.key/"answers.jsonl")]
+        for (k, p), row in list(zip(task.prompts("test"), rows))[:6]:
+            ids = torch.tensor([tok(p.text)["input_ids"] + letters[0][:1]])
+            steerer = bench.steerer("caa", 1, {}, k)
+            with torch.no_grad(), (ods.steering(model, steerer, layer=1, T=3., positions=[ids.shape[1] - 1]) if how else b.nullcontext()): logits = model(ids).logits[0, -1]
+            assert row["answer"] == (" A" if logits[letters[0][1]] > logits[letters[1][1]] else " B")
+    assert caa is bench.steerer("caa", 1, {}, 0)
+
+
+# --- UltraFeedback
+
+def preference(request, chosen="good", rejected="bad", by=2.):
+    turns = lambda reply: [dict(role="user", content=request), dict(role="assistant", content=reply)]
+    return dict(prompt=request, chosen=turns(chosen), rejected=turns(rejected), score_chosen=5. + by, score_rejected=5.)
+
+
+def test_ultrafeedback_counts_and_draws(tmp_path):
+    train = [preference(f"train {i}", f"good {i}") for i in range(10_900)]
+    train[5:5] = [preference("train 0", "later"), preference("tie", by=0.), preference("worse", by=-1.), preference("empty", chosen=" "), preference("empty too", rejected="")]
+    test = [preference(f"test {i % 700}", f"good {i}") for i in range(1400)]
+    paths = write(tmp_path/"train.jsonl", train), write(tmp_path/"test.jsonl", test)
+    task = b.ultrafeedback(*paths, judge=judge)
+    fold, = task.folds
+    rng = np.random.default_rng(42)
+    kept = [f"train {i}" for i in range(10_900)]
+    order = rng.choice(10_900, 10_500, replace=False)
+    tested = rng.choice(1400, 500, replace=False)
+    assert [t[0] for t in fold.texts.pos] == [kept[i] for i in order[:10_000]] and [p.fact for p in fold.val] == [kept[i] for i in order[10_000:]]
+    assert [p.text for p in fold.test] == list(dict.fromkeys(f"test {i % 700}" for i in tested)) and len(fold.test) < 500
+    assert dict(fold.texts.pos)["train 0"] == "\ngood 0" if "train 0" in dict(fold.texts.pos) else True
+    assert all(len(x) == 10_000 for x in (fold.texts.neg, fold.texts.pos_groups, fold.texts.neg_groups)) and fold.texts.neg[0][1] == "\nbad"
+    assert task.max_length == 2048 and task.decoding["no_repeat_ngram_size"] == 2 and task.decoding["max_new_tokens"] == 128
+    assert_disjoint(task)
+
+
+def test_ultrafeedback_requests_of_the_test_leave_the_texts(tmp_path):
+    train = write(tmp_path/"train.jsonl", [preference(f"ask {i}") for i in range(60)])
+    test = write(tmp_path/"test.jsonl", [preference(f"ASK, {i}") for i in range(30)])
+    task = b.ultrafeedback(train, test, judge, n_train=50, n_val=10, n_test=30)
+    fold, = task.folds
+    assert len(fold.test) == 30 and len(fold.texts.pos) + len(fold.val) == 30
+    assert_disjoint(task)
+    with pytest.raises(ValueError, match="smaller n_train=, n_val=, n_test="): b.ultrafeedback(train, test, judge)
+
+
+@pytest.mark.parametrize("template, prompt, pair", [("plain", "ask 1", ("ask 1", "\ngood")), ("chat", [{"role": "user", "content": "ask 1"}], ([{"role": "user", "content": "ask 1"}], "good")),
+                                                    ("chat-raw", "ask 1", ([{"role": "user", "content": "ask 1"}], "good"))])
+def test_ultrafeedback_templates(tmp_path, template, prompt, pair):
+    path = write(tmp_path/"p.jsonl", [preference("ask 1")] + [preference(f"ask {i}") for i in range(2, 12)])
+    fit, = b.ultrafeedback(path, write(tmp_path/"t.jsonl", [preference("other")]), judge, template, 11, 0, 1).folds
+    tested, = b.ultrafeedback(path, write(tmp_path/"t.jsonl", [preference("ask 1")]), judge, template, 11, 0, 1).folds
+    assert pair in fit.texts.pos and tested.test[0].text == prompt
+
+
+# --- RealToxicityPrompts
+
+def prompts_file(path, n=8000, seed=0):
+    rng = np.random.default_rng(seed)
+    return write(path, [dict(prompt=dict(text=f"the {i} said", toxicity=None if i % 100 == 0 else float(rng.beta(1.5, 2.5))), continuation=dict(text="x", toxicity=1.)) for i in range(n)])
+
+
+def test_binned_draw_is_even_over_the_score():
+    import pandas as pd
+    scores = np.random.default_rng(1).beta(1, 4, size=9000)
+    drawn = b.binned_draw(scores, 300)
+    bins = pd.cut(pd.Series(scores), np.linspace(scores.min(), scores.max(), 6), right=False, labels=False).fillna(4).astype(int)
+    assert Counter(bins[drawn]) == {k: min(300, v) for k, v in Counter(bins).items()} and len(set(drawn.tolist())) == len(drawn)
+    assert drawn.tolist() == b.binned_draw(scores, 300).tolist() != b.binned_draw(scores, 300, seed=1).tolist()
+    assert sorted(b.binned_draw([.5, .5, .5], 10)) == [0, 1, 2]  # no spread
+
+
+def test_realtoxicityprompts_counts(tmp_path):
+    path = prompts_file(tmp_path/"rtp.jsonl")
+    task = b.realtoxicityprompts(path, judge=judge, filter=None)
+    fold, = task.folds
+    score = {r["prompt"]["text"]: r["prompt"]["toxicity"] for r in read_rows(path)}
+    assert len(fold.val) == len(fold.test) == 500 and all(score[p.text] > .5 and p.text == p.fact for p in fold.val + fold.test)
+    assert all(score[t] <= .1 for t in fold.texts.pos) and all(score[t] >= .8 for t in fold.texts.neg) and len(fold.texts.pos) == 200
+    assert task.better["toxicity"] == -1 and task.decoding["max_new_tokens"] == 50
+    assert_disjoint(task)
+    several = b.realtoxicityprompts(path, judge=judge, filter=None, samples=3, limit=4)
+    asked = [p.text for _, p in several.prompts("test")]
+    assert asked == [p.text for p in fold.test[:4] for _ in range(3)]
+    with pytest.raises(ValueError, match="smaller n_val=, n_test="): b.realtoxicityprompts(prompts_file(tmp_path/"few.jsonl", 1000), judge=judge, filter=None)
+
+
+def test_surprising_prompts_are_left_out(tmp_path):
+    model, tok = tiny_model("gpt2"), tiny_tokenizer()
+    path = prompts_file(tmp_path/"rtp.jsonl", 400)
+    rows = [(r["prompt"]["text"], r["prompt"]["toxicity"]) for r in read_rows(path) if r["prompt"]["toxicity"] is not None]
+    def surprise(text):
+        ids = torch.tensor([tok(text)["input_ids"]])  # with the beginning-of-sequence token
+        with torch.no_grad(): return math.exp(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]))
+    all_of_them = {t: surprise(t) for t, s in rows if s > .5}
+    middle = float(np.median(list(all_of_them.values())))
+    val, test = b.toxic_prompts(rows, model, tok, middle, n_val=5, n_test=len([p for p in all_of_them.values() if p < middle]) - 5)
+    assert set(val + test) == {t for t, p in all_of_them.items() if p < middle}
+    task = b.realtoxicityprompts(path, judge=judge, filter=(model, tok), n_val=5, n_test=5)
+    assert task.data["filter"] == ods.models.fingerprint(model)
+
+
+def test_comments_as_texts_to_fit_on(tmp_path):
+    rng = np.random.default_rng(2)
+    rows = [dict(id=str(i), comment_text=f"comment {i}", toxicity=f"{rng.beta(1, 3):.6f}") for i in range(6000)]
+    rows += [dict(rows[0], toxicity="0.99")]  # a copy: the first counts
+    with open(tmp_path/"all_data.csv", "w", newline="") as f: out = csv.DictWriter(f, rows[0]); out.writeheader(); out.writerows(rows)
+    score = {r["comment_text"]: float(r["toxicity"]) for r in reversed(rows)}
+    pos, neg = b.scored_comments(str(tmp_path/"all_data.csv"), per_bin=100)
+    assert len(set(pos)) == len(pos) and len(set(neg)) == len(neg)
+    for part, toxic in ((pos, False), (neg, True)):
+        side = np.array([s for s in score.values() if (s > .5) == toxic])
+        edges = np.linspace(side.min(), side.max(), 6)
+        counted, drawn = np.histogram(side, edges)[0], np.histogram([score[t] for t, _ in part], edges)[0]
+        assert (drawn == np.minimum(counted, 100)).all()
+    halves = [write(tmp_path/f"{k}.jsonl", [dict(text=r["comment_text"], toxicity=float(r["toxicity"])) for r in rows[k::2]]) for k in (0, 1)]
+    task = b.realtoxicityprompts(prompts_file(tmp_path/"rtp.jsonl"), halves, judge, filter=None)
+    assert task.data["texts"] == "comments" and set(task.folds[0].texts.neg) <= {r["comment_text"] for r in rows}
+    with pytest.raises(ValueError, match="toxicity; it has"): b.scored_comments(write(tmp_path/"bad.jsonl", [{"comment": "x", "toxicity": 1}]))
+
+
+# --- real files, tiny models, end to end
+
+@needs_qa
+def test_truthfulqa_real_file():
+    rows = b.truthfulqa_rows(str(QA_FILE))
+    assert (len(rows), sum(len(r["correct"]) for r in rows), sum(len(r["incorrect"]) for r in rows)) == (813, 2818, 3353)
+    task = b.truthfulqa(str(QA_FILE), judge, val_ratio=.2)
+    assert [len(f.test) for f in task.folds] == [406, 407] and len({p.fact for f in task.folds for p in f.test}) == 813
+    assert_disjoint(task)
+    binary = b.truthfulqa_binary(str(QA_FILE), wrong="first")
+    assert [len(f.test) for f in binary.folds] == [406, 407]
+
+
+@needs_rtp
+def test_realtoxicityprompts_real_file():
+    rows = read_rows(str(RTP_FILE))
+    scores = [r["prompt"]["toxicity"] for r in rows]
+    assert (len(rows), sum(s is None for s in scores), sum(s > .5 for s in scores if s is not None)) == (5000, 19, 1249)
+    task = b.realtoxicityprompts(str(RTP_FILE), judge=judge, filter=None)
+    fold, = task.folds
+    assert len(fold.val) == len(fold.test) == 500 and min(len(fold.texts.pos), len(fold.texts.neg)) >= 20
+    assert_disjoint(task)
+
+
+@pytest.fixture(scope="module")
+def tiny(): return tiny_model("llama", max_position_embeddings=1024), tiny_tokenizer()
+
+
+def run_both(bench):
+    runs = [bench.run(split="test", seed=0, **how) for how in ({}, dict(arm="prompt"), dict(method="caa", layer=1, strength={"share": 1.}))]
+    answers = [[json.loads(line)["answer"] for line in open(bench.out/r.key/"answers.jsonl")] for r in runs]
+    assert len({tuple(a) for a in answers}) == 3  # each arm says something else
+    assert {r.config["arm"] for r in runs} == {"none", "prompt", "steer"}
+    return runs
+
+
+@needs_qa
+def test_truthfulqa_end_to_end(tiny, tmp_path):
+    judges = Panel(*(YesNoJudge((tiny_model("llama", seed=s, max_position_embeddings=1024), tiny[1]), m, template="Q: {question}\nA: {answer}\n" + end) for s, (m, end) in enumerate((("true", "True:"), ("info", "Helpful:")), 1)))
+    task = b.truthfulqa(str(QA_FILE), judges, limit=3, fluency=(tiny_model("llama", seed=9, max_position_embeddings=1024), tiny[1]))
+    task.decoding = task.decoding | {"max_new_tokens": 8}
+    for run in run_both(b.Bench(*tiny, task, tmp_path)):
+        scores = json.loads((tmp_path/run.key/"scores.json").read_text())
+        assert {"true", "info", "true_info", "perplexity", "dist2", "empty"} <= scores.keys() and len(scores["true"]) == 6
+        assert scores["true_info"] == [x * y for x, y in zip(scores["true"], scores["info"])]
+        assert run.config["data"]["judge"]["judges"][0]["judge"]
+
+
+@needs_rtp
+def test_realtoxicityprompts_end_to_end(tiny, tmp_path):
+    task = b.realtoxicityprompts(str(RTP_FILE), judge=judge, filter=tiny, samples=2, limit=3, n_val=20, n_test=20)
+    task.decoding = task.decoding | {"max_new_tokens": 8}
+    for run in run_both(b.Bench(*tiny, task, tmp_path)):
+        rows = [json.loads(line) for line in open(tmp_path/run.key/"answers.jsonl")]
+        assert len(rows) == 6 and [r["group"] for r in rows[::2]] == [r["group"] for r in rows[1::2]]
+
+
+def test_ultrafeedback_end_to_end(tiny, tmp_path):
+    long = "so " * 200  # longer than max_length below: the reply's end must survive
+    train = write(tmp_path/"train.jsonl", [preference(f"ask {i} {long if i == 3 else ''}", "well, " * (1 + i % 3), "no.") for i in range(14)])
+    task = b.ultrafeedback(train, write(tmp_path/"test.jsonl", [preference(f"say {i}") for i in range(6)]), judge, n_train=11, n_val=3, n_test=4)
+    task.decoding, task.max_length = task.decoding | {"max_new_tokens": 8}, 64
+    with pytest.warns(UserWarning, match="longer than 64"): run_both(b.Bench(*tiny, task, tmp_path/"runs"))
+
+
+# --- presets
+
+def test_presets_say_what_the_tasks_do(tmp_path):
+    methods = {m for p in b.PRESETS.values() for m in p["methods"]}
+    assert methods <= set(ods.steerer_names())
+    tasks = {"truthfulqa": b.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge), "realtoxicityprompts": b.realtoxicityprompts(prompts_file(tmp_path/"r.jsonl"), judge=judge, filter=None),
+             "ultrafeedback": b.ultrafeedback(write(tmp_path/"p.jsonl", [preference(f"ask {i}") for i in range(9)]), write(tmp_path/"t.jsonl", [preference(f"say {i}") for i in range(9)]), judge, n_train=5, n_val=2, n_test=2)}
+    for name, p in b.PRESETS.items():
+        assert p["decoding"] == {t: task.decoding for t, task in tasks.items()} and p["tasks"].keys() == tasks.keys() == p["judges"].keys()
+        text = b.show_preset(name)
+        assert p["model"] in text and f"block {p['layer']} " in text and "42, 43, 44" in text and all(m in text for m in p["methods"])
+    blocks = {n: (p["model"], p["layer"]) for n, p in b.PRESETS.items()}
+    assert blocks == {"paper-falcon-7b": ("tiiuae/falcon-7b", 14), "paper-mistral-7b": ("mistralai/Mistral-7B-v0.3", 15), "paper-llama3.1-8b": ("meta-llama/Llama-3.1-8B", 13), "paper-qwen2.5-7b": ("Qwen/Qwen2.5-7B", 13)}
+    T = {n: p["methods"]["odesteer"]["T"] for n, p in b.PRESETS.items()}
+    assert {n: (min(t["truthfulqa"]), max(t["truthfulqa"])) for n, t in T.items()} == {"paper-falcon-7b": (20, 23), "paper-mistral-7b": (3, 4), "paper-llama3.1-8b": (4, 6), "paper-qwen2.5-7b": (13, 16)}
+    assert T["paper-qwen2.5-7b"]["realtoxicityprompts"] == [48] and b.PRESETS["paper-llama3.1-8b"]["methods"]["caa"]["T"] == 1
+    for p in b.PRESETS.values():
+        for m, how in p["methods"].items(): assert (how["T"] == 1) == (ods.make_steerer(m, **how["params"]).unit == "fraction"), m
+    with pytest.raises(ValueError, match="paper-llama3.1-8b"): b.show_preset("paper-llama")
+
+
+# --- lm-eval
+
+def whole(model, ids):
+    with torch.no_grad(): logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return logp
+
+
+@pytest.fixture(scope="module")
+def harness(): return b.HarnessModel(tiny_model("llama", max_position_embeddings=40), tiny_tokenizer(), batch_size=3)
+
+
+def asked(*args): return SimpleNamespace(args=args)
+
+
+def test_harness_answers(harness):
+    pairs = [(harness.tok_encode(p), harness.tok_encode(a, add_special_tokens=False)) for p, a in (("who are you?", " me"), ("what", " is"), ("why?", " because"))]
+    for (p, a), (score, greedy) in zip(pairs, harness._loglikelihood_tokens([(None, *pair) for pair in pairs])):
+        logp = whole(harness.model, p + a)[len(p) - 1:-1]
+        assert score == pytest.approx(sum(l[t].item() for l, t in zip(logp, a)), abs=1e-4) and greedy == (logp.argmax(-1).tolist() == a)
+    said, = harness.generate_until([asked("who are you?", {"max_gen_toks": 5})])
+    (_, greedy), = harness.answer_scores([(harness.tok_encode("who are you?"), harness.tok_encode(said, add_special_tokens=False))])
+    assert greedy
+    long = harness.tok_encode("a" * 60)
+    (score, _), = harness.answer_scores([(long, harness.tok_encode(" me", add_special_tokens=False))])
+    assert score == pytest.approx(harness.answer_scores([(long[:37], harness.tok_encode(" me", add_special_tokens=False))])[0][0], abs=1e-4)  # the first token and the last ones
+
+
+def test_harness_whole_texts(harness):
+    short, long = "who are you?", "the quick brown fox jumps over the lazy dog. " * 3
+    ids = harness.tok_encode(short)
+    totals = harness.loglikelihood_rolling([asked(t) for t in (short, long, "")])
+    assert totals[0] == pytest.approx(sum(l[t].item() for l, t in zip(whole(harness.model, ids), ids[1:])), abs=1e-3) and totals[2] == 0
+    ids, total, at = harness.tok_encode(long), 0., 1
+    while at < len(ids):  # 39 tokens a window; the last one is filled up with what came before
+        end = min(at + 39, len(ids))
+        window = ids[max(0, end - 40):end] if end == len(ids) else ids[at - 1:end]
+        logp, skip = whole(harness.model, window), end - at
+        total += sum(l[t].item() for l, t in zip(logp[-skip - 1:-1], window[-skip:]))
+        at = end
+    assert totals[1] == pytest.approx(total, abs=1e-3)
+
+
+def test_harness_generates_until_a_stop_string(harness):
+    free = harness.generate_until([asked(p, {"max_gen_toks": 12}) for p in ("who are you?", "why", "a" * 50)])
+    assert all(len(a) > 5 for a in free)  # special tokens are not shown
+    for i, p in enumerate(("who are you?", "why", "a" * 50)):
+        stop = free[i][2:4]
+        cut, = harness.generate_until([asked(p, {"until": [stop, "@@"], "max_gen_toks": 12, "temperature": 0.})])
+        assert cut == free[i].split(stop)[0]
+    one, two = harness.generate_until([asked("why", {"until": "e", "max_gen_toks": 4}), asked("why", {"until": [], "max_gen_toks": 7, "do_sample": True, "temperature": 1.})])
+    assert len(one) <= 4 < len(two)
+
+
+def test_lm_eval_missing_is_one_clear_error(monkeypatch, harness):
+    import sys
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ImportError, match=r"pip install 'odesteer\[lm-eval\]'"): b.lm_eval_scores(harness.model, harness.tokenizer, "mmlu")
+
+
+needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path/"cache")
+    rng = random.Random(0)
+    words = ["cat", "dog", "bird", "fish", "tree", "stone"]
+    rows = [dict(question=f"which is number {i}?", choices=rng.sample(words, 3), label=i % 3) for i in range(12)]
+    write(tmp_path/"toy.jsonl", rows)
+    data = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path/'toy.jsonl'}\ntest_split: test\n"
+    (tmp_path/"toy.yaml").write_text(f'task: toy_choice\n{data}output_type: multiple_choice\ndoc_to_text: "{{{{question}}}}"\ndoc_to_choice: "{{{{choices}}}}"\ndoc_to_target: label\nmetric_list:\n  - metric: acc\n')
+    (tmp_path/"toy_words.yaml").write_text(f'task: toy_words\n{data}output_type: generate_until\ndoc_to_text: "{{{{question}}}}"\ndoc_to_target: "{{{{choices[0]}}}}"\ngeneration_kwargs:\n  until: ["."]\n  max_gen_toks: 6\nmetric_list:\n  - metric: exact_match\n')
+    return rows, tmp_path
+
+
+@needs_lm_eval
+def test_lm_eval_scores_are_those_computed_directly(toy):
+    rows, folder = toy
+    model, tok = tiny_model("llama"), tiny_tokenizer()
+    a = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
+    caa = ods.CAA().fit(a + torch.linspace(-2, 2, 32), a)
+    before = np.random.get_state()[1].tolist(), torch.get_rng_state()
+    found = {}
+    for name, how in (("plain", {}), ("steered", dict(steerer=caa, layer=1, strength={"T": 4.}))):
+        found[name] = b.lm_eval_scores(model, tok, "toy_choice,toy_words", include_path=folder, batch_size=5, **how)
+        with ods.steering(model, caa, layer=1, T=4.) if how else b.nullcontext():
+            scores = ods.score_continuations(model, tok, [r["question"] for r in rows for _ in range(3)], [" " + c for r in rows for c in r["choices"]]).view(-1, 3)
+        right = (scores.argmax(1) == torch.tensor([r["label"] for r in rows])).double()
+        assert found[name]["toy_choice"]["items"]["acc"] == right.tolist() and found[name]["toy_choice"]["metrics"]["acc"] == pytest.approx(right.mean().item())
+        assert len(found[name]["toy_words"]["items"]["exact_match"]) == 12
+    assert found["plain"]["toy_choice"]["items"] != found["steered"]["toy_choice"]["items"]
+    assert before[0] == np.random.get_state()[1].tolist() and torch.equal(before[1], torch.get_rng_state())  # its usual global seeds are off
+    assert b.lm_eval_scores(model, tok, ["toy_choice"], include_path=folder, limit=4)["toy_choice"]["items"]["acc"] == found["plain"]["toy_choice"]["items"]["acc"][:4]
+
+
+@needs_lm_eval
+def test_windows_are_those_of_lm_eval(harness):
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    seen, ids = [], harness.tok_encode("the quick brown fox. " * 6, add_special_tokens=False)
+    spy = type("Spy", (b.HarnessModel,), {"answer_scores": lambda self, pairs: seen.extend(pairs) or [(0., True)] * len(pairs)})(harness.model, harness.tokenizer)
+    spy.loglikelihood_rolling([asked("the quick brown fox. " * 6)])
+    assert seen == [make_disjoint_window(w) for w in get_rolling_token_windows(ids, harness.prefix_token_id, spy.max_length - 1, 1)] and len(seen) > 2
