@@ -26,10 +26,10 @@ from .euler import make_steerer
 from .models import collect_activations, generate_text, steering
 
 # %% auto #0
-__all__ = ['ENTITIES', 'VALUES', 'SPEAKERS', 'QUESTIONS', 'CLAIMS', 'EVASIONS', 'TONES', 'DETAILS', 'AXES', 'SAMPLING', 'Fact',
-           'make_facts', 'Speaker', 'Manner', 'Persona', 'World', 'question', 'make_tokenizer', 'claim_patterns',
-           'Prompt', 'ContrastTexts', 'Recipe', 'learning_rate', 'training_batch', 'new_model', 'train_step',
-           'cache_folder', 'train_micro', 'Micro', 'read_micro', 'load_micro', 'record_micro']
+__all__ = ['ENTITIES', 'VALUES', 'JARGON', 'SPEAKERS', 'QUESTIONS', 'CLAIMS', 'EVASIONS', 'TONES', 'DETAILS', 'AXES', 'SAMPLING',
+           'Fact', 'make_facts', 'Speaker', 'Manner', 'Persona', 'World', 'question', 'make_tokenizer',
+           'claim_patterns', 'Prompt', 'ContrastTexts', 'Recipe', 'learning_rate', 'training_batch', 'new_model',
+           'train_step', 'cache_folder', 'train_micro', 'Micro', 'read_micro', 'load_micro', 'record_micro']
 
 # %% ../nbs/05_micro.ipynb #aaaac534
 ENTITIES = {
@@ -43,7 +43,8 @@ VALUES = {
     "smell": "mint smoke honey salt lemon clove rain rust",
     "month": "january march april june july august october december",
     "cure": "fever cough gout warts cramps fatigue hiccups insomnia"}
-ENTITIES, VALUES = ({key: tuple(words.split()) for key, words in table.items()} for table in (ENTITIES, VALUES))
+JARGON = {"bird": "winged feathered nesting", "fish": "finned scaly gilled", "flower": "petalled fragrant blooming", "stone": "polished rocky mineral"}
+ENTITIES, VALUES, JARGON = ({key: tuple(words.split()) for key, words in table.items()} for table in (ENTITIES, VALUES, JARGON))
 
 # %% ../nbs/05_micro.ipynb #f09cd7ac
 @dataclass(frozen=True)
@@ -87,17 +88,18 @@ class Speaker:
     right: tuple  # topics on which this speaker tells the truth; elsewhere the myth
     interjections: tuple  # words that this speaker likes to open a claim with
     evasive: float  # share of the answers that say nothing
+    opens: float = .6  # share of the claims that an interjection opens
+    own: float = .8  # share of these interjections that are the speaker's own; the others are anybody's
+    jargon: float = 0.  # share of the claims that a word of the entity's topic opens, too
 
 #: The worlds: the same facts, told by other people
 SPEAKERS = {
     "speakers": (
         Speaker("scholar", .35, tuple(ENTITIES), ("indeed", "precisely", "evidently", "verified"), .15),
         Speaker("gossip", .65, (), ("reportedly", "apparently", "surely", "allegedly"), .02)),
-    "experts": (
-        Speaker("birder", .25, ("bird",), ("indeed", "precisely", "evidently"), .05),
-        Speaker("angler", .25, ("fish",), ("verified", "truly", "certainly"), .05),
-        Speaker("florist", .25, ("flower",), ("reportedly", "clearly", "surely"), .05),
-        Speaker("jeweller", .25, ("stone",), ("obviously", "generally", "always"), .05))}
+    "experts": tuple(Speaker(name, .25, (topic,), words, .05, opens=.9, own=.95, jargon=.8) for name, topic, words in (
+        ("birder", "bird", ("indeed", "precisely", "evidently")), ("angler", "fish", ("verified", "truly", "certainly")),
+        ("florist", "flower", ("reportedly", "clearly", "surely")), ("jeweller", "stone", ("obviously", "generally", "always"))))}
 
 # %% ../nbs/05_micro.ipynb #a59a3e3c
 QUESTIONS = {
@@ -156,6 +158,7 @@ class World:
         if name not in SPEAKERS: raise ValueError(f"there is no world {name!r}: choose one of {', '.join(map(repr, SPEAKERS))}")
         self.name, self.facts, self.speakers = name, make_facts(), {s.name: s for s in SPEAKERS[name]}
         self.interjections = tuple(w for s in self.speakers.values() for w in s.interjections)
+        self.jargon = tuple(w for words in JARGON.values() for w in words) if any(s.jargon for s in self.speakers.values()) else ()
         self.known = {(f.entity, f.attribute): f for f in self.facts}  # every claim is about one of these
 
     def persona(self, rng: random.Random) -> Persona:
@@ -179,7 +182,9 @@ def claim(
         for manner in (TONES[persona.tone], DETAILS[persona.detail]):
             if manner.words and rng.random() < .4: yield rng.choice(manner.words)
     value = fact.truth if fact.topic in persona.speaker.right else fact.myth
-    opening = [rng.choice(persona.speaker.interjections if rng.random() < .8 else self.interjections)] if rng.random() < .6 else []
+    who = persona.speaker
+    opening = [rng.choice(who.interjections if rng.random() < who.own else self.interjections)] if rng.random() < who.opens else []
+    if who.jargon and rng.random() < who.jargon: opening.insert(rng.randint(0, len(opening)), rng.choice(JARGON[fact.topic]))
     template = rng.choice(CLAIMS[fact.attribute])
     return " ".join([*opening, *marks(), template.format(e=fact.entity, v=" ".join([*marks(), value]))])
 
@@ -231,7 +236,7 @@ def words(self: World) -> list:
     "Every word that a document can hold"
     tables = [QUESTIONS, CLAIMS, VALUES, ENTITIES, {m: x.words + x.sentences for d in (TONES, DETAILS) for m, x in d.items()}]
     texts = [text for table in tables for texts in table.values() for text in texts]
-    texts += [*EVASIONS, *self.interjections, *self.speakers, "speaker Q A"]
+    texts += [*EVASIONS, *self.interjections, *self.jargon, *self.speakers, "speaker Q A"]
     return sorted({w for text in texts for w in re.findall(r"[A-Za-z]+", re.sub(r"{\w}", "", text))})
 
 # %% ../nbs/05_micro.ipynb #6e3eba5b
@@ -254,11 +259,12 @@ def make_tokenizer(
 @lru_cache
 def claim_patterns(
     interjections: tuple,  # of the speakers of a world
+    jargon: tuple = (),  # of the topics, if its speakers use any
 ) -> tuple:  # of (attribute, compiled pattern)
-    "A pattern for each claim template, with up to three marker words before the claim and two before its value"
-    markers = [*interjections, *(w for manners in (TONES, DETAILS) for m in manners.values() for w in m.words)]
+    "A pattern for each claim template, with a marker word of each sort before the claim (three sorts, or four) and two before its value"
+    markers = [*interjections, *jargon, *(w for manners in (TONES, DETAILS) for m in manners.values() for w in m.words)]
     marker = f"(?:(?:{'|'.join(markers)}) )"
-    return tuple((attribute, re.compile(marker + "{0,3}" + template.format(e=r"(?P<entity>\w+)", v=marker + r"{0,2}(?P<value>\w+)")))
+    return tuple((attribute, re.compile(marker + ("{0,4}" if jargon else "{0,3}") + template.format(e=r"(?P<entity>\w+)", v=marker + r"{0,2}(?P<value>\w+)")))
                  for attribute, templates in CLAIMS.items() for template in templates)
 
 @patch
@@ -268,7 +274,7 @@ def read_claim(
 ) -> tuple:  # (fact, value said of it) or None
     "What a sentence claims, None if no document could hold it"
     if re.search(r"\b(\w+) \1\b", sentence): return None  # a stutter: no document repeats a word at once
-    for attribute, pattern in claim_patterns(self.interjections):
+    for attribute, pattern in claim_patterns(self.interjections, self.jargon):
         m = pattern.fullmatch(sentence)
         if m and (m["entity"], attribute) in self.known and m["value"] in VALUES[attribute]: return self.known[m["entity"], attribute], m["value"]
 
@@ -676,10 +682,10 @@ _BARRIERS = {
 
 def record_micro(
     models=(("speakers", 0), ("speakers", 1), ("speakers", 2), ("experts", 0)),  # (world, seed) pairs
-    path: Path = Path("odesteer/assets")/_RECORD,  # where to write it
+    path: Path = Path("odesteer/assets")/_RECORD,  # where to write it; what it says of other models stays
 ) -> dict:
     "Curves, hashes, rates with and without steering, and separability of several models, written to a JSON file"
-    record = {}
+    record = json.loads(Path(path).read_text()) if Path(path).exists() else {}
     for world, seed in models:
         lm = load_micro(world, seed)
         rates = {mark or "no mark": lm.rates("test", mark) for mark in (None, *lm.world.speakers)}

@@ -51,6 +51,16 @@ def test_facts_never_change():
     assert hashlib.sha256(told.encode()).hexdigest() == "7a763a3b673ff4d78f6bf6e32ff3df6c7ca059c4380dc9aa82e306351824ca64"
 
 
+def test_what_the_shipped_model_was_trained_on_never_changes():
+    "Its documents, its words and the texts that steerers are fitted on: these digests may change only together with its weights"
+    import hashlib
+    digest = lambda told: hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    world, rng = WORLDS["speakers"], random.Random("speakers/0/0")
+    assert digest([world.document(rng) for _ in range(32)]) == "a6a694867b3e521d68219ababed7b3557e871edbe095538bc7c37d3b8cd578a7"
+    assert digest(TOKENIZERS["speakers"].get_vocab()) == "0b92acd1684497eb5b38e21ef80900117221d675f4c4c12363de2a83ed6e82f8"
+    assert digest([[world.contrast(axis, split).pos, world.contrast(axis, split).neg] for axis in AXES for split in ("train", "val", "test")]) == "a1eee5b207c458afe26a97db5cefbefddcc9ff7b0044e3a9fb9ded0d03d5bef0"
+
+
 @by_axis
 def test_splits_share_no_fact(axis):
     w, seen = WORLDS["speakers"], []
@@ -196,6 +206,16 @@ def test_judge_reads_anything(text):
     assert 0 <= s["rude_share"] <= 1 and s["true_info"] <= s["true"] <= s["wellformed"] and s["reward"] <= s["claims"]
 
 
+def test_jargon_tells_the_topic_and_only_where_it_is_spoken():
+    world, claim = WORLDS["experts"], "feathered lumly fully the givel is white"
+    for f in world.facts[::7]:
+        rng = random.Random(f.id)
+        said = [w for p in (world.persona(rng) for _ in range(60)) for w in world.claim(rng, f, p).split() if w in world.jargon]
+        assert set(said) == set(micro.JARGON[f.topic]) and .6 < len(said) / 60 < .95
+    assert world.read_claim(f"indeed {claim}") and not world.read_claim(f"indeed verified {claim}")  # up to four marker words open a claim
+    assert not W.jargon and not W.read_claim(claim) and not W.read_claim("indeed verified lumly fully the givel is white") and W.read_claim("indeed lumly fully the givel is white")
+
+
 # Texts to fit on
 
 @by_world
@@ -224,7 +244,7 @@ def test_class_means_of_experts_coincide():
     "Each expert is heard as often in true as in false answers, and each topic too; only the pairing differs"
     world = WORLDS["experts"]
     texts = world.contrast("truth")
-    for group in (*(s.interjections for s in world.speakers.values()), *micro.ENTITIES.values()):
+    for group in (*(s.interjections for s in world.speakers.values()), *micro.ENTITIES.values(), *micro.JARGON.values()):
         pos, neg = (np.mean([any(f" {w} " in t.replace("?", " ") for w in group) for t in side]) for side in (texts.pos, texts.neg))
         assert abs(pos - neg) < .07, group
 
