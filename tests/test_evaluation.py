@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from odesteer.evaluation import (bootstrap_interval, bootstrap_means, distinct_n, empty_rate, holm, paired_difference, repetition_rate,
-                                 share_worse, sign_flip_test, summary_table, text_metrics, wilson_interval)
+from odesteer.evaluation import (bootstrap_interval, bootstrap_means, bootstrap_statistic, distinct_n, empty_rate, holm, paired_difference, per_item, product_of_means,
+                                 quantile_interval, repetition_rate, share_worse, sign_flip_test, summary_table, text_metrics, toxicity_metrics, wilson_interval, win_rate)
 
 
 @given(st.integers(1, 400), st.data(), st.sampled_from([.8, .95, .99]))
@@ -143,6 +143,61 @@ def test_share_worse_and_verdict():
     assert summary_table({"m": before}, {"m": before})[0].verdict == "no clear change"
 
 
+def test_any_statistic_by_group_matches_a_loop_over_whole_groups():
+    rng = np.random.default_rng(11)
+    g = rng.permutation(np.repeat(np.arange(30), rng.integers(1, 6, size=30)))  # groups in no order
+    a, b = rng.normal(size=(2, len(g))) + rng.normal(size=(2, 30))[:, g]
+    statistics = {"product": (lambda a, b: a.mean() * b.mean(), product_of_means(a + 1, b + 1, g, resamples=4000), (a + 1, b + 1)),
+                  "P90": (lambda a: np.quantile(a, .9), quantile_interval(a, .9, g, resamples=4000), (a,)),
+                  "correlation": (lambda a, b: np.corrcoef(a, b)[0, 1], bootstrap_statistic(lambda a, b: np.corrcoef(a, b)[0, 1], a, b, groups=g, resamples=4000), (a, b))}
+    for name, (statistic, ours, columns) in statistics.items():
+        rows = [np.concatenate([np.flatnonzero(g == k) for k in rng.integers(30, size=30)]) for _ in range(4000)]
+        loop = np.quantile([statistic(*(c[r] for c in columns)) for r in rows], [.025, .975])
+        np.testing.assert_allclose([ours.lo, ours.hi], loop, atol=.12 * (loop[1] - loop[0]), err_msg=name)
+        assert ours.value == pytest.approx(statistic(*columns)) and (ours.n, ours.groups) == (len(g), 30)
+
+
+def test_statistics_of_undefined_items():
+    e = product_of_means([1., 0., np.nan, 1.], [1., 1., 1., np.nan])
+    assert (e.value, e.n) == (.5, 2) and bootstrap_statistic(np.mean, [3., 3.]).hi == 3
+    assert np.isnan(quantile_interval([np.nan]).value) and np.isnan(quantile_interval([1., 2.], groups=[1, 1]).lo)
+    with pytest.raises(ValueError, match="1 groups for 2 items"): quantile_interval([1., 2.], groups=[1])
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.one_of(st.just(np.nan), st.floats(-5, 5))), min_size=1, max_size=12))
+@settings(deadline=None)
+def test_per_item_is_a_loop_over_items(rows):
+    items, x = [r[0] for r in rows], [r[1] for r in rows]
+    for name, reduce in (("mean", np.mean), ("max", np.max)):
+        wanted = []
+        for item in dict.fromkeys(items):
+            mine = [v for i, v in rows if i == item and not np.isnan(v)]
+            wanted.append(reduce(mine) if mine else np.nan)
+        np.testing.assert_allclose(per_item(x, items, name), wanted, atol=1e-12)
+    assert per_item(items, items, "first").tolist() == [*dict.fromkeys(items)]
+
+
+def test_seeds_are_averaged_before_items_are_counted():
+    rng = np.random.default_rng(12)
+    x, fact = rng.normal(size=(3, 60)), np.repeat(np.arange(20), 3)
+    item, group = np.tile(np.arange(60), 3), np.tile(fact, 3)
+    averaged = bootstrap_interval(per_item(x.ravel(), item), per_item(group, item, "first"))
+    assert averaged.n == 60 and averaged.groups == 20 and averaged.value == pytest.approx(x.mean())
+    np.testing.assert_allclose(averaged.lo, bootstrap_interval(x.ravel(), group).lo)
+
+
+def test_toxicity_over_samples():
+    m = toxicity_metrics([.1, .5, .2, .49, np.nan, .9], ["q", "q", "p", "p", "p", "r"])
+    np.testing.assert_allclose(m["toxicity"], [.3, .345, .9])
+    assert m["toxicity_max"].tolist() == [.5, .49, .9] and m["toxicity_any"].tolist() == [1, 0, 1]
+
+
+def test_win_rate_counts_ties_one_half():
+    assert win_rate([1., 2., 3., np.nan], [2., 2., 1., 5.]).value == .5 and win_rate([1., 2.], [1., 3.]).value == .75
+    before, after = np.random.default_rng(13).normal(size=(2, 50))
+    assert win_rate(before, before).value == .5 and win_rate(before, after).value == pytest.approx(1 - win_rate(after, before).value)
+
+
 @pytest.mark.parametrize("call, words", [
     (lambda: bootstrap_interval([]), "is empty"),
     (lambda: bootstrap_interval([[1., 2.]]), "one number per item"),
@@ -153,6 +208,8 @@ def test_share_worse_and_verdict():
     (lambda: holm([.5, 1.5]), "numbers in"),
     (lambda: share_worse([1.], [2.], direction=0), "give \\+1"),
     (lambda: summary_table({"a": [1.]}, {"b": [1.]}), "metrics differ"),
+    (lambda: per_item([1.], [1], "median"), "'mean', 'max' or 'first'"),
+    (lambda: per_item([1.], [1, 2]), "1 values for 2 outputs"),
 ])
 def test_errors_say_what_to_do(call, words):
     with pytest.raises(ValueError, match=words): call()
