@@ -269,24 +269,32 @@ def test_rows_of_equal_number_are_pairs_unless_their_questions_differ():
     assert shuffle_labels(table(20, 20, groups=[*range(20), *range(20, 40)]), 0).pairs is None
 
 
-def test_rewards_are_shuffled_among_responses():
-    d = table(20, 20, sequences=[torch.full((2, 1), float(i)) for i in range(40)], rewards=torch.arange(40.))
+def test_rewards_follow_the_labels_where_each_row_has_its_response():
+    d = table(20, 20, sequences=[torch.full((2, 1), float(i + 1)) for i in range(40)], rewards=torch.arange(1., 41.))
     new = shuffle_labels(d, 3)
-    assert sorted(new.rewards.tolist()) == list(range(40)) and not torch.equal(new.rewards, d.rewards) and new.sequences is d.sequences
+    assert [int(s[0]) for s in new.sequences] == numbers(new.X)  # each row keeps its response
+    assert (new.rewards[:20] <= 20).all() and (new.rewards[20:] > 20).all()  # and takes the reward of a row that had its new label
+    assert all(r in (i, i + 20, i - 20) for i, r in zip(numbers(new.X), new.rewards.tolist())) and sorted(new.rewards.tolist()) == list(range(1, 41))
 
 
-@pytest.mark.parametrize("method, settings_", [("caa", None), ("iti", dict(C=.5)), ("repe", {}), ("mimic", None), ("linact", dict(support="q_0_100")), ("odesteer", dict(n_components=64, C="cv")), ("step-odesteer", dict(n_components=64, features="rff"))])
+def test_rewards_of_other_responses_are_shuffled_among_these():
+    d = table(20, 20, sequences=[torch.ones(2, 1)] * 30, rewards=torch.arange(30.))
+    new = shuffle_labels(d, 3)
+    assert new.sequences is d.sequences and sorted(new.rewards.tolist()) == list(range(30)) and not torch.equal(new.rewards, d.rewards)
+
+
+@pytest.mark.parametrize("method, settings_", [("caa", None), ("iti", dict(C=.5)), ("repe", {}), ("mimic", None), ("hpr", dict(epochs=2)), ("recontrol", dict(epochs=2, steps=3)), ("truthflow", dict(epochs=2, steps=2)), ("linact", dict(support="q_0_100")), ("odesteer", dict(n_components=64, C="cv")), ("step-odesteer", dict(n_components=64, features="rff"))])
 def test_shuffled_labels_is_the_method_itself_on_shuffled_data_and_loads_again(method, settings_, tmp_path):
     pos, neg, new = normal(60, D, seed=1).float() + 3, normal(60, D, seed=2).float() - 3, normal(9, D, seed=3).float()
     s = ShuffledLabels(method, seed=4, settings=settings_).fit(pos, neg)
     d = shuffle_labels(contrast(pos, neg), 4)
     plain = ods.make_steerer(method, **(settings_ or {})).fit(d.pos, d.neg, pairs=d.pairs)
-    assert s.unit == plain.unit and torch.equal(s.steer(new, T=2.), plain.steer(new, T=2.)) and torch.equal(s.vector_field(new), plain.vector_field(new))
+    assert s.unit == plain.unit and torch.equal(s.steer(new, T=2.), plain.steer(new, T=2.)) and torch.equal(s.vector_field(new), plain.vector_field(new)) and s.displacement_ == plain.displacement_
     s.save_pretrained(tmp_path)
     again = ods.load_steerer(tmp_path)
     assert json.loads((tmp_path/"card.json").read_text())["params"] == dict(method=method, seed=4, settings=settings_)
     for how in dict(T=2.), dict(share=.2): assert torch.equal(again.steer(new, **how), s.steer(new, **how))
-    if hasattr(plain, "barrier"): assert torch.equal(again.steer(new, nats=-.01), plain.steer(new, nats=-.01))
+    if hasattr(plain, "stop_at"): assert torch.equal(again.steer(new, nats=-.01), plain.steer(new, nats=-.01))
 
 
 def test_what_shuffling_leaves_is_what_chance_gives():

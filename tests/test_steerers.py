@@ -15,7 +15,8 @@ from safetensors.torch import load, save
 import odesteer as ods
 
 D, N_POS, N_NEG = 16, 60, 50
-SMALL = {"odesteer": dict(n_components=128), "step-odesteer": dict(n_components=128)}  # hyper-parameters that make a method quick to fit
+SMALL = {"odesteer": dict(n_components=128), "step-odesteer": dict(n_components=128), "hpr": dict(epochs=5, lr=3e-3), "recontrol": dict(epochs=20),
+         "truthflow": dict(epochs=20, lr=3e-3)}  # hyper-parameters that make a method quick to fit
 PLACEBOS = ods.steerer_names(kind="placebo")  # promise everything but a direction that is right
 
 
