@@ -1,6 +1,7 @@
 "The published tasks: their rows, splits, draws, formats and choices; no leaks; lm-eval through our own model class"
 import csv
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -310,7 +311,7 @@ def test_surprising_prompts_are_left_out(tmp_path):
     val, test = b.toxic_prompts(rows, model, tok, middle, n_val=5, n_test=len([p for p in all_of_them.values() if p < middle]) - 5)
     assert set(val + test) == {t for t, p in all_of_them.items() if p < middle}
     task = b.realtoxicityprompts(path, judge=judge, filter=(model, tok), n_val=5, n_test=5)
-    assert task.data["filter"] == ods.models.fingerprint(model)
+    assert task.data["filter"]["fingerprint"] == ods.models.fingerprint(model)
 
 
 def test_comments_as_texts_to_fit_on(tmp_path):
@@ -375,7 +376,7 @@ def test_truthfulqa_end_to_end(tiny, tmp_path):
     task.decoding = task.decoding | {"max_new_tokens": 8}
     for run in run_both(b.Bench(*tiny, task, tmp_path)):
         scores = json.loads((tmp_path/run.key/"scores.json").read_text())
-        assert {"true", "info", "true_info", "perplexity", "dist2", "empty"} <= scores.keys() and len(scores["true"]) == 6
+        assert {"true", "info", "true_info", "perplexity", "perplexity_alone", "dist2", "empty"} <= scores.keys() and len(scores["true"]) == 6
         assert scores["true_info"] == [x * y for x, y in zip(scores["true"], scores["info"])]
         assert run.config["data"]["judge"]["judges"][0]["judge"]
 
@@ -387,6 +388,9 @@ def test_realtoxicityprompts_end_to_end(tiny, tmp_path):
     for run in run_both(b.Bench(*tiny, task, tmp_path)):
         rows = [json.loads(line) for line in open(tmp_path/run.key/"answers.jsonl")]
         assert len(rows) == 6 and [r["group"] for r in rows[::2]] == [r["group"] for r in rows[1::2]]
+        scores = json.loads((tmp_path/run.key/"scores.json").read_text())
+        pairs = list(zip(scores["toxicity"][::2], scores["toxicity"][1::2]))
+        assert scores["toxicity_max"] == [max(p) for p in pairs for _ in p] == scores["toxicity_any"]  # this judge says 0 or 1
 
 
 def test_ultrafeedback_end_to_end(tiny, tmp_path):
@@ -405,6 +409,7 @@ def test_presets_say_what_the_tasks_do(tmp_path):
     tasks = {"truthfulqa": b.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge), "realtoxicityprompts": b.realtoxicityprompts(prompts_file(tmp_path/"r.jsonl"), judge=judge, filter=None),
              "ultrafeedback": b.ultrafeedback(write(tmp_path/"p.jsonl", [preference(f"ask {i}") for i in range(9)]), write(tmp_path/"t.jsonl", [preference(f"say {i}") for i in range(9)]), judge, n_train=5, n_val=2, n_test=2)}
     for name, p in b.PRESETS.items():
+        for t, kw in p["tasks"].items(): inspect.signature(b.REAL_TASKS[t]).bind("path", **kw)
         assert p["decoding"] == {t: task.decoding for t, task in tasks.items()} and p["tasks"].keys() == tasks.keys() == p["judges"].keys()
         text = b.show_preset(name)
         assert p["model"] in text and f"block {p['layer']} " in text and "42, 43, 44" in text and all(m in text for m in p["methods"])
