@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-import csv, hashlib, json, math, os, re
+import csv, hashlib, json, math, os, re, warnings
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -271,13 +271,14 @@ def _kl(moved, plain, cells=2**24):
         out.append(torch.where(q == -torch.inf, 0, q.exp() * (q - p)).sum(-1).clamp(min=0))
     return torch.cat(out)
 
-# %% ../nbs/07_evaluation.ipynb #1d428714
+# %% ../nbs/07_evaluation.ipynb #e0c0f89e
 class Judge:
     "Called with prompts and answers, it gives `{metric: (N,) array}`"
     name = "judge"  # for tables
     better = {}  # metric -> +1 if more is better, -1 if less is
     about = {}  # JSON-able: all that decides its scores
     def __call__(self, prompts: list, answers: list) -> dict: raise NotImplementedError
+    def release(self): "Let go of models that can be loaded again, to make room; scores stay"
     def __repr__(self): return f"{type(self).__name__}({self.name!r})"
 
 class ExactJudge(Judge):
@@ -372,7 +373,7 @@ class ScoreCache(dict):
         with open(self.path, "a", encoding="utf-8") as f: f.write("\n" * self.torn + lines); f.flush(); os.fsync(f.fileno())
         self.torn = False
 
-# %% ../nbs/07_evaluation.ipynb #81f98579
+# %% ../nbs/07_evaluation.ipynb #30107c91
 class ModelJudge(Judge):
     "A judge that is a model: loaded at its first use, batched, every text scored once"
     kind, version, auto = "model", 1, "AutoModelForSequenceClassification"
@@ -393,18 +394,19 @@ class ModelJudge(Judge):
     @cached_property
     def scores(self): return ScoreCache(self.folder, self.about)
 
-    def __call__(self, prompts, answers):
-        from tqdm.auto import tqdm
-        texts = [self._item(asked(p), a) for p, a in zip(prompts, answers, strict=True)]
-        todo = [t for t in dict.fromkeys(texts) if _key(t) not in self.scores]
-        for rows in tqdm(_batches([len(t) for t in todo], self.batch_size), desc=self.name, unit="batch", disable=not self.progress):
-            batch = [todo[i] for i in rows]
-            with torch.inference_mode(): self.scores.add(batch, self._score(batch).double().cpu().numpy())
-        return dict(zip(self.better, np.array([self.scores[_key(t)][:len(self.better)] for t in texts]).reshape(-1, len(self.better)).T))
+    def release(self): self.source.release()
 
-    def release(self):
-        "Let go of the model, to make room for another; scores stay"
-        self.source.release()
+# %% ../nbs/07_evaluation.ipynb #c4e54310
+@patch
+def __call__(self: ModelJudge, prompts, answers):
+    "The scores; only texts that are new are judged"
+    from tqdm.auto import tqdm
+    texts = [self._item(asked(p), a) for p, a in zip(prompts, answers, strict=True)]
+    todo = [t for t in dict.fromkeys(texts) if _key(t) not in self.scores]
+    for rows in tqdm(_batches([len(t) for t in todo], self.batch_size), desc=self.name, unit="batch", disable=not self.progress):
+        batch = [todo[i] for i in rows]
+        with torch.inference_mode(): self.scores.add(batch, self._score(batch).double().cpu().numpy())
+    return dict(zip(self.better, np.array([self.scores[_key(t)] for t in texts]).reshape(-1, len(self.better)).T))
 
 def asked(prompt) -> str:
     "The question or raw prompt that a judge is shown: of a text, a chat, or a benchmark's prompt"
@@ -412,7 +414,7 @@ def asked(prompt) -> str:
     text = getattr(prompt, "text", prompt)
     return text if isinstance(text, str) else next(m["content"] for m in reversed(text) if m["role"] == "user")
 
-# %% ../nbs/07_evaluation.ipynb #c88207c8
+# %% ../nbs/07_evaluation.ipynb #ddee426a
 class YesNoJudge(ModelJudge):
     "A language model that says yes or no: the 0/1 decision and P(yes)"
     kind, auto = "yes-no", "AutoModelForCausalLM"
@@ -439,13 +441,17 @@ class YesNoJudge(ModelJudge):
             if a != b and a not in no and b not in yes: yes, no = [*{*yes, a}], [*{*no, b}]
         return lead, yes, no
 
-    def _score(self, texts):
-        model, tokenizer = self.source.get()
-        (lead, yes, no), pad = self.words, _pad_id(tokenizer)
-        coded = _fit([Encoded(e.ids + lead) for e in encode(tokenizer, texts)], model, self.max_length)
-        logp = _next_token(model, padded(coded, pad, "left", _device(model.get_input_embeddings())), pad).float().log_softmax(-1)
-        yes, no = (logp[:, ids].logsumexp(1) for ids in (yes, no))
-        return torch.stack([(yes > no).float(), torch.sigmoid(yes - no), yes.exp() + no.exp()], 1)
+# %% ../nbs/07_evaluation.ipynb #19ba9ec8
+@patch
+def _score(self: YesNoJudge, texts):
+    model, tokenizer = self.source.get()
+    (lead, yes, no), pad = self.words, _pad_id(tokenizer)
+    coded = _fit([Encoded(e.ids + lead) for e in encode(tokenizer, texts)], model, self.max_length)
+    logp = _next_token(model, padded(coded, pad, "left", _device(model.get_input_embeddings())), pad).float().log_softmax(-1)
+    yes, no = (logp[:, ids].logsumexp(1) for ids in (yes, no))
+    known = float((yes.exp() + no.exp()).mean())
+    if known < .5: warnings.warn(f"{self.name} puts {known:.0%} of its probability on yes or no: is this a judge, and is the template the one it was trained with?", stacklevel=4)
+    return torch.stack([(yes > no).float(), torch.sigmoid(yes - no)], 1)
 
 def _next_token(model, inputs, pad):
     "Logits of the next token; generate knows how each architecture wants its padding"
@@ -453,7 +459,7 @@ def _next_token(model, inputs, pad):
     how = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=pad, return_dict_in_generate=True, output_logits=True)
     return model.generate(**inputs, generation_config=how).logits[0]
 
-# %% ../nbs/07_evaluation.ipynb #be21fd56
+# %% ../nbs/07_evaluation.ipynb #cfa9770c
 class ClassifierJudge(ModelJudge):
     "The probability of a label, and whether the classifier would give it"
     kind = "classifier"
@@ -473,14 +479,16 @@ class ClassifierJudge(ModelJudge):
     def _settings(self): return dict(label=self.label, activation=self.activation)
     def _item(self, question, answer): return answer
 
-    def _score(self, texts):
-        model, tokenizer = self.source.get()
-        limit = min(self.max_length, tokenizer.model_max_length)
-        inputs = tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors="pt").to(model.device)
-        logits, k = model(**inputs).logits.float(), _label_index(model.config, self.label)
-        if (self.activation or _activation(model.config)) == "sigmoid": p = logits.sigmoid(); yes = p[:, k] >= .5
-        else: p = logits.softmax(-1); yes = p.argmax(-1) == k
-        return torch.stack([p[:, k], yes.float()], 1)
+# %% ../nbs/07_evaluation.ipynb #8e48957a
+@patch
+def _score(self: ClassifierJudge, texts):
+    model, tokenizer = self.source.get()
+    limit = min(self.max_length, tokenizer.model_max_length)
+    inputs = tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors="pt").to(model.device)
+    logits, k = model(**inputs).logits.float(), _label_index(model.config, self.label)
+    if (self.activation or _activation(model.config)) == "sigmoid": p = logits.sigmoid(); yes = p[:, k] >= .5
+    else: p = logits.softmax(-1); yes = p.argmax(-1) == k
+    return torch.stack([p[:, k], yes.float()], 1)
 
 def _activation(config):
     return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
@@ -519,7 +527,7 @@ class RewardJudge(ModelJudge):
         try: return model(**padded(coded, model.config.pad_token_id, "right", model.device), use_cache=False).logits.float()
         finally: model.config.pad_token_id = was
 
-# %% ../nbs/07_evaluation.ipynb #8a700d6c
+# %% ../nbs/07_evaluation.ipynb #7b9937b7
 class Panel(Judge):
     "Several judges at once; where both truth and information are judged, also whether an answer has both"
     def __init__(self, *judges):
@@ -527,6 +535,9 @@ class Panel(Judge):
         names = [m for j in judges for m in j.better]
         if len(names) > len(set(names)): raise ValueError(f"two judges give the same metric, and scorers must not be mixed: {', '.join(names)}: name one of them differently")
         self.better = {m: w for j in judges for m, w in j.better.items()} | ({"true_info": 1} if {"true", "info"} <= set(names) else {})
+
+    def release(self):
+        for j in self.judges: j.release()
 
     @property
     def about(self): return dict(judge="panel", judges=[j.about for j in self.judges])
@@ -737,7 +748,7 @@ def _auc(score, y):
     from sklearn.metrics import roc_auc_score
     return float(roc_auc_score(y, score))
 
-# %% ../nbs/07_evaluation.ipynb #9347f804
+# %% ../nbs/07_evaluation.ipynb #eacaf1f2
 class ModelOdds:
     "Log-odds of wanted against unwanted answers under the model, question by question"
     name, auc = "log-odds of the wanted answers under the model", None
@@ -751,14 +762,15 @@ class ModelOdds:
         both = {q: i for i, q in enumerate(q for q in dict.fromkeys(questions[:n]) if q in set(questions[n:]))}
         if not both: raise ValueError("no question has both a wanted and an unwanted answer: pairs (prompt, answer) of the two lists must share their prompts")
         rows, item = np.array([(i, both[q]) for i, q in enumerate(questions) if q in both]).T
-        sign = np.where(rows < n, 1, -1)
-        self.average = np.zeros((len(both), len(texts)))
-        for s in (1, -1): self.average[item[sign == s], rows[sign == s]] = s / np.bincount(item[sign == s])[item[sign == s]]
+        side = 2*item + (rows < n)
+        self.rows, self.item, self.weight = rows, item, np.where(rows < n, 1, -1) / np.bincount(side)[side]  # averages of each question's answers
         self.groups = per_item(np.asarray(questions if groups is None else groups)[rows], item, "first")
         acts = collect_activations(model, tokenizer, texts, layers=[layer], batch_size=batch_size, progress=False)[layer]
         self.data, self.plain = contrast(acts[:n], acts[n:], groups=questions if groups is None else groups), self.odds()
 
-    def odds(self): return self.average @ score_continuations(self.model, self.tokenizer, *zip(*self.texts), batch_size=self.batch_size).double().numpy()
+    def odds(self):
+        logp = score_continuations(self.model, self.tokenizer, *zip(*self.texts), batch_size=self.batch_size).double().numpy()
+        return np.bincount(self.item, self.weight * logp[self.rows])
 
     def shift(self, steerer, share):
         with steering(self.model, steerer, layer=self.layer, share=share): return self.odds() - self.plain
@@ -776,7 +788,7 @@ def off(self: ModelOdds, steerer) -> dict:
     with steering(self.model, steerer, layer=self.layer, share=.1): logits()
     return {"strength 0 changes no bit of the logits": all(torch.equal(z, before) for z in zero), "after removal the logits are what they were": torch.equal(logits(), before)}
 
-# %% ../nbs/07_evaluation.ipynb #b6d0210c
+# %% ../nbs/07_evaluation.ipynb #491ee33a
 def placebo_test(
     shift: float,  # of the steerer
     placebos,  # shifts under random directions, (K,)
@@ -788,6 +800,7 @@ def placebo_test(
     s = p.std(ddof=1) * math.sqrt(1 + 1/k)
     return float(stdtr(k - 1, (p.mean() - shift) / s)) if s > 0 else float(shift <= p.mean())
 
+# %% ../nbs/07_evaluation.ipynb #4b2e7a9f
 def _placebos(odds, steerer, share, k, seed):
     "kind -> mean shifts of k placebos that move as far as the steerer"
     def shifts(made): return np.array([odds.shift(p, share * float(steerer.median_norm_ / p.median_norm_)).mean() for p in made])

@@ -1,6 +1,7 @@
 """Judges on tiny local models of the published architectures, whose heads are set by hand so that the right answer is known; divergence from the unsteered model; the check of a steerer."""
 import json
 import shutil
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -61,7 +62,7 @@ def llama(kind, word, head, **kw):
         model.model.embed_tokens.weight[:, 1] = 1.  # dimension 1: any token, 0: the word, 2: its share of the text
         model.model.embed_tokens.weight[ids(word)] = torch.eye(8)[0]
         attention.v_proj.weight[2, 0], attention.o_proj.weight[2, 2] = 1., 60.
-        for i, sign in head.items(): out.weight[i, 1:3] = sign * torch.tensor([-.5, 1.])
+        for i, sign in head.items(): out.weight[i, 1:3] = sign * torch.tensor([-2., 4.])
     return model
 
 
@@ -157,6 +158,7 @@ def test_reward_judge_reads_one_bos_and_the_last_real_token():
     lambda **kw: ClassifierJudge((build("BertForSequenceClassification", transformers.BertConfig, seed=2), BERT), label=1, **kw),
     lambda **kw: RewardJudge((build("LlamaForSequenceClassification", transformers.LlamaConfig, seed=3, num_labels=1, num_key_value_heads=2), LLAMA), **kw)],
     ids=["yes-no llama", "yes-no gpt2", "roberta", "bert", "reward"])
+@pytest.mark.filterwarnings("ignore:.*is this a judge")
 def test_batches_and_padding_change_nothing(judge):
     with torch.random.fork_rng():  # GPT-2 draws its weights
         torch.random.manual_seed(0)
@@ -343,6 +345,12 @@ def test_the_exact_judge_is_the_worlds():
     assert {m: x.tolist() for m, x in judge(prompts, said).items()} == {m: x.tolist() for m, x in world.judge("toxicity", prompts, said).items()}
     assert judge.better["toxic"] == -1 and judge.better["info"] == 1
     json.dumps(judge.about)
+
+
+def test_a_model_that_is_no_judge_is_noticed():
+    model = build("LlamaForCausalLM", transformers.LlamaConfig, seed=1, num_key_value_heads=2)
+    with pytest.warns(UserWarning, match="of its probability on yes or no: is this a judge"): YesNoJudge((model, LLAMA))(["what ?"], ["a bird ."])
+    with warnings.catch_warnings(): warnings.simplefilter("error"); YesNoJudge((truth(), LLAMA))(QUESTIONS, ANSWERS)
 
 
 @pytest.mark.parametrize("call, words", [
