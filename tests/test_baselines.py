@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
 import odesteer as ods
-from odesteer.baselines import LinAcT, MiMiC, RandomDirection, ShuffledLabels, gaussian_map, matrix_power, shuffle_labels, sorted_map
+from odesteer.baselines import LinAcT, MiMiC, RandomDirection, ShuffledLabels, gaussian_map, shuffle_labels, sorted_map, square_root
 from odesteer.euler import contrast
 
 D = 6
@@ -53,10 +53,11 @@ def test_the_matrix_is_scipys_and_symmetric(seed, d):
     torch.testing.assert_close(M @ C @ M, G, rtol=1e-7, atol=1e-8)
 
 
-def test_a_power_of_a_matrix():
-    C = covariance(5)
-    torch.testing.assert_close(matrix_power(C, -1), torch.linalg.inv(C))
-    torch.testing.assert_close(matrix_power(C, .5) @ matrix_power(C, .5), C)
+def test_the_root_of_a_singular_matrix():
+    x = normal(D, 3, seed=5)
+    root = square_root(x @ x.T)
+    np.testing.assert_allclose(root @ root, x @ x.T, rtol=1e-9, atol=1e-9)
+    assert (torch.linalg.eigvalsh(root) > -1e-9).all()
 
 
 def test_mimic_carries_one_gaussian_onto_the_other(gaussians):
