@@ -748,7 +748,7 @@ def _auc(score, y):
     from sklearn.metrics import roc_auc_score
     return float(roc_auc_score(y, score))
 
-# %% ../nbs/07_evaluation.ipynb #eacaf1f2
+# %% ../nbs/07_evaluation.ipynb #3078585c
 class ModelOdds:
     "Log-odds of wanted against unwanted answers under the model, question by question"
     name, auc = "log-odds of the wanted answers under the model", None
@@ -761,12 +761,13 @@ class ModelOdds:
         self.model, self.tokenizer, self.layer, self.texts, self.batch_size = model, tokenizer, layer, texts, batch_size
         both = {q: i for i, q in enumerate(q for q in dict.fromkeys(questions[:n]) if q in set(questions[n:]))}
         if not both: raise ValueError("no question has both a wanted and an unwanted answer: pairs (prompt, answer) of the two lists must share their prompts")
+        acts = collect_activations(model, tokenizer, texts, layers=[layer], batch_size=batch_size, progress=False)[layer]
+        self.data = contrast(acts[:n], acts[n:], groups=questions if groups is None else groups)  # for placebos
         rows, item = np.array([(i, both[q]) for i, q in enumerate(questions) if q in both]).T
         side = 2*item + (rows < n)
         self.rows, self.item, self.weight = rows, item, np.where(rows < n, 1, -1) / np.bincount(side)[side]  # averages of each question's answers
         self.groups = per_item(np.asarray(questions if groups is None else groups)[rows], item, "first")
-        acts = collect_activations(model, tokenizer, texts, layers=[layer], batch_size=batch_size, progress=False)[layer]
-        self.data, self.plain = contrast(acts[:n], acts[n:], groups=questions if groups is None else groups), self.odds()
+        self.plain = self.odds()
 
     def odds(self):
         logp = score_continuations(self.model, self.tokenizer, *zip(*self.texts), batch_size=self.batch_size).double().numpy()
@@ -834,7 +835,7 @@ class SteererReport:
         return "\n".join([self.steerer, "", head, *dose, f"placebos at share {self.shares[-1]:g}", *placebos, "", *found])
     __repr__ = __str__
 
-# %% ../nbs/07_evaluation.ipynb #8a0f9022
+# %% ../nbs/07_evaluation.ipynb #ca8399e4
 def _verdicts(shares, dose, steps, kinds, p, odds, off, finite):
     "(passed, text) for each claim"
     top, falls = dose[-1], [i for i, s in enumerate(steps) if s.hi < 0]
@@ -844,14 +845,14 @@ def _verdicts(shares, dose, steps, kinds, p, odds, off, finite):
     yield top.lo > 0, f"at share {shares[-1]:g} the log-odds " + ("rise" if top.lo > 0 else "do not clearly rise") + f": {top.value:+.3f} nats [{top.lo:+.3f}, {top.hi:+.3f}]"
     far, beaten, k = p < .01, (kinds["shuffled labels"] < top.value).sum(), len(kinds["shuffled labels"])
     yield far, f"{'more' if far else 'no more'} than random directions: one more of them would do as well with probability {p:.2g}"
-    yield bool(beaten == k), f"more than {'all' if beaten == k else f'only {beaten} of'} {k} refits on shuffled labels"
+    yield bool(beaten == k), f"beats {'all' if beaten == k else f'{beaten} of'} {k} refits on shuffled labels"
     if falls: yield False, f"more strength, less shift: {between(falls[0])} it changes by {steps[falls[0]].value:+.3f}; try smaller shares"
     else: yield sum(s.value for s in steps) > 0, "the shift grows with the strength" + (f", though not clearly {between(flat[0])}" if flat else " at every step")
     for claim, held in off.items(): yield held, claim if held else f"NOT TRUE: {claim}"
     if odds.auc is not None: yield (None if odds.auc >= .6 else False), f"the probe tells unseen wanted from unwanted with AUC {odds.auc:.2f}" + ("" if odds.auc >= .6 else ": too little to judge by; collect more, or check with model=")
     if top.groups < 20: yield None, f"only {top.groups} groups: the intervals are too short (see the coverage study above)"
 
-# %% ../nbs/07_evaluation.ipynb #ead02817
+# %% ../nbs/07_evaluation.ipynb #6c27301c
 def check_steerer(
     steerer,  # fitted
     pos, neg,  # held-out activations (N, d); with a model, (prompt, answer) pairs that share their prompts
@@ -859,7 +860,7 @@ def check_steerer(
     groups=None,  # question of each row, positives first; with a model the prompt by default
     model=None, tokenizer=None, layer: int = None,  # to ask the model itself; layer: default the one on the steerer's card
     shares=(.1, .2, .3),  # strengths, as shares of the median norm, rising; placebos are tried at the last
-    placebos: int = 8,  # of each kind
+    placebos: int = 8,  # of each kind; with fewer, chance is harder to rule out
     seed: int = 0,  # of splits and placebos
     batch_size: int = 32,
 ) -> SteererReport:
