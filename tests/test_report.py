@@ -142,6 +142,25 @@ def test_where_nothing_is_safe_steering_is_off(tmp_path, results):
     assert "off in 1 of 2 models" in str(main_table(r["scopes"][0]).cells())
 
 
+def test_a_report_where_nothing_was_safe(tmp_path):
+    import matplotlib
+    matplotlib.use("agg")
+    s = Study(tmp_path/"runs").base()
+    for method in ("odesteer", "step-odesteer", "caa", "random"):
+        s.run("steer", method, {}, 2, {"share": .2}, "val")
+        s.choice(method, layer=None, strength=None)
+    r = report(tmp_path/"runs", tmp_path/"report", resamples=99)
+    assert verdicts(r) == {"toy, toy": []} and r["scopes"][0]["curves"]["caa"]["chosen"][0][0] == .2  # where it was tried
+    assert (tmp_path/"report"/"report.md").read_text().count("no safe strength") == 4
+    assert {p.name for p in (tmp_path/"report"/"figures").iterdir()} == {"toy-toy-strength.png", "toy-toy-layers.png", "toy-toy-pareto.png"}
+
+
+def test_a_report_without_validation_runs(tmp_path):
+    s = Study(tmp_path/"runs")
+    s.run("none")
+    assert [r["arm"] for r in report(tmp_path/"runs", tmp_path/"report", resamples=99)["scopes"][0]["rows"]] == ["unsteered"]
+
+
 def test_a_placebo_cannot_be_best(tmp_path):
     Study(tmp_path).base().method("random", .9).method("caa", .3)
     table = main_table(quick(tmp_path)["scopes"][0])
@@ -209,6 +228,14 @@ def test_unfinished_runs_and_strangers_are_no_runs(tmp_path):
     assert r["runs"] == {"finished": 5, "repeated": 0, "unfinished": 1, "damaged": 1} and len(r["scopes"]) == 1
 
 
+def test_runs_that_were_asked_other_questions_do_not_mix(tmp_path):
+    Study(tmp_path).base()
+    path = Study(tmp_path, groups=21).run("steer", "caa", {}, 1, {"share": .4})
+    with pytest.raises(ValueError, match="asked other questions"): quick(tmp_path)
+    shutil.rmtree(path)
+    assert quick(tmp_path)["scopes"][0]["n"] == 40
+
+
 def test_arms_are_told_apart_by_what_differs_from_the_defaults(tmp_path):
     s = Study(tmp_path).base().method("odesteer", .3)
     for seed in (1, 2): s.run("steer", "odesteer", {"steps": 10, "seed": seed}, 1, {"share": .4}, seed=seed, effect=.3)
@@ -264,6 +291,13 @@ def test_all_verdicts(results):
     assert "no guardrail clearly worse" in said["What does it cost?"] and "speed x 0.80" in said["What does it cost?"]
     assert "**Yes, 4 of 4: caa, iti, odesteer, step-odesteer**" in said["Is any method better than every placebo?"]
     assert "3 of 4: caa, odesteer, step-odesteer" in said["Is any method better than asking in the prompt?"] and "Does the metric matter?" not in said
+
+
+def test_a_placebo_without_safe_strength_is_no_steering(tmp_path):
+    s = Study(tmp_path).base().method("caa", .5).method("iti", -.5)
+    s.choice("random", layer=None, strength=None)
+    said, = (v for v in verdicts(quick(tmp_path))["toy, toy"] if "placebo" in v.question)
+    assert said.claim == "Yes, 1 of 2: caa; worse: iti (random had no safe strength and stands for no steering)"
 
 
 def test_a_guardrail_that_falls_is_named(tmp_path):
