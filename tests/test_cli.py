@@ -182,7 +182,7 @@ def test_an_interrupted_generate_goes_on_where_it_stopped(files, tiny, monkeypat
     made[:] = [6]
     assert main([*run, "--out", "a.jsonl"]) == 0
     assert set(made) == {6, 8} and Path("a.jsonl").read_text() == whole and not Path("a.jsonl.part").exists()
-    assert "3 of 5 batches were there already" in capsys.readouterr().err
+    assert "3 of 5 batches of a.jsonl were there already" in capsys.readouterr().err
     # another setting is another run
     Path("b.jsonl.part").write_text('{"key": "of something else"}\n[{"prompt": "x", "output": "y"}]\n')
     assert main([*run, "--out", "b.jsonl"]) == 0 and Path("b.jsonl").read_text() == whole

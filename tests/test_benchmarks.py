@@ -1,0 +1,264 @@
+"The engine of the benchmarks: runs that survive anything, keys, the stop rule, sweeps, flat memory"
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import odesteer as ods
+from odesteer.benchmarks import (Bench, Choice, Fold, Paused, Run, Task, canonical_params, find_runs, fit_on, micro_task, read_run, run_key, run_plan, stop_rule, write_batches)
+from odesteer.benchmarks import _closer, auto_layers
+from odesteer.micro import ContrastTexts, Prompt
+
+from .project import ROOT
+
+
+@pytest.fixture(scope="module")
+def lm(): return ods.load_micro()
+
+
+def small(lm, axis="truth", n=6, **changes):
+    "A task of the micro world with few prompts"
+    task = micro_task(lm, axis)
+    fold, = task.folds
+    rows = slice(0, 60)
+    texts = ContrastTexts(fold.texts.pos[rows], fold.texts.neg[rows], fold.texts.pos_groups[rows], fold.texts.neg_groups[rows])
+    task.folds, task.decoding = [Fold(texts, fold.val[:n], fold.test[:n])], task.decoding | {"max_new_tokens": 8}
+    task.data = task.data | {"n": n}
+    for k, v in changes.items(): setattr(task, k, v)
+    return task
+
+
+def bench(lm, out, batch_size=4, **changes): return Bench(lm.model, lm.tokenizer, small(lm, **changes), out, "micro", batch_size=batch_size)
+
+
+def contents(out):
+    "What the finished runs of a folder hold, without times"
+    return {p.parent.name: ((p.parent/"scores.json").read_text(), [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in open(p.parent/"answers.jsonl")]) for p in Path(out).glob("*/summary.json")}
+
+
+# ---- tasks and keys
+
+def test_a_task_that_leaks_cannot_exist(lm):
+    task = small(lm)
+    fold, = task.folds
+    make = lambda *parts: Task("t", [Fold(*parts)], task.judge, task.primary, task.better, data={})
+    make(fold.texts, fold.val, fold.test)
+    shout = [Prompt(p.text, "WHAT is  it?") for p in fold.val[:1]]
+    for parts in ((fold.texts, fold.val, fold.val), (fold.texts, [Prompt("x", fold.texts.pos_groups[0])], fold.test), (fold.texts, shout, [Prompt("y", "what is it")])):
+        with pytest.raises(ValueError, match="questions stand both in the"): make(*parts)
+    with pytest.raises(ValueError, match="was not checked|were not checked"): Bench(lm.model, lm.tokenizer, small(lm, data=None), "unused")
+    with pytest.raises(ValueError, match="better="): Task("t", [fold], task.judge, "beauty", task.better, data={})
+
+
+def test_every_setting_that_matters_changes_the_key(lm, tmp_path):
+    base = dict(method="caa", layer=1, strength={"share": .3}, params={}, split="val", seed=0)
+    keys = [run_key(bench(lm, tmp_path).config(**base))]
+    for change in (dict(method="iti"), dict(layer=2), dict(strength={"share": .31}), dict(strength={"T": .3}), dict(params={"C": 2.}), dict(split="test"), dict(seed=1), dict(method=None), dict(method=None, arm="prompt")):
+        keys.append(run_key(bench(lm, tmp_path).config(**{**base, **change})))
+    for other in (bench(lm, tmp_path, n=5), bench(lm, tmp_path, batch_size=3), bench(lm, tmp_path, decoding={"max_new_tokens": 9}), bench(lm, tmp_path, axis="toxicity")): keys.append(run_key(other.config(**base)))
+    with torch.no_grad():
+        weight = lm.model.model.layers[0].mlp.up_proj.weight
+        before = weight[0, 0].item()
+        weight[0, 0] += 1
+        keys.append(run_key(bench(lm, tmp_path).config(**base)))
+        weight[0, 0] = before
+    assert len(set(keys)) == len(keys)
+    assert run_key(bench(lm, tmp_path/"elsewhere").config(**base)) == keys[0]
+
+
+def test_hyper_parameters_in_one_form():
+    assert canonical_params("odesteer", {"steps": 10, "gamma": .5, "seed": 0}) == {"gamma": .5}
+    assert canonical_params("caa", {"seed": 3}) == {} and canonical_params("random", {"seed": 3}) == {"seed": 3}
+    with pytest.raises(TypeError, match="caa has no hyper-parameter steps; it has none"): canonical_params("caa", {"steps": 3})
+
+
+# ---- runs
+
+def test_a_run_holds_what_was_asked_and_answered(lm, tmp_path):
+    b = bench(lm, tmp_path)
+    run = b.run("caa", 1, {"share": .3}, split="test", seed=2)
+    items = [json.loads(line) for line in open(tmp_path/run.key/"answers.jsonl")]
+    assert [i["prompt"] for i in items] == [p.text for p in b.task.folds[0].test] and [i["i"] for i in items] == [*range(6)]
+    with ods.steering(lm.model, b.steerer("caa", 1, {}), share=.3):
+        by_hand = [a for s in (0, 4) for a in ods.generate_text(lm.model, lm.tokenizer, [i["prompt"] for i in items[s:s + 4]], seed=2_000_006 + s, **b.task.decoding)]
+    assert [i["answer"] for i in items] == by_hand
+    judged = b.task.judge(b.task.folds[0].test, by_hand)
+    np.testing.assert_allclose(run.scores["true_info"], judged["true_info"])
+    assert run.summary["means"]["info"] == np.mean(judged["info"]) and run.summary["n"] == 6 and run.summary["groups"] == len({i["group"] for i in items})
+    assert np.nanmean(run.scores["kl"]) > 0 and 0 < run.summary["angle"] < 90 and run.summary["tokens_per_second"] > 0
+    assert {p.name for p in (tmp_path/run.key).iterdir()} == {"config.json", "environment.json", "answers.jsonl", "scores.json", "summary.json"}
+    assert not lm.model.model.layers[1]._forward_hooks
+
+
+def test_prompt_arm_choices_stops_and_several_answers(lm, tmp_path):
+    prompts = {p.text for p in bench(lm, tmp_path).task.folds[0].val}
+    asked = bench(lm, tmp_path).run(arm="prompt")
+    assert all(json.loads(line)["prompt"] not in prompts for line in open(tmp_path/asked.key/"answers.jsonl"))
+    values = lambda p: [f" the {p.fact.entity} is {p.fact.truth}.", f" the {p.fact.entity} is {p.fact.myth}."]
+    b = bench(lm, tmp_path, choices=values, judge=lambda prompts, answers: {"true_info": [float(p.fact.truth in a) for p, a in zip(prompts, answers)]})
+    chosen = b.run(split="test")
+    logp = [ods.score_continuations(lm.model, lm.tokenizer, [p.text]*2, values(p)) for p in b.task.folds[0].test]
+    np.testing.assert_array_equal(chosen.scores["true_info"], [float(x[0] > x[1]) for x in logp])
+    seen = []
+    b = bench(lm, tmp_path, samples=3, stop=(" is",), judge=lambda prompts, answers: seen.append(len(prompts)) or {"true_info": [float(" is" in a) for a in answers]})
+    run = b.run()
+    assert b.batch_size == 3 and seen == [3]*6 and len(run.groups) == 18 and run.scores["true_info"].sum() == 0
+
+
+def test_a_judge_may_leave_items_undefined(lm, tmp_path):
+    b = bench(lm, tmp_path, judge=lambda prompts, answers: {"true_info": [np.nan] + [1.]*(len(prompts) - 1)})
+    run = b.run()
+    assert np.isnan(run.scores["true_info"]).sum() == 2 and run.summary["means"]["true_info"] == 1. and "NaN" not in (tmp_path/run.key/"scores.json").read_text()
+
+
+def test_a_damaged_steerer_or_lost_file_is_made_again_or_named(lm, tmp_path):
+    b = bench(lm, tmp_path)
+    b.steerer("caa", 1, {})
+    card, = tmp_path.glob("steerers/*/steerer.safetensors")
+    card.write_bytes(b"x")
+    with pytest.raises(ValueError, match="damaged"): bench(lm, tmp_path).steerer("caa", 1, {})
+
+
+# ---- killed at random moments
+
+KILL = """
+import sys, torch
+sys.path.insert(0, {root!r})
+torch.set_num_threads(1)
+import odesteer as ods
+from tests.test_benchmarks import bench
+b = bench(ods.load_micro(), {out!r})
+print("ready", flush=True)
+b.benchmark(["caa", "random"], layers=[1, 2], strengths=(.2, .6), refine=1, repeats=2, seeds=1, allow=.9)
+"""
+
+
+def test_a_sweep_killed_at_random_moments_ends_like_an_undisturbed_one(lm, tmp_path):
+    bench(lm, tmp_path/"whole").benchmark(["caa", "random"], layers=[1, 2], strengths=(.2, .6), refine=1, repeats=2, seeds=1, allow=.9)
+    whole, rng, kills = contents(tmp_path/"whole"), random.Random(0), 0
+    for attempt in range(40):
+        p = subprocess.Popen([sys.executable, "-c", KILL.format(root=str(ROOT), out=str(tmp_path/"killed"))], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        p.stdout.readline()
+        time.sleep(rng.uniform(0, .6) if kills < 4 else 0)
+        if kills < 4 and p.poll() is None: p.send_signal(signal.SIGKILL); kills += 1
+        if p.wait() == 0: break
+    assert kills >= 3 and p.returncode == 0
+    assert contents(tmp_path/"killed") == whole
+    read = lambda out: {p.name: json.loads(p.read_text()) for p in (tmp_path/out/"choices").iterdir()}
+    assert read("killed") == read("whole") and len(read("whole")) == 2
+
+
+@pytest.mark.parametrize("cut", [0, 1, 10, -1, -5, None])
+def test_batches_cut_anywhere_are_made_again(tmp_path, cut):
+    out, made = tmp_path/"x.jsonl", []
+    def batch(i): made.append(i); return [{"i": i, "text": "ä\u2028\n"}]
+    def stop(i):
+        if i == 3: raise KeyboardInterrupt
+        return batch(i)
+    with pytest.raises(KeyboardInterrupt): write_batches(out, stop, range(5), {"a": 1})
+    part = Path(f"{out}.part")
+    blob = part.read_bytes()
+    part.write_bytes(blob[:cut] if cut is not None else blob.replace(b'"key": "', b'"key": "f'))
+    write_batches(out, batch, range(5), {"a": 1})
+    assert [json.loads(line) for line in out.read_text().split("\n")[:-1]] == [{"i": i, "text": "ä\u2028\n"} for i in range(5)]
+    assert made[:3] == [0, 1, 2] and sorted(set(made)) == [*range(5)] and not part.exists()
+    if cut == -1: assert made == [0, 1, 2, 2, 3, 4]
+
+
+def test_two_machines_merge(lm, tmp_path):
+    whole = dict(layers=[1], strengths=(.2, .4), refine=0, repeats=1, seeds=2, allow=.9, params={})
+    make = lambda axis, out: bench(lm, out, axis=axis)
+    units = [("truth",), ("toxicity",)]
+    for i in (1, 2): run_plan(units, ["caa"], make, part=(i, 2), out=tmp_path/str(i), **whole)
+    run_plan(units, ["caa"], make, out=tmp_path/"one", **whole)
+    parts = [contents(tmp_path/str(i)) for i in (1, 2)]
+    assert not parts[0].keys() & parts[1].keys() and parts[0] | parts[1] == contents(tmp_path/"one")
+    found = find_runs([tmp_path/"1", tmp_path/"2"])
+    assert set(found.runs) == contents(tmp_path/"one").keys()
+
+
+def test_time_that_is_used_up_pauses_between_runs(lm, tmp_path):
+    b = Bench(lm.model, lm.tokenizer, small(lm), tmp_path, "micro", minutes=0)
+    with pytest.raises(Paused): b.run()
+    assert not contents(tmp_path)
+
+
+# ---- the rule
+
+def fake(n=100, **rates):
+    return Run("", {}, {m: np.repeat([1., 0.], [round(r*n), n - round(r*n)]) for m, r in rates.items()}, [*range(n)], {})
+
+
+def test_the_rule_stops_before_a_guardrail_falls_and_says_so(lm):
+    task, base = small(lm), fake(true_info=.2, info=1., wellformed=1.)
+    at = lambda t, i, w=1.: fake(true_info=t, info=i, wellformed=w)
+    stop = stop_rule([.1, .2, .4], base, [at(.4, .99), at(.6, .97), at(.9, .6)], task, allow=.15)
+    assert stop.index == 1 and stop.ended and stop.why.startswith("stopped at 0.2: 0.4 changes info by -0.400 [") and "does not exclude a loss of 0.15" in stop.why
+    assert stop_rule([.1, .2, .4], base, [at(.4, .99), at(.6, .97), at(.9, .6)], task, allow=.6).index == 2
+    assert stop_rule([.1], base, [at(.9, .5)], task).index == -1
+    degrades = stop_rule([.1, .2, .4], base, [at(.4, 1.), at(.7, 1.), at(.3, 1.)], task)
+    assert degrades.index == 1 and "makes true_info worse by -0.400" in degrades.why
+    useless = stop_rule([.1, .2], base, [at(.2, 1.), at(.05, 1.)], task)
+    assert useless.index == -1 and "nothing weaker raised true_info" in useless.why
+    free = stop_rule([.1, .2], base, [at(.4, 1.), at(.5, 1.)], task)
+    assert free.index == 1 and not free.ended
+
+
+def test_the_rule_for_a_metric_that_should_fall(lm):
+    task = small(lm, axis="toxicity")
+    run = lambda toxic, info: fake(toxic=toxic, info=info, true_info=.5, wellformed=1.)
+    assert stop_rule([.1, .2, .4], run(.5, 1.), [run(.4, 1.), run(.1, 1.), run(.4, 1.)], task).index == 1
+
+
+def test_closer_strengths_are_half_way():
+    points = [{"share": s} for s in (.1, .2, .4)]
+    assert [p["share"] for p in _closer(points, 1)] == pytest.approx([.1, .141, .2, .283, .4], abs=1e-3)
+    assert [p["share"] for p in _closer(points[:1], 0)] == pytest.approx([.05, .1])
+
+
+def test_a_sweep_takes_the_layer_with_the_best_metric_at_its_stop(lm, tmp_path, monkeypatch):
+    b, rates = bench(lm, tmp_path), {(None, None): (.2, 1.), (0, .1): (.3, 1.), (0, .2): (.9, .2), (1, .1): (.4, 1.), (1, .2): (.5, 1.), (1, .141): (.45, 1.)}
+    def run(method=None, layer=None, strength=None, params={}, **kw):
+        t, i = rates[layer, None if strength is None else strength["share"]]
+        r = fake(true_info=t, info=i, wellformed=1.)
+        return Run("", {}, r.scores, r.groups, {"means": {"true_info": t}})
+    monkeypatch.setattr(b, "run", run, raising=False)
+    choice = b.sweep("caa", layers=[0, 1], strengths=(.1, .2))
+    assert (choice.layer, choice.strength) == (1, {"share": .2}) and [0, {"share": .2}, .9] in choice.trials
+    assert b.sweep("caa", layers=[0, 1], strengths=(.1, .2)) == choice
+    assert b.sweep("caa", layers=[0], strengths=(.1, .2), rule="best", refine=0).strength == {"share": .2}
+
+
+def test_layers_to_try():
+    from types import SimpleNamespace
+    model = lambda n: SimpleNamespace(n=n)
+    import odesteer.benchmarks as B
+    real = B.ods.decoder_layers
+    try:
+        B.ods.decoder_layers = lambda m: range(m.n)
+        assert auto_layers(model(4)) == [0, 1, 2, 3] and auto_layers(model(32)) == [4, 7, 10, 13, 15, 18, 21, 24]
+    finally: B.ods.decoder_layers = real
+
+
+# ---- size
+
+def test_memory_stays_flat_over_ten_thousand_items(tmp_path):
+    def batch(i): return [{"i": j, "prompt": "p"*200, "answer": "a"*200} for j in range(i, i + 50)]
+    def peak(n):
+        tracemalloc.start()
+        write_batches(tmp_path/f"{n}.jsonl", batch, range(0, n, 50), {})
+        top = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return top
+    peak(500)
+    assert peak(10_000) < 1.5 * peak(500) and sum(1 for _ in open(tmp_path/"10000.jsonl")) == 10_000
