@@ -214,7 +214,7 @@ class ShuffledLabels(Steerer):
         self.inner._restore({k.removeprefix("inner."): v for k, v in tensors.items() if k.startswith("inner.")})
         super()._restore({k: v for k, v in tensors.items() if not k.startswith("inner.")})
 
-# %% ../nbs/06_baselines.ipynb #2d8f83c7
+# %% ../nbs/06_baselines.ipynb #785ae933
 import copy
 import math
 from dataclasses import replace
@@ -223,7 +223,6 @@ from fastcore.basics import patch
 from torch import nn
 
 from .barrier import ScoreBarrier, ascent
-from .euler import CAA
 from .ode import integrate
 
 # %% ../nbs/06_baselines.ipynb #246aa34e
@@ -555,26 +554,37 @@ def _train(self: TruthFlow, data):
     self._learn(self.net, loss, _pair_groups(data), goal, schedule=schedule, weight_decay=0.01)
     self._store(scale_=scale, basis_=torch.linalg.svd(goal, full_matrices=False).Vh[:self.k].T.contiguous(), per_query_=torch.tensor(data.source is not None))
 
-# %% ../nbs/06_baselines.ipynb #826c1882
+# %% ../nbs/06_baselines.ipynb #0589abb8
 @patch
-def steer(self: TruthFlow, a, T=None, *, source=None, **units):
-    "`Steerer.steer`, where `source` (the state of the query, of a shape that broadcasts to `a`) may say what to correct instead of `a` itself."
-    if source is None: return Steerer.steer(self, a, T, **units)
-    return self._add(a, self.vector_field(source), T=T, **units)
+def correction(self: TruthFlow,
+    source: Tensor,  # states, (..., d)
+) -> Tensor:  # what T = 1 adds, (..., d), float32 or better
+    "The correction of each state."
+    _, x, me = self._ready(source)
+    return me._field(x)
 
 @patch
-def _add(self: TruthFlow, a, correction, **strength):
+def steer(self: TruthFlow,
+    a: Tensor,  # activations, (..., d)
+    T=None, *, share=None, nats=None, until=None,  # as for every steerer
+    source=None,  # states of the queries, of a shape that broadcasts to `a`: correct these, not each activation by itself
+) -> Tensor:  # (..., d), dtype and device of `a`
+    "Add `T` times the correction of the activation's own state, or of its query's."
+    return Steerer.steer(self, a, T, share=share, nats=nats, until=until) if source is None else self._add(a, self.correction(source), T=T, share=share, nats=nats, until=until)
+
+@patch
+def _add(self: TruthFlow, a, correction, T=None, share=None, nats=None, until=None):
     a, x, me = self._ready(a)
-    T = me._time(x, *(strength.get(k) for k in ("T", "share", "nats", "until")))
-    if T is None or strength.get("until") is not None: return me._climb(x, T, None, None, a)
+    T = me._time(x, T, share, nats, until)
+    if nats is not None or until is not None: return me._climb(x, T, nats, until, a)
     return torch.where((T != 0)[..., None], (x + T[..., None] * correction.to(x)).to(a.dtype), a)
 
 @patch
 def edits(self: TruthFlow, model, layer, strength):
-    "What to do at the layer's output; one fitted with `source=` remembers the correction of the last prompt token."
+    "What to do at the layer's output; if fitted with `source=`, every token of an answer gets the correction of the last prompt token."
     unit, _, limits = self._unit(strength)
     def edit(block_in, block_out, value, correction=None):
         if correction is None: return self.steer(block_out, **{unit: value}, **limits)
         return self._add(block_out, correction, **{unit: value}, **limits)
-    if self.per_query_: edit.remember = self.vector_field
+    if self.per_query_: edit.remember = self.correction
     return {layer: edit}

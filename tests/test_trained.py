@@ -439,18 +439,18 @@ def test_truthflow_starts_from_the_unwanted_activation_or_from_the_source():
     with pytest.raises(ValueError, match="source has width 5, the activations 8"): ods.TruthFlow().fit(pos, neg, source=neg[:, :5])
 
 
-def test_one_correction_for_a_query(truthflow, tmp_path):
+def test_one_correction_for_a_query(truthflow):
     tokens, state = torch.randn(6, 12, generator=gen(5)), torch.randn(12, generator=gen(6))
-    s = truthflow.query(state)
-    correction = truthflow.vector_field(state)
-    torch.testing.assert_close(s.steer(tokens, T=.6), tokens + .6 * correction)
-    torch.testing.assert_close(s.steer(state), truthflow.steer(state))
-    assert not torch.allclose(truthflow.steer(tokens) - tokens, correction.expand(6, 12), atol=1e-2)  # of its own for each token
-    torch.testing.assert_close((s.steer(tokens, share=.3) - tokens).norm(dim=-1), (.3 * truthflow.median_norm_).expand(6))
-    s.save_pretrained(tmp_path)
-    assert torch.equal(ods.load_steerer(tmp_path).steer(tokens), s.steer(tokens))
-    with pytest.raises(ValueError, match=re.escape("give the state of one query, shape (12,); got (6, 12)")): truthflow.query(tokens)
-    with pytest.raises(ValueError, match="was fitted on activations of width 12"): truthflow.query(tokens[0, :5])
+    c = truthflow.vector_field(state)
+    torch.testing.assert_close(truthflow.steer(tokens, T=.6, source=state), tokens + .6 * c)
+    torch.testing.assert_close(truthflow.steer(tokens, source=state), tokens + c)
+    assert torch.equal(truthflow.steer(tokens, T=.6, source=tokens), truthflow.steer(tokens, T=.6)) and torch.equal(truthflow.steer(tokens, T=0, source=state), tokens)
+    assert not torch.allclose(truthflow.steer(tokens) - tokens, c.expand(6, 12), atol=1e-2)  # of its own for each token
+    T = torch.tensor([0., 1, 2, -1, .5, 1])
+    torch.testing.assert_close(truthflow.steer(tokens.bfloat16(), T=T, source=state.bfloat16()).float(), (tokens.bfloat16().float() + T[:, None] * truthflow.vector_field(state.bfloat16().float())).bfloat16().float())
+    torch.testing.assert_close(truthflow.steer(tokens, share=.3, source=state), tokens + .3 * truthflow.median_norm_ / truthflow.displacement_ * c)
+    with pytest.raises(ValueError, match="was fitted on activations of width 12"): truthflow.steer(tokens, source=tokens[0, :5])
+    with pytest.raises(ValueError, match="has no barrier to stop at"): truthflow.steer(tokens, until=0., source=state)
 
 
 @pytest.mark.parametrize("d, widths", [(2, [2, 16, 16, 16, 16]), (128, [128, 64, 32, 16, 16]), (2304, [2304, 1152, 576, 288, 144])])
