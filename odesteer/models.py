@@ -382,7 +382,7 @@ class Steering:
     "A model that is being steered: a handle with `strength`, `applied` and `remove()`, and a context manager"
     def __init__(self, model, parts, strength, positions, stack):
         self.model, self.parts, self.positions, self.stack = model, parts, positions, stack
-        self._watch, self._where, self._edits = _watch(model), None, {}
+        self._watch, self._where, self._edits, self._kept = _watch(model), None, {}, {}
         self.strength = strength
         with torch.inference_mode(False): self._count = {i: torch.zeros((), dtype=torch.int64, device=_device(stack[i])) for i in self._edits}
         owner = next(m for m in model.modules() if any(c is stack for c in m.children()))
@@ -469,7 +469,10 @@ def _steer(self: Steering, layer, module, args, kwargs, output):
     if value.ndim: value = self._per_row(value, len(y), "strength")[:, None].expand(y.shape[:2])[where].flatten()
     rows = old.flatten(0, -2)
     if len(rows) == 0: return
-    with torch.autocast(y.device.type, enabled=False): moved = self._edits[layer](x[where].flatten(0, -2), rows, value)  # the steerer chooses its own precision
+    edit, kept = self._edits[layer], ()
+    with torch.autocast(y.device.type, enabled=False):  # the steerer chooses its own precision
+        if hasattr(edit, "remember"): kept = (self._recall(layer, edit, y, where)[:, None].expand_as(y)[where].flatten(0, -2),)
+        moved = edit(x[where].flatten(0, -2), rows, value, *kept)
     if moved.shape != rows.shape or moved.dtype != y.dtype: raise ValueError(f"the edit at layer {layer} was given {tuple(rows.shape)} {y.dtype} and returned {tuple(moved.shape)} {moved.dtype}: both must be kept")
     self._count[layer].add_(len(rows))
     new = y.clone()
@@ -477,6 +480,18 @@ def _steer(self: Steering, layer, module, args, kwargs, output):
     return new if isinstance(output, Tensor) else (new, *output[1:])
 
 # %% ../nbs/04_models.ipynb #df9b9e10
+@patch
+def _recall(self: Steering, layer, edit, y, where):
+    "What an edit makes of the output at each row's last prompt token, (batch, ...): kept until `generate` returns, made anew in any other pass"
+    prompt, answer = self._watch.prompt, self._watch.answer
+    if prompt is None or self._kept.get(layer, (None,))[0] is not prompt:
+        steered = torch.zeros(y.shape[:2], device=y.device)
+        steered[where] = 1.0
+        if isinstance(self.positions, str) and self.positions == "all": steered = steered.cumsum(1) * steered  # the last one, not the first
+        column = steered.argmax(1) if answer is None else answer.to(y.device) - 1
+        self._kept[layer] = prompt, edit.remember(y[torch.arange(len(y), device=y.device), column])
+    return self._kept[layer][1]
+
 @patch
 def _per_row(self: Steering, values, batch, name):
     "One value per row of the batch; beams and return sequences share the value of their prompt"
