@@ -189,7 +189,7 @@ def _relabel(data, deal, pairs, rng):
         if data.source is not None: out["source"] = data.source[torch.as_tensor(kept.nonzero()[0], device=X.device)] if len(data.source) == len(pairs) else data.source
     return contrast(X[at[:n]], X[at[n:]], **out)
 
-# %% ../nbs/06_baselines.ipynb #0823fa11
+# %% ../nbs/06_baselines.ipynb #c853b4cf
 class ShuffledLabels(Steerer):
     "Placebo: any method, fitted on the same activations with their labels shuffled."
     def __init__(self,
@@ -208,6 +208,7 @@ class ShuffledLabels(Steerer):
     def _field(self, x): return self.inner._field(x)
     def _flow(self, x, T): return self.inner._flow(x, T)
     def _climb(self, *args): return self.inner._climb(*args)
+    def edits(self, *args): return self.inner.edits(*args)
     def _displacement(self, x): return self.inner.displacement_.clone()
     def _restore(self, tensors):
         self.inner.width, self.inner.chosen, mine = self.width, self.chosen, {}
@@ -510,9 +511,10 @@ class UNet(nn.Module):
         for block in self.up: x = block(torch.cat([x, seen.pop()], -1), e)
         return self.out(x)
 
-# %% ../nbs/06_baselines.ipynb #3b96a4aa
+# %% ../nbs/06_baselines.ipynb #0d2d9747
 class TruthFlow(TrainedSteerer):
     "TruthFlow: a rectified flow carries a state to its own correction, which is added along the main directions of the corrections."
+    wants = "source",  # of `fit`, to steer per query
     def __init__(self,
         alpha=1.5,  # how much of the correction T = 1 adds
         k=20,  # directions that are kept
