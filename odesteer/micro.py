@@ -681,7 +681,7 @@ _BARRIERS = {
     "the same, metric C^1/2": dict(method="odesteer", gamma=10., n_components=2000, metric="covariance", power=.5)}
 
 def record_micro(
-    models=(("speakers", 0), ("speakers", 1), ("speakers", 2), ("experts", 0)),  # (world, seed) pairs
+    models=tuple((world, seed) for world in SPEAKERS for seed in range(3)),  # (world, seed) pairs
     path: Path = Path("odesteer/assets")/_RECORD,  # where to write it; what it says of other models stays
 ) -> dict:
     "Curves, hashes, rates with and without steering, and separability of several models, written to a JSON file"
