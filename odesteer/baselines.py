@@ -535,7 +535,7 @@ class TruthFlow(TrainedSteerer):
         return self.scale_ * integrate(f, z, 1.0, self.steps, "midpoint")[..., :-1].reshape(x.shape)
     def _field(self, x): return self.alpha * (self._carry(x) @ self.basis_) @ self.basis_.T
 
-# %% ../nbs/06_baselines.ipynb #08d73ad6
+# %% ../nbs/06_baselines.ipynb #15243f47
 @patch
 def _train(self: TruthFlow, data):
     good, bad = data.row_pairs()
@@ -555,6 +555,10 @@ def _train(self: TruthFlow, data):
         return (step + 1) / warm if step < warm else max(0.7, (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2)
     self._learn(self.net, loss, _pair_groups(data), goal, schedule=schedule, weight_decay=0.01)
     self._store(scale_=scale, basis_=torch.linalg.svd(goal, full_matrices=False).Vh[:self.k].T.contiguous(), per_query_=torch.tensor(data.source is not None))
+    if self.per_query_: self._store(query_move_=self._field(data.source.to(goal)).norm(dim=-1).median())
+
+@patch
+def _displacement(self: TruthFlow, x): return self.query_move_.clone() if self.per_query_ else Steerer._displacement(self, x)  # what T = 1 adds to a typical query
 
 # %% ../nbs/06_baselines.ipynb #0589abb8
 @patch

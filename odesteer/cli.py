@@ -248,7 +248,7 @@ def _micro(o, params):
     if o.layer is not None: check_layer(o.layer, Recipe.layers)
     lm = ods.load_micro()
     task, (layer, share) = micro_task(lm, o.axis), CHOSEN.get((o.axis, o.method), (1, None))
-    for name, value in MICRO_PARAMS.get(o.method, {}).items(): params.setdefault(name, value)
+    for name, value in MICRO_PARAMS["speakers"].get(o.method, {}).items(): params.setdefault(name, value)
     if o.choose:
         found = Bench(lm.model, lm.tokenizer, task, Path(o.out)/"runs", "micro-speakers-0", batch_size=200).sweep(o.method, params=params)
         print(f"{o.method}: {found.why}")
