@@ -23,9 +23,9 @@ from .micro import AXES, Prompt, Recipe, _no_bars
 __all__ = ['CHOSEN', 'MEANING', 'UNITS', 'FILE', 'DEMO', 'FIT', 'GENERATE', 'CHECK', 'BENCH', 'REPORT', 'Arm', 'run_arm',
            'groups_of', 'shown', 'sweep', 'climb', 'demo_figure', 'kinds', 'side_by_side', 'load_prompts',
            'prompt_text', 'user_task', 'load_model', 'count_layers', 'check_layer', 'demo', 'one_thread', 'show_demo',
-           'fit', 'generate', 'check', 'bench', 'bench_plan', 'print_guardrails', 'list_of', 'part_of', 'make_report',
-           'method_params', 'output_folder', 'read_pairs', 'layer_of', 'strength_of', 'default_strength', 'sampling',
-           'warn_overlap', 'Parser', 'main', 'count', 'positive', 'parser']
+           'fit', 'generate', 'check', 'bench', 'bench_plan', 'print_guardrails', 'list_of', 'numbers', 'part_of',
+           'make_report', 'method_params', 'output_folder', 'read_pairs', 'layer_of', 'strength_of', 'default_strength',
+           'sampling', 'warn_overlap', 'Parser', 'main', 'count', 'positive', 'parser']
 
 # %% ../nbs/12_cli.ipynb #0a9aa8dd
 #: (axis, method) -> (layer, share): chosen on validation prompts of the shipped model by `odesteer demo --choose`
@@ -333,7 +333,7 @@ def check(o):
     print(result)
     return 0 if result.ok else 1
 
-# %% ../nbs/12_cli.ipynb #84dca62a
+# %% ../nbs/12_cli.ipynb #db6c7bb6
 def bench(o):
     "Every method on every task: choose on validation, report on test; interrupted or stopped, the same command goes on"
     plan, make = bench_plan(o)
@@ -355,9 +355,9 @@ def bench_plan(o) -> tuple:  # settings of `run_plan`, and how a unit becomes a 
     micro = [t for t in o.tasks if t.startswith("micro")]
     if micro and len(micro) < len(o.tasks): raise ValueError(f"{micro[0]} brings its own model; run it apart from {next(t for t in o.tasks if t not in micro)}")
     grid = QUICK if o.quick else FULL if o.full else dict(strengths=SHARES, refine=1, repeats=2)
-    plan = dict(grid, methods=methods, allow=o.allow, seeds=o.seeds or grid.get("seeds", 3), layers=None if o.layers == "auto" else [int(x) for x in list_of(o.layers)])
-    if o.T != "auto": plan["strengths"] = [{"T": float(x)} for x in list_of(o.T)]
-    if o.shares: plan["strengths"] = [{"share": float(x)} for x in list_of(o.shares)]
+    plan = dict(grid, methods=methods, allow=o.allow, seeds=o.seeds or grid.get("seeds", 3), layers=None if o.layers == "auto" else numbers("--layers", o.layers, int))
+    if o.T != "auto": plan["strengths"] = [{"T": x} for x in sorted(numbers("--T", o.T))]
+    if o.shares: plan["strengths"] = [{"share": x} for x in sorted(numbers("--shares", o.shares))]
     if o.lm_eval: plan["lm_eval"] = dict(tasks=o.lm_eval, include_path=o.lm_eval_path, limit=o.limit)
     if o.ablations: plan["studies"] = list_of(o.ablations) if o.ablations != "all" else list(ABLATIONS)
     return _micro_plan(o, plan, micro) if micro else _real_plan(o, plan)
@@ -370,6 +370,13 @@ def print_guardrails(out):
 
 def list_of(text) -> list: return [x.strip() for x in text.split(",") if x.strip()]
 
+def numbers(option, text, kind=float) -> list:
+    "Numbers with commas between"
+    try: found = [kind(x) for x in list_of(text)]
+    except ValueError: found = []
+    if not found or not all(np.isfinite(found)): raise ValueError(f"{option} {text}: write numbers with commas between, such as {option} {'8,13' if kind is int else '0.2,0.4'}")
+    return found
+
 def part_of(text) -> tuple:
     "`2/3` as (2, 3)"
     try: i, n = map(int, text.split("/"))
@@ -377,7 +384,7 @@ def part_of(text) -> tuple:
     if not 1 <= i <= n: raise ValueError(f"--part {text}: write it as i/n, such as 1/2 on one machine and 2/2 on the other")
     return i, n
 
-# %% ../nbs/12_cli.ipynb #bf364532
+# %% ../nbs/12_cli.ipynb #068f8b89
 def _known(names, table, what):
     for name in names:
         if name not in table and name != "all": raise ValueError(f"there is no {what} {name!r}; choose from {', '.join(table)}")
@@ -386,6 +393,7 @@ def _micro_plan(o, plan, tasks):
     "Units of the micro benchmark: world, model seed, axis"
     _known([t.removeprefix("micro").lstrip("-") or "all" for t in tasks], AXES, "axis of the micro world")
     if o.model or o.data: raise ValueError(f"{tasks[0]} brings its own model and texts: --model and --data belong to {', '.join(REAL_TASKS)}")
+    if plan["layers"]: plan["layers"] = [check_layer(k, Recipe.layers) for k in plan["layers"]]
     axes = list(AXES) if "micro" in tasks else [t.removeprefix("micro-") for t in tasks]
     units = plan.pop("units", [(o.world, seed, axis) for seed in range(o.models) for axis in AXES])
     return dict(plan, units=[u for u in units if u[-1] in axes]), micro_bench
@@ -396,6 +404,7 @@ def _real_plan(o, plan, tasks={}, judges={}, batch_size=None, decoding={}):
     if not o.model: raise ValueError(f"{o.tasks[0]} needs --model, a folder or hub id of a causal language model; without one, run micro")
     if o.judge and "truthfulqa-binary" in o.tasks: raise ValueError("truthfulqa-binary needs no judge: its answers are letters; leave out --judge")
     if o.data and len(o.tasks) > 1: raise ValueError("--data is the file of one task: run tasks with files of your own one by one")
+    if plan["layers"]: plan["layers"] = [check_layer(k, count_layers(o.model, o.revision)) for k in plan["layers"]]
     plan.pop("units", None)
     loaded = []  # once, for the first unit
     def make(name, out):

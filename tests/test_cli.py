@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import odesteer as ods
-from odesteer import cli
+from odesteer import benchmarks, cli
+from odesteer.benchmarks import Fold, show_preset
 from odesteer.cli import main
 from odesteer.evaluation import Pairs, check_pairs, cue_auc, load_pairs, read_rows
 
@@ -230,13 +231,19 @@ def test_prompts_that_were_fitted_on_are_named(files, tiny, capsys):
 
 # ---- the demonstration
 
+def shorter(task, n_val, n_test):
+    "The same task with fewer prompts"
+    fold, = task.folds
+    task.folds = [Fold(fold.texts, fold.val[:n_val], fold.test[:n_test])]
+    task.data = task.data and task.data | {"n": [n_val, n_test]}
+    return task
+
+
 @pytest.mark.parametrize("axis", ["truth", "toxicity", "helpfulness"])
 def test_demo_on_every_axis(files, capsys, monkeypatch, axis):
     whole = cli.micro_task
     def part(lm, axis):
-        task = whole(lm, axis)
-        task.val, task.test = task.val[:8], task.test[:16]
-        return task
+        return shorter(whole(lm, axis), 8, 16)
     monkeypatch.setattr(cli, "micro_task", part)
     assert main(["demo", "--axis", axis, "--method", "step-odesteer", "--set", "n_components=64", "--out", "o", "--show", "2"]) == 0
     out, summary = capsys.readouterr().out, json.loads(Path("o/summary.json").read_text())
@@ -249,7 +256,7 @@ def test_demo_on_every_axis(files, capsys, monkeypatch, axis):
 
 def test_demo_repeats_itself(files, monkeypatch):
     whole = cli.micro_task
-    def part(lm, axis): task = whole(lm, axis); task.val, task.test = task.val[:4], task.test[:6]; return task
+    def part(lm, axis): return shorter(whole(lm, axis), 4, 6)
     monkeypatch.setattr(cli, "micro_task", part)
     for out in ("a", "b"): assert main(["demo", "--method", "caa", "--T", "1", "--out", out]) == 0
     assert Path("a/answers.jsonl").read_text() == Path("b/answers.jsonl").read_text()
@@ -260,6 +267,88 @@ def test_committed_choices_are_possible():
     assert {a for a, _ in cli.CHOSEN} == set(AXES)
     for (axis, method), (layer, share) in cli.CHOSEN.items():
         assert method in ods.steerer_names() and 0 <= layer < Recipe.layers and 0 < share <= 2
+
+
+# ---- benchmarks
+
+@pytest.mark.parametrize("line, words", [
+    ("bench micro-beauty", "no axis of the micro world 'beauty'"),
+    ("bench truthfulqa", "truthfulqa needs --model"),
+    ("bench magic --model MODEL", "no task 'magic'; choose from truthfulqa"),
+    ("bench micro-truth truthfulqa --model MODEL", "micro-truth brings its own model"),
+    ("bench micro --model MODEL", "--model and --data belong to truthfulqa"),
+    ("bench micro --methods caa,magic", "no method 'magic'"),
+    ("bench micro --ablations colour", "no ablation 'colour'"),
+    ("bench micro --part 3/2", "--part 3/2: write it as i/n"),
+    ("bench micro --part half", "--part half"),
+    ("bench micro --minutes 0", "'0' is not a number above 0"),
+    ("bench micro --layers one", "--layers one: write numbers with commas between"),
+    ("bench micro --layers 9", "no layer 9: this model has layers 0 to 3"),
+    ("bench truthfulqa --model MODEL --layers 3", "no layer 3: this model has layers 0 to 2"),
+    ("bench micro --shares .2,nan", "--shares .2,nan"),
+    ("bench --preset paper-gpt5", "no preset 'paper-gpt5': choose one of paper-falcon-7b"),
+    ("bench --preset paper-llama3.1-8b --T 4", "fixes what --T would change"),
+    ("bench truthfulqa-binary --model MODEL --judge truth", "needs no judge"),
+    ("bench truthfulqa ultrafeedback --model MODEL --data x.csv", "run tasks with files of your own one by one"),
+    ("report nowhere", "no folder nowhere"),
+    ("report .", "no finished run in"),
+])
+def test_mistakes_of_benchmarks(files, tiny, capsys, monkeypatch, line, words):
+    def loaded(*_, **__): raise AssertionError("a model was loaded before the mistake was found")
+    monkeypatch.setattr(cli, "load_model", loaded); monkeypatch.setattr(ods, "load_micro", loaded, raising=False)
+    assert words in fails(capsys, *(str(tiny) if a == "MODEL" else a for a in line.split()))
+
+
+def test_bench_goes_on_and_reports(files, capsys, monkeypatch):
+    whole = benchmarks.micro_task
+    monkeypatch.setattr(benchmarks, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 6, 8))
+    line = ["bench", "micro-truth", "micro-toxicity", "--methods", "caa,random", "--layers", "1", "--shares", ".2,.4", "--seeds", "1", "--allow", ".9", "--out", "runs"]
+    assert main([*line, "--minutes", "1e-9"]) == 3 and "the same command goes on" in capsys.readouterr().err
+    assert main(line) == 0
+    made = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*") if p.is_file()}
+    assert main(line) == 0 and made == {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert main(["report", "runs", "--out", "r"]) == 0
+    out = capsys.readouterr().out
+    assert "## micro-truth" in out and "## micro-toxicity" in out and "better than asking in the prompt" in out
+    assert {"report.md", "results.json"} <= {p.name for p in Path("r").iterdir()} and list(Path("r/tables").glob("*.tex")) and list(Path("r/figures").glob("*.png"))
+
+
+def test_bench_on_a_model_and_a_file(files, tiny, capsys):
+    rows = [{"Question": f"Is {i} odd?", "Best Answer": "It is.", "Best Incorrect Answer": "Never.", "Correct Answers": f"It is.; Yes, {i}.", "Incorrect Answers": "Never.; No."} for i in range(24)]
+    with open("t.csv", "w", newline="") as f: w = csv.DictWriter(f, rows[0]); w.writeheader(); w.writerows(rows)
+    line = ["bench", "truthfulqa-binary", "--model", str(tiny), "--data", "t.csv", "--methods", "caa", "--layers", "1", "--T", "1,2", "--seeds", "1", "--allow", "2"]
+    assert main(line) == 0
+    configs = [json.loads(p.read_text()) for p in Path("runs").glob("*/config.json")]
+    assert {c["task"] for c in configs} == {"truthfulqa-binary"} and {"T": 1.0} in [c["strength"] for c in configs] and {c["arm"] for c in configs} == {"none", "prompt", "steer"}
+    assert all(len(open(p).readlines()) == 24 for p in Path("runs").glob("*/answers.jsonl") if json.loads((p.parent/"config.json").read_text())["split"] == "test")
+
+
+def test_a_preset_prints_and_runs_exactly_what_it_says(files, tiny, capsys, monkeypatch):
+    plans = []
+    monkeypatch.setattr(cli, "run_plan", lambda **plan: plans.append(plan)); monkeypatch.setattr(cli, "count_layers", lambda *_: 32)
+    assert main(["bench", "--preset", "paper-llama3.1-8b"]) == 0
+    assert show_preset("paper-llama3.1-8b") in capsys.readouterr().out
+    plan, = plans
+    assert plan["units"] == [("truthfulqa",), ("ultrafeedback",), ("realtoxicityprompts",)] and plan["layers"] == [13] and plan["seeds"] == [42, 43, 44] and plan["rule"] == "best"
+    assert plan["strengths"]["truthfulqa", "odesteer"] == [{"T": 4}, {"T": 5}, {"T": 6}] and plan["strengths"]["ultrafeedback", "caa"] == [{"T": 1}]
+    assert plan["params"]["odesteer"]["n_components"] == 8000 and set(plan["methods"]) == set(ods.steerer_names("steerer"))
+
+
+def test_guardrail_tasks_of_lm_eval(files, tiny, capsys, monkeypatch):
+    pytest.importorskip("lm_eval")
+    whole = benchmarks.micro_task
+    monkeypatch.setattr(benchmarks, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 6, 8))
+    Path("own").mkdir()
+    facts = ods.load_micro().world.facts[:12]
+    Path("own/facts.jsonl").write_text("".join(json.dumps({"q": f"what colour is the {f.entity}?", "choices": ["red", "blue"], "gold": 0}) + "\n" for f in facts))
+    Path("own/facts.yaml").write_text("task: micro_facts\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: own/facts.jsonl\ntest_split: test\noutput_type: multiple_choice\n"
+                                      "doc_to_text: 'Q: {{q}}\n\n  A:'\ndoc_to_choice: choices\ndoc_to_target: gold\nmetric_list:\n  - metric: acc\n")
+    line = ["bench", "micro-truth", "--methods", "caa", "--layers", "1", "--shares", ".2,.4", "--seeds", "1", "--allow", ".9", "--lm-eval", "micro_facts", "--lm-eval-path", "own"]
+    assert main(line) == 0
+    out = capsys.readouterr().out
+    assert "micro_facts acc: unsteered" in out and "micro_facts acc: caa" in out and "(n=12)" in out
+    assert len(list(Path("runs/guardrails").glob("*.json"))) == 2
 
 
 # ---- labels
