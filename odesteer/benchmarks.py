@@ -782,7 +782,7 @@ def read_run(path) -> Run:
     scores = {m: np.array([np.nan if x is None else x for x in xs], float) for m, xs in read("scores.json").items()}
     return Run(path.name, read("config.json"), scores, groups, read("summary.json"))
 
-# %% ../nbs/09_benchmarks.ipynb #f8da15e3
+# %% ../nbs/09_benchmarks.ipynb #868f185d
 @patch
 def run(self: Bench, method=None, layer=None, strength=None, params={}, split="val", seed=0, arm=None) -> Run:
     "Do a run, or finish one that was interrupted, or read one that is done"
@@ -799,6 +799,7 @@ def run(self: Bench, method=None, layer=None, strength=None, params={}, split="v
 
 class Paused(Exception): "The time given is used up; called again, the work goes on"
 
+# %% ../nbs/09_benchmarks.ipynb #1931c873
 @contextmanager
 def _alone(path):
     "Two processes that share a folder take turns at a run; a process that dies lets go"
@@ -1079,9 +1080,9 @@ def arm_label(method: str, params: dict) -> str:
     settings = ", ".join(f"{k}={v}" for k, v in own_params(method, params).items())
     return f"{method} ({settings})" if settings else method
 
-# %% ../nbs/09_benchmarks.ipynb #22e87f9a
+# %% ../nbs/09_benchmarks.ipynb #3f897a6e
 _full, _step = "odesteer", "step-odesteer"
-#: study -> its question, where its arms meet, and the arms (label, method, changed settings), the reference first
+#: study -> its question, where its arms meet, whether the search for their own best strength is coarse (many arms), and the arms (label, method, changed settings), the reference first
 ABLATIONS = {
     "multistep": dict(question="linear, one step or many?", at=("share", "angle", "best"), arms=[
         ("many steps", _full, {}), ("one step", _step, {}), ("linear, probe (ITI)", "iti", {}), ("linear, means (CAA)", "caa", {})]),
@@ -1091,7 +1092,7 @@ ABLATIONS = {
     "metric": dict(question="steepest in which metric?", at=("share", "best"), arms=[
         ("p = 0", _full, {"metric": "euclidean"}), *((f"p = {name}", _full, {"metric": "covariance", "power": p}) for name, p in (("1/2", .5), ("1", 1.)))]),
     "features": dict(question="which features of the activation?", at=("share", "best"), arms=[(f, _full, {"features": f}) for f in ("count-sketch", "rff", "linear")]),
-    "gamma and C": dict(question="how curved, how smooth?", at=("best",), arms=[
+    "gamma and C": dict(question="how curved, how smooth?", at=("best",), coarse=True, arms=[
         ("as configured", _full, {}), *((f"gamma {g:g}, C {c:g}", _full, {"gamma": g, "C": c}) for g in (.1, 1., 10.) for c in (1., 100., 1e4))]),
     "cross-validation": dict(question="defaults, or C and gamma by cross-validation?", at=("share", "best"), arms=[
         ("as configured", _full, {}), ("cross-validated", _full, {"C": "cv", "gamma": "cv"})]),
@@ -1152,7 +1153,7 @@ def resolve_strength(
     if "level" not in strength: return strength
     return {"until": steerer.barrier.value(pos).quantile(strength["level"]).item(), "share": strength["share"]}
 
-# %% ../nbs/09_benchmarks.ipynb #948d0bce
+# %% ../nbs/09_benchmarks.ipynb #af436cc1
 @patch
 def ablate(self: Bench,
     study: str,  # a name in `ABLATIONS`
@@ -1166,7 +1167,9 @@ def ablate(self: Bench,
     for arm in ablation_arms(study, params):
         for strength in arm["strengths"]:
             layer = main.layer
-            if strength == "best": strength = self.sweep(arm["method"], [layer], strengths, arm["params"], allow, refine, repeats, rule).strength
+            if strength == "best":
+                looks = (0, 1) if ABLATIONS[study].get("coarse") else (refine, repeats)
+                strength = self.sweep(arm["method"], [layer], strengths, arm["params"], allow, *looks, rule).strength
             if strength is None: continue
             for s in range(seeds) if isinstance(seeds, int) else seeds: self.run(arm["method"], layer, strength, canonical_params(arm["method"], {**arm["params"], "seed": s}), "test", s)
 

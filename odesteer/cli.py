@@ -14,26 +14,28 @@ import numpy as np
 import torch
 import odesteer as ods
 from .barrier import certificate, implied_barrier
-from .benchmarks import (ABLATIONS, FULL, MICRO_PARAMS, PRESETS, QUICK, REAL_TASKS, SAMPLING, SHARES, Bench, Fold, Paused, Task, fit_steerer, general_metrics,
+from .benchmarks import (ABLATIONS, FULL, MICRO_PARAMS, PRESETS, QUICK, REAL_TASKS, SAMPLING, SHARES, Bench, Fold, Paused, Task, committed, fit_steerer, general_metrics,
                                  group_of, guardrail_rows, micro_bench, micro_task, report, run_plan, sample, sample_batch, say, show_preset, write_batches, write_jsonl)
 from .evaluation import BETTER, QUESTION_ANSWER, bootstrap_interval, cell, check_pairs, hub_commit, load_judge, load_pairs, read_rows, summary_table
 from .micro import AXES, Prompt, Recipe, _no_bars
 
 # %% auto #0
-__all__ = ['CHOSEN', 'MEANING', 'UNITS', 'FILE', 'DEMO', 'FIT', 'GENERATE', 'CHECK', 'BENCH', 'REPORT', 'Arm', 'run_arm',
-           'groups_of', 'shown', 'sweep', 'climb', 'demo_figure', 'kinds', 'side_by_side', 'load_prompts',
+__all__ = ['MEANING', 'UNITS', 'FILE', 'DEMO', 'FIT', 'GENERATE', 'CHECK', 'BENCH', 'REPORT', 'committed_choice', 'Arm',
+           'run_arm', 'groups_of', 'shown', 'sweep', 'climb', 'demo_figure', 'kinds', 'side_by_side', 'load_prompts',
            'prompt_text', 'user_task', 'load_model', 'count_layers', 'check_layer', 'demo', 'one_thread', 'show_demo',
            'fit', 'generate', 'check', 'bench', 'bench_plan', 'print_guardrails', 'list_of', 'numbers', 'part_of',
            'make_report', 'method_params', 'output_folder', 'read_pairs', 'layer_of', 'strength_of', 'default_strength',
            'sampling', 'warn_overlap', 'Parser', 'main', 'count', 'positive', 'parser']
 
 # %% ../nbs/12_cli.ipynb #0a9aa8dd
-#: (axis, method) -> (layer, share): chosen on validation prompts of the shipped model by `odesteer demo --choose`
-CHOSEN = {
-    ("truth", "caa"): (1, 0.3), ("truth", "iti"): (0, 0.45), ("truth", "repe"): (1, 0.3), ("truth", "odesteer"): (1, 0.3), ("truth", "step-odesteer"): (3, 0.2),
-    ("toxicity", "caa"): (2, 0.2), ("toxicity", "iti"): (2, 0.2), ("toxicity", "repe"): (2, 0.2), ("toxicity", "odesteer"): (2, 0.2), ("toxicity", "step-odesteer"): (0, 0.3),
-    ("helpfulness", "caa"): (2, 0.3), ("helpfulness", "iti"): (2, 0.6), ("helpfulness", "repe"): (3, 0.2), ("helpfulness", "odesteer"): (0, 0.3), ("helpfulness", "step-odesteer"): (1, 0.3),
-}
+def committed_choice(axis: str, method: str) -> tuple:  # (layer, share), or (1, None) where no strength was safe
+    "What `odesteer bench micro --full` chose for the shipped model, on validation prompts"
+    for s in committed()["scopes"]:
+        if s["task"] == f"micro-{axis}" and [m["name"] for m in s["models"]] == ["micro-speakers-0"]:
+            for row in s["rows"]:
+                if row["method"] == method and row["chosen"][0] and row["chosen"][0][1]: return row["chosen"][0][0], row["chosen"][0][1]["share"]
+    return 1, None
+
 #: What the metrics of the tables mean
 MEANING = {"true_info": "true, and about what was asked", "info": "about what was asked", "wellformed": "nothing but sentences of the world", "toxic": "has a rude word",
            "reward": "claims about the thing asked, less garbled ones", "perplexity": "of the answer under the unsteered model", "dist2": "share of distinct word pairs",
@@ -235,6 +237,7 @@ def demo(o):
         show_demo(task, model, tokenizer, steerer, layer, strength or default_strength(steerer), starts, o, out)
     print(f"\nThe figure, all answers, the numbers and the fitted steerer are in {o.out}/ ({time.perf_counter() - start:.0f} s)")
 
+# %% ../nbs/12_cli.ipynb #de24b321
 @contextmanager
 def one_thread():
     "The micro model's matrices are too small to share: a second thread gains nothing, and on a busy machine it loses much"
@@ -247,7 +250,7 @@ def _micro(o, params):
     "Task, model, layer, strength and starts of trajectories of the demonstration on the micro model"
     if o.layer is not None: check_layer(o.layer, Recipe.layers)
     lm = ods.load_micro()
-    task, (layer, share) = micro_task(lm, o.axis), CHOSEN.get((o.axis, o.method), (1, None))
+    task, (layer, share) = micro_task(lm, o.axis), committed_choice(o.axis, o.method)
     for name, value in MICRO_PARAMS["speakers"].get(o.method, {}).items(): params.setdefault(name, value)
     if o.choose:
         found = Bench(lm.model, lm.tokenizer, task, Path(o.out)/"runs", "micro-speakers-0", batch_size=200).sweep(o.method, params=params)
@@ -333,7 +336,7 @@ def check(o):
     print(result)
     return 0 if result.ok else 1
 
-# %% ../nbs/12_cli.ipynb #db6c7bb6
+# %% ../nbs/12_cli.ipynb #ba779825
 def bench(o):
     "Every method on every task: choose on validation, report on test; interrupted or stopped, the same command goes on"
     plan, make = bench_plan(o)
@@ -362,6 +365,7 @@ def bench_plan(o) -> tuple:  # settings of `run_plan`, and how a unit becomes a 
     if o.ablations: plan["studies"] = list_of(o.ablations) if o.ablations != "all" else list(ABLATIONS)
     return _micro_plan(o, plan, micro) if micro else _real_plan(o, plan)
 
+# %% ../nbs/12_cli.ipynb #a9cec0e1
 def print_guardrails(out):
     "Scores on guardrail tasks, with paired differences to the unsteered model"
     for r in guardrail_rows(out):
@@ -384,7 +388,7 @@ def part_of(text) -> tuple:
     if not 1 <= i <= n: raise ValueError(f"--part {text}: write it as i/n, such as 1/2 on one machine and 2/2 on the other")
     return i, n
 
-# %% ../nbs/12_cli.ipynb #068f8b89
+# %% ../nbs/12_cli.ipynb #3ab93b12
 def _known(names, table, what):
     for name in names:
         if name not in table and name != "all": raise ValueError(f"there is no {what} {name!r}; choose from {', '.join(table)}")
@@ -398,6 +402,7 @@ def _micro_plan(o, plan, tasks):
     units = plan.pop("units", [(o.world, seed, axis) for seed in range(o.models) for axis in AXES])
     return dict(plan, units=[u for u in units if u[-1] in axes]), micro_bench
 
+# %% ../nbs/12_cli.ipynb #e0a8ba81
 def _real_plan(o, plan, tasks={}, judges={}, batch_size=None, decoding={}):
     "Units of tasks on your model: the name of the task"
     _known(o.tasks, REAL_TASKS, "task")
@@ -582,6 +587,7 @@ odesteer bench truthfulqa --model meta-llama/Llama-3.2-1B --methods odesteer --l
 REPORT = """odesteer report runs
 odesteer report runs-of-one-machine runs-of-another --out report"""
 
+# %% ../nbs/12_cli.ipynb #05f4ca09
 def parser() -> Parser:
     p = Parser(prog="odesteer", description="Steer a language model by solving an ODE on its activations.")
     p.add_argument("--version", action="version", version=ods.__version__)
@@ -615,6 +621,7 @@ def parser() -> Parser:
     c.add_argument("--out", default="report", help="folder for report.md, tables and figures (default report)")
     return p
 
+# %% ../nbs/12_cli.ipynb #d3cd11bd
 def _bench(c):
     c.add_argument("tasks", nargs="*", metavar="TASK", default=["micro"], help="micro (all its axes), " + ", ".join(f"micro-{a}" for a in AXES) + ", " + ", ".join(REAL_TASKS))
     c.add_argument("--methods", default="all", help="names with commas between (default all: " + ", ".join(ods.steerer_names("steerer") + ods.steerer_names("placebo")) + ")")

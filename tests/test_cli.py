@@ -264,9 +264,9 @@ def test_demo_repeats_itself(files, monkeypatch):
 
 def test_committed_choices_are_possible():
     from odesteer.micro import AXES, Recipe
-    assert {a for a, _ in cli.CHOSEN} == set(AXES)
-    for (axis, method), (layer, share) in cli.CHOSEN.items():
-        assert method in ods.steerer_names() and 0 <= layer < Recipe.layers and 0 < share <= 2
+    found = {(a, m): cli.committed_choice(a, m) for a in AXES for m in ods.steerer_names()}
+    assert all(0 <= layer < Recipe.layers and (share is None or 0 < share <= 2) for layer, share in found.values())
+    assert all(found[a, m][1] for a in AXES for m in ("caa", "odesteer")) and len(set(found.values())) > 3
 
 
 # ---- benchmarks
