@@ -22,7 +22,7 @@ from .models import fingerprint
 
 # %% auto #0
 __all__ = ['SAMPLING', 'QA_SYSTEM', 'DECODING', 'QA_REQUEST', 'BINARY_SYSTEM', 'RTP_REQUEST', 'PAPER_METHODS', 'PRESETS',
-           'REAL_TASKS', 'SHARES', 'ABLATIONS', 'MICRO_PARAMS', 'QUICK', 'FULL', 'UNREADABLE', 'VARIES', 'PLACEBOS',
+           'REAL_TASKS', 'VARIES', 'SHARES', 'ABLATIONS', 'MICRO_PARAMS', 'QUICK', 'FULL', 'UNREADABLE', 'PLACEBOS',
            'YARDSTICKS', 'Fold', 'group_of', 'Task', 'micro_task', 'general_metrics', 'digest', 'fit_on', 'fit_steerer',
            'sample', 'sample_batch', 'halves', 'make_fold', 'truthfulqa_rows', 'qa_prompt', 'qa_pair', 'truth_folds',
            'real_task', 'truthfulqa', 'ContaminatedFold', 'truthfulqa_binary', 'preference_rows', 'preference_draws',
@@ -120,7 +120,7 @@ def digest(*lists) -> str:
     "A short hash of lists of texts"
     return hashlib.sha256(json.dumps(lists, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/09_benchmarks.ipynb #4fc6cf7b
+# %% ../nbs/09_benchmarks.ipynb #15c5e387
 def fit_on(
     acts,  # activations of the wanted texts, then of the unwanted ones, (N+ + N-, d)
     texts: ContrastTexts,
@@ -129,7 +129,7 @@ def fit_on(
     **params,  # hyper-parameters of the method
 ):  # the fitted steerer
     "Fit a method on activations of contrastive texts"
-    groups = np.unique([str(g) for g in [*texts.pos_groups, *texts.neg_groups]], return_inverse=True)[1]
+    groups = np.unique([_norm(g) for g in [*texts.pos_groups, *texts.neg_groups]], return_inverse=True)[1]
     n = len(texts.pos)
     pairs = _same_question(groups[:n], groups[n:])
     source = {} if asked is None or pairs is None else {"source": asked[pairs[:, 0]]}
@@ -267,7 +267,7 @@ def truth_folds(
     first, second = halves(len(rows), .5, seed)
     return [fold(second, first), fold(first, second)]
 
-# %% ../nbs/09_benchmarks.ipynb #1400c13f
+# %% ../nbs/09_benchmarks.ipynb #a2f52280
 #: Task -> how answers are drawn, beside SAMPLING
 DECODING = {"truthfulqa": dict(max_new_tokens=50, repetition_penalty=1.1), "realtoxicityprompts": dict(max_new_tokens=50, repetition_penalty=1.1),
             "ultrafeedback": dict(max_new_tokens=128, repetition_penalty=1.1, no_repeat_ngram_size=2)}
@@ -287,8 +287,8 @@ def real_task(
     def score(prompts, answers):
         return dict(judge(prompts, answers)) | text_metrics(answers) | (_surprise(fluency, [p.fact for p in prompts], answers) if fluency else {})
     texts = [[f.texts.pos, f.texts.neg, [p.text for p in f.val], [p.text for p in f.test]] for f in folds]
-    data = data | {"sha256": digest(*texts), "judge": getattr(judge, "about", None) or judge.__qualname__} | ({"fluency": fluency.identity} if fluency else {})
-    return Task(name, folds, score, primary, BETTER | {"perplexity_alone": -1} | getattr(judge, "better", {}) | better, watch, SAMPLING | decoding, data, instruct=partial(_request, request), **kw)
+    data = data | {"request": request, "sha256": digest(*texts), "judge": getattr(judge, "about", None) or judge.__qualname__} | ({"fluency": fluency.identity} if fluency else {})
+    return Task(name, folds, score, primary, BETTER | {"perplexity_alone": -1} | getattr(judge, "better", {}) | better, watch, SAMPLING | decoding, data, instruct=partial(_request, request) if request else None, **kw)
 
 def _surprise(source, questions, answers):
     "Perplexity of answers given their questions, and of the answers alone, as it is published"
@@ -687,7 +687,7 @@ def _resume(part, key, most) -> int:
     else: part.write_text(key + "\n", encoding="utf-8")
     return max(0, done - 1)
 
-# %% ../nbs/09_benchmarks.ipynb #eb4b12e1
+# %% ../nbs/09_benchmarks.ipynb #196b8e5e
 class Bench:
     "A model and a task, ready to run; everything it makes stands in a folder"
     def __init__(self,
@@ -705,23 +705,25 @@ class Bench:
         self.batch_size = max(1, batch_size // task.samples) * task.samples  # the answers to one prompt are judged together
         name = name or Path(getattr(model.config, "_name_or_path", "") or "model").name
         self.about = dict(name=name, **({"world": world} if world else {}), revision=revision, dtype=str(model.dtype).removeprefix("torch."), sha256=fingerprint(model)[:16])
-        self._acts, self._steerers, self.deadline, self.tick = {}, {}, time.monotonic() + 60*minutes, lambda run: None  # tick: called after each run
+        self._acts, self._steerers, self.layers, self.deadline, self.tick = {}, {}, (), time.monotonic() + 60*minutes, lambda run: None  # tick: called after each run
 
     def config(self, method=None, layer=None, strength=None, params={}, split="val", seed=0, arm=None) -> dict:
         "Everything that the numbers of a run depend on"
         arm = arm or ("none" if method is None else "steer")
         return dict(task=self.task.name, data=self.task.data, model=self.about, arm=arm, method=method, params=params, layer=layer, strength=strength,
-                    split=split, seed=seed, decoding=self.task.decoding, batch_size=self.batch_size)
+                    split=split, seed=seed, decoding=self.task.decoding, batch_size=self.batch_size, **{k: v for k, usual in (("samples", 1), ("stop", ()), ("max_length", None)) if (v := getattr(self.task, k)) != usual})
+
+VARIES = "arm", "method", "params", "layer", "strength", "split", "seed"  # between runs that can be compared
 
 def run_key(config: dict) -> str: return digest(json.dumps(config, sort_keys=True))
 
-# %% ../nbs/09_benchmarks.ipynb #5bd6f24e
+# %% ../nbs/09_benchmarks.ipynb #cf173967
 @patch
 def acts(self: Bench, fold: int, layer: int):
-    "Activations of the fold's texts at a layer, (N+ + N-, d); all layers are read in one pass and kept on disk"
-    if fold not in self._acts:
+    "Activations of the fold's texts at a layer, (N+ + N-, d); all layers of a sweep are read in one pass and kept on disk"
+    if layer not in self._acts.setdefault(fold, {}):
         texts = self.task.folds[fold].texts
-        self._acts[fold] = ods.collect_activations(self.model, self.tokenizer, texts.pos + texts.neg, batch_size=self.batch_size, max_length=self.task.max_length, cache_dir=self.out/"activations", progress=sys.stderr.isatty())
+        self._acts[fold] |= ods.collect_activations(self.model, self.tokenizer, texts.pos + texts.neg, sorted({layer, *self.layers}), batch_size=self.batch_size, max_length=self.task.max_length, cache_dir=self.out/"activations", progress=sys.stderr.isatty())
     return self._acts[fold][layer]
 
 @patch
@@ -799,7 +801,7 @@ def run(self: Bench, method=None, layer=None, strength=None, params={}, split="v
 
 class Paused(Exception): "The time given is used up; called again, the work goes on"
 
-# %% ../nbs/09_benchmarks.ipynb #1931c873
+# %% ../nbs/09_benchmarks.ipynb #34f9a1fa
 @contextmanager
 def _alone(path):
     "Two processes that share a folder take turns at a run; a process that dies lets go"
@@ -812,12 +814,13 @@ def _alone(path):
 
 @patch
 def _run(self: Bench, path, config):
+    start = time.time()
     _write(path/"config.json", json.dumps(config, indent=1).encode())
     _write(path/"environment.json", json.dumps(environment(self.model), indent=1).encode())
     items = self.task.prompts(config["split"])
     if not (path/"answers.jsonl").exists(): write_batches(path/"answers.jsonl", partial(self._answers, config, items), _starts(items, self.batch_size), config)
     with open(path/"answers.jsonl", encoding="utf-8") as f: answers = [json.loads(line) for line in f]
-    write_batches(path/"judged.jsonl", partial(self._judged, config, items, [a["answer"] for a in answers]), _starts(items, self.batch_size), config)
+    if not (path/"judged.jsonl").exists(): write_batches(path/"judged.jsonl", partial(self._judged, config, items, [a["answer"] for a in answers]), _starts(items, self.batch_size), config)
     with open(path/"judged.jsonl", encoding="utf-8") as f: rows = [json.loads(line) for line in f]
     scores = {m: [row[m] for row in rows] for m in rows[0]}
     _write(path/"scores.json", json.dumps(scores).encode())
@@ -825,7 +828,7 @@ def _run(self: Bench, path, config):
     moved = self.moved(*(config[k] for k in ("method", "layer", "strength", "params"))) if config["arm"] == "steer" else {}
     known = {m: [x for x in xs if x is not None] for m, xs in scores.items()}
     means = {m: sum(xs)/len(xs) if xs else None for m, xs in known.items()}
-    summary = dict(n=len(items), groups=len({a["group"] for a in answers}), means=means, seconds=seconds, tokens_per_second=sum(a["tokens"] for a in answers)/seconds, **moved, task=dict(primary=self.task.primary, better=self.task.better, watch=self.task.watch), when=time.strftime("%Y-%m-%d"))
+    summary = dict(n=len(items), groups=len({a["group"] for a in answers}), means=means, seconds=seconds, tokens_per_second=sum(a["tokens"] for a in answers)/seconds, **moved, task=dict(primary=self.task.primary, better=self.task.better, watch=self.task.watch), wall=time.time() - start, when=time.strftime("%Y-%m-%d"))
     _write(path/"summary.json", json.dumps(summary, indent=1).encode())
     (path/"judged.jsonl").unlink()
 
@@ -886,7 +889,7 @@ def environment(model) -> dict:
     return dict(odesteer=ods.__version__, python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, machine=platform.machine(),
                 device=torch.cuda.get_device_name(where) if where.type == "cuda" else str(where), threads=torch.get_num_threads(), dtype=str(model.dtype))
 
-# %% ../nbs/09_benchmarks.ipynb #29329995
+# %% ../nbs/09_benchmarks.ipynb #a8512fb2
 @dataclass
 class Stop:
     "Where a sweep stopped, and why"
@@ -908,7 +911,7 @@ def stop_rule(
     for k, run in enumerate(runs):
         for metric in task.watch:
             d = gain(metric, base, run)
-            if d.lo < -allow:
+            if d.lo < -allow or math.isnan(d.value):  # nothing left to measure is no safety
                 last = f"the weakest strength tried, {strengths[0]:.3g}, already" if k == 0 else f"stopped at {strengths[k - 1]:.3g}: {strengths[k]:.3g}"
                 return Stop(k - 1, f"{last} changes {metric} by {_signed(d, task.better.get(metric, 1))}, which does not exclude a loss of {allow:g}")
         d = gain(task.primary, runs[best] if best >= 0 else base, run)
@@ -922,7 +925,7 @@ def _signed(d, way):
     lo, hi = sorted((way*d.lo, way*d.hi))
     return f"{way*d.value:+.3f} [{lo:+.3f}, {hi:+.3f}]"
 
-# %% ../nbs/09_benchmarks.ipynb #911415dc
+# %% ../nbs/09_benchmarks.ipynb #4396f146
 @dataclass
 class Choice:
     "What a sweep chose on validation"
@@ -944,8 +947,8 @@ def sweep(self: Bench, method,
 ) -> Choice:
     "Layer and strength for a method by the stop rule, on validation prompts"
     layers, strengths = list(layers or auto_layers(self.model)), [s if isinstance(s, dict) else {"share": s} for s in strengths]
-    params = canonical_params(method, {"seed": 0, **params})
-    config = dict(task=self.task.name, data=self.task.data, model=self.about, method=method, params=params, layers=layers, strengths=strengths, allow=allow, refine=refine, repeats=repeats, **({} if rule == "stop" else {"rule": rule}))
+    params, self.layers = canonical_params(method, {"seed": 0, **params}), layers
+    config = dict(**{k: v for k, v in self.config().items() if k not in VARIES}, method=method, params=params, layers=layers, strengths=strengths, allow=allow, refine=refine, repeats=repeats, **({} if rule == "stop" else {"rule": rule}))
     path, trials = self.out/"choices"/f"{run_key(config)}.json", []
     if path.exists(): saved = json.loads(path.read_text()); return Choice(*(saved[k] for k in ("layer", "strength", "why", "trials")))
     climbs = {layer: self._climb(method, layer, strengths, params, allow, 1, rule, trials) for layer in layers}
@@ -962,7 +965,7 @@ def sweep(self: Bench, method,
     _write(path, json.dumps({"config": config, **asdict(choice)}, indent=1).encode())
     return choice
 
-# %% ../nbs/09_benchmarks.ipynb #51445ea0
+# %% ../nbs/09_benchmarks.ipynb #fd7b8345
 @patch
 def _climb(self: Bench, method, layer, strengths, params, allow, repeats, rule, trials):
     "Up the strengths until the rule stops: (`Stop`, runs, primary metric at the stop)"
@@ -978,7 +981,7 @@ def _climb(self: Bench, method, layer, strengths, params, allow, repeats, rule, 
 
 def best_of(strengths, means, task) -> Stop:
     "The strength with the best primary metric, whatever it breaks"
-    k = int(np.argmax([task.better[task.primary] * m for m in means]))
+    k = int(np.argmax([-math.inf if math.isnan(m) else task.better[task.primary] * m for m in means]))
     return Stop(k, f"best {task.primary} of {len(means)} strengths, guardrails not asked", ended=False)
 
 @patch
@@ -1195,7 +1198,7 @@ def speed(self: Bench, arms: list, rounds=5, tokens=16) -> dict:
     _write(path, json.dumps({"config": config, "ratios": ratios, "environment": environment(self.model)}).encode())
     return ratios
 
-# %% ../nbs/09_benchmarks.ipynb #e7071590
+# %% ../nbs/09_benchmarks.ipynb #5c74e5b0
 _sketch = {"n_components": 2000}  # activations have 128 numbers: a narrower sketch is enough
 _curved = _sketch | {"gamma": 10.}  # the published 0.1 is nearly linear, and here no linear method can work
 #: world -> method -> hyper-parameters that differ from the published ones
@@ -1208,6 +1211,12 @@ def micro_bench(world, seed, axis, out="runs", **kwargs) -> Bench:
     "The bench of a micro model and an axis"
     lm = ods.load_micro(world, seed)
     return Bench(lm.model, lm.tokenizer, micro_task(lm, axis), out, f"micro-{world}-{seed}", world, batch_size=200, **kwargs)
+
+def _share(units, part):
+    "The units of machine i of n"
+    mine = units[part[0] - 1::part[1]]
+    if not mine: raise ValueError(f"part {part[0]} of {part[1]} is empty: work is shared by model and task, of which there are {len(units)}; give each machine some of the --methods instead")
+    return mine
 
 def run_plan(
     units: list,  # what `make` takes, one tuple for each model and task
@@ -1222,7 +1231,7 @@ def run_plan(
 ):
     "Every method on every unit, then the ablations; finished parts are not repeated"
     from tqdm import tqdm
-    mine, start, studies = units[part[0] - 1::part[1]], time.monotonic(), list(ABLATIONS) if studies == "all" else studies
+    mine, start, studies = _share(units, part), time.monotonic(), list(ABLATIONS) if studies == "all" else studies
     steps = [(u, m) for u in mine for m in [None, *methods, *["speed"]*(rounds > 0)]] + [(u, s) for u in mine if u[-1] == "truth" for s in studies]
     made, bar = {}, tqdm(steps, "benchmark", disable=None)
     for unit, what in bar:
@@ -1255,7 +1264,7 @@ def find_runs(folders) -> Found:
     if not found.runs: raise ValueError(f"no finished run in {folders}: {dict(found.count)}")
     return found
 
-# %% ../nbs/09_benchmarks.ipynb #70b80b3d
+# %% ../nbs/09_benchmarks.ipynb #938d2deb
 UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError  # what a damaged file may raise
 
 def _find_run(found, root, path):
@@ -1263,7 +1272,7 @@ def _find_run(found, root, path):
     if not (path/"summary.json").exists(): found.count["unfinished"] += 1; return
     try:
         run = read_run(path)
-        if run_key(run.config) != path.name or {len(x) for x in run.scores.values()} != {len(run.groups)} or not run.summary["tokens_per_second"] > 0: raise ValueError
+        if run_key(run.config) != path.name or {len(x) for x in run.scores.values()} != {len(run.groups)} or not run.summary["seconds"] > 0: raise ValueError
         if run.config["split"] == "val" and (spec := run.summary.get("task")): run.scores = {m: run.scores[m] for m in (spec["primary"], *spec["watch"])}  # sweeps are long: keep what is shown
     except UNREADABLE: found.count["damaged"] += 1; return
     old = found.runs.setdefault(run.key, run)
@@ -1284,9 +1293,7 @@ def _find_choice(found, path):
     old = found.choices.setdefault(path.stem, choice)
     if (old["layer"], old["strength"]) != settled: raise ValueError(f"choice {path.stem} is {settled} in {path.parent} but was {(old['layer'], old['strength'])} in another folder: report them separately")
 
-# %% ../nbs/09_benchmarks.ipynb #d2875c11
-VARIES = "arm", "method", "params", "layer", "strength", "split", "seed"  # within a unit; the rest of a config is held fixed
-
+# %% ../nbs/09_benchmarks.ipynb #2a2e6f94
 @dataclass
 class Unit:
     "A task on a model: all its runs"
@@ -1322,7 +1329,7 @@ class Unit:
         rank = lambda arm: (-len(self.choices[arm][0]["config"]["layers"]), len(self.arms[arm][1]))
         return {self.arms[arm][0]: arm for arm in sorted(self.choices, key=rank, reverse=True)}
 
-# %% ../nbs/09_benchmarks.ipynb #efba683f
+# %% ../nbs/09_benchmarks.ipynb #bde66610
 def make_units(found: Found, tasks={}) -> list:
     "Runs sorted into units"
     units, asked = {}, {}
@@ -1342,7 +1349,7 @@ def make_units(found: Found, tasks={}) -> list:
     for choice in sorted(found.choices.values(), key=lambda c: (len(c["config"]["layers"]), len(c["trials"])), reverse=True):
         for unit in units.values():
             c = choice["config"]
-            if all(unit.held[k] == c[k] for k in ("task", "data", "model")): unit.choices.setdefault(_arm({"arm": "steer", **c}, unit.arms), []).append(choice)
+            if all(c.get(k, v) == v for k, v in unit.held.items()): unit.choices.setdefault(_arm({"arm": "steer", **c}, unit.arms), []).append(choice)
     return list(units.values())
 
 def _arm(config, arms) -> str:
@@ -1413,7 +1420,7 @@ def row(self: Scope, arm: str, brief=False) -> dict:
     known = lambda k: _short(np.median(v)) if (v := [r.summary[k] for r in runs if r.summary.get(k) is not None]) else None
     return out | dict(moved=known("moved"), angle=known("angle"), speed=self._speed(arm, mine, base), timed=any(arm in u.timed for u in self.units)) | self._published(mine, base)
 
-# %% ../nbs/09_benchmarks.ipynb #1939adbf
+# %% ../nbs/09_benchmarks.ipynb #24e08919
 @patch
 def _speed(self: Scope, arm, mine, base) -> list:
     "Tokens per second over those of the unsteered model, [median, least, most]: measured side by side, else over runs on the same machine as they came"
@@ -1422,7 +1429,7 @@ def _speed(self: Scope, arm, mine, base) -> list:
         usual = defaultdict(list)
         for r in plain:
             for home, tps in u.speeds[r.key].items(): usual[home].append(tps)
-        ratios += [tps / np.mean(usual[home]) for r in steered for home, tps in u.speeds[r.key].items() if home in usual]
+        ratios += [tps / np.mean(usual[home]) for r in steered for home, tps in u.speeds[r.key].items() if any(usual.get(home, ()))]
     return [_short(f(ratios)) for f in (np.median, min, max)] if ratios else None
 
 @patch
@@ -1515,7 +1522,7 @@ def _study_row(self: Scope, met, arm, reference):
     against = [None]*5 if arm == reference else [*self.above(x, y), self.p(x, y), int((~np.isnan(x - y)).sum())]
     return [*self.mean(x), *against, *typical]
 
-# %% ../nbs/09_benchmarks.ipynb #79ee751a
+# %% ../nbs/09_benchmarks.ipynb #8905a210
 def gather(
     folders,  # folder of runs, or several: of machines that shared the work
     tasks: dict = {},  # task name -> dict(primary=, better=, watch=), for runs that do not say
@@ -1523,7 +1530,7 @@ def gather(
 ) -> dict:
     "All finished runs as results: plain numbers with intervals, JSON-able"
     found = find_runs(folders)
-    units = sorted(make_units(found, tasks), key=lambda u: (u.held["task"], u.held["model"]["name"], len(u.points)))
+    units = sorted((u for u in make_units(found, tasks) if u.at("test", "unsteered")), key=lambda u: (u.held["task"], u.held["model"]["name"], len(u.points)))
     worlds = defaultdict(list)
     for u in units: worlds[json.dumps([u.held[k] if k != "model" else u.held[k].get("world", u.held[k]["sha256"]) for k in sorted(u.held)])].append(u)
     scopes = []
@@ -1533,7 +1540,7 @@ def gather(
     machines = Counter()
     for key, homes in found.homes.items():
         for home, summary in homes.items(): machines[_machine(Path(home)/key)] += summary["seconds"]
-    return dict(format=1, odesteer=ods.__version__, runs=dict(found.count), choices=len(found.choices), seconds=round(sum(machines.values())), resamples=resamples,
+    return dict(format=1, odesteer=ods.__version__, runs=dict(found.count), choices=len(found.choices), seconds=round(sum(machines.values())), wall=round(sum(r.summary.get("wall", 0) for r in found.runs.values())), resamples=resamples,
                 machines=[json.loads(m) | {"seconds": round(s)} for m, s in machines.items()], scopes=scopes)
 
 # %% ../nbs/09_benchmarks.ipynb #c1b2913a
@@ -1609,7 +1616,7 @@ def latex(self: Table) -> str:
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", **{c: "\\" + c for c in "&%$#_{}"}}
 def _tex(text): return "".join(_TEX.get(c, c) for c in text)
 
-# %% ../nbs/09_benchmarks.ipynb #20ce74f5
+# %% ../nbs/09_benchmarks.ipynb #528c1eb6
 def main_table(
     scope: dict,  # one of results["scopes"]
 ) -> Table:
@@ -1622,7 +1629,7 @@ def main_table(
         safe, ms = r["off"] < len(r["chosen"]), r["metrics"]
         first = lambda m: (ms.get(m) or [None])[0]
         if not safe: return [_named(r)] + [None]*(len(columns) - 2) + ["no safe strength"]
-        settings = ["/".join(dict.fromkeys(str(c[k]) if k == 0 else "off" if c[1] is None else place(c[1]).replace("share ", "") for c in r["chosen"] if c)) or None for k in (0, 1)]
+        settings = ["/".join(dict.fromkeys("off" if c[1] is None else str(c[0]) if k == 0 else place(c[1]).replace("share ", "") for c in r["chosen"] if c)) or None for k in (0, 1)]
         return [_named(r), ms[p][:3], ms[p][3:6] or None, r["holm"], ms[p][6:9] or None, *(ms[m][3:6] or None if m in ms else None for m in watch), *(r.get(k) for k in derived),
                 *map(first, extra), r["speed"] and r["speed"][0], *settings]
     best = next((i for i, r in enumerate(rows) if r["method"] in steering_methods(scope)), None)
@@ -1712,7 +1719,7 @@ def together(gains: dict) -> dict:
     for k, p in holm({k: g.p for k, g in gains.items()}).items(): gains[k].p = p
     return gains
 
-# %% ../nbs/09_benchmarks.ipynb #bff8c816
+# %% ../nbs/09_benchmarks.ipynb #9cc8c7d9
 @dataclass
 class Verdict:
     "An answer and the numbers it rests on"
@@ -1732,7 +1739,7 @@ def _listed(gains, text="over {}"): return [f"{text.format(name)} {g}" for name,
 def enough_steps(scope) -> Verdict:
     "Is one step enough?"
     chosen = gain(scope, *(_arm_of(scope, m) for m in (_full, _step)))
-    gains = ({"at chosen settings": chosen} if chosen else {}) | {place: -g for (arm, place), g in study_gains(scope, "multistep").items() if arm == "one step"}
+    gains = together(({"at chosen settings": chosen} if chosen else {}) | {place: -g for (arm, place), g in study_gains(scope, "multistep").items() if arm == "one step"})
     if not gains: return None
     where, first = next(iter(gains.items()))
     claim = {"better than": "No: many steps are better than one", "worse than": "Yes, and it is better than many",
@@ -1743,12 +1750,12 @@ def enough_steps(scope) -> Verdict:
 
 def _arm_of(scope, method): return next((r["arm"] for r in scope["rows"] if r["method"] == method), None)
 
-# %% ../nbs/09_benchmarks.ipynb #6a5db5d3
+# %% ../nbs/09_benchmarks.ipynb #30bfebaa
 def worth_curving(scope) -> Verdict:
     "Is nonlinearity worth it?"
     full = _arm_of(scope, _full)
-    gains = {m: g for m in ("caa", "iti") if (g := gain(scope, full, _arm_of(scope, m)))}
-    sketch = {f"linear features, {place}": -g for (arm, place), g in study_gains(scope, "features").items() if arm == "linear"}
+    gains = together({m: g for m in ("caa", "iti") if (g := gain(scope, full, _arm_of(scope, m)))})
+    sketch = together({f"linear features, {place}": -g for (arm, place), g in study_gains(scope, "features").items() if arm == "linear"})
     if not gains and not sketch: return None
     readings = {g.reading for g in (gains or sketch).values()}
     claim = ("Yes" if readings == {"better than"} else "No" if "worse than" in readings else "Not shown") + f": {_full} is {compared(gains or sketch)}".replace("is no clear", "shows no clear")

@@ -65,7 +65,7 @@ def test_every_setting_that_matters_changes_the_key(lm, tmp_path):
     keys = [run_key(bench(lm, tmp_path).config(**base))]
     for change in (dict(method="iti"), dict(layer=2), dict(strength={"share": .31}), dict(strength={"T": .3}), dict(params={"C": 2.}), dict(split="test"), dict(seed=1), dict(method=None), dict(method=None, arm="prompt")):
         keys.append(run_key(bench(lm, tmp_path).config(**{**base, **change})))
-    for other in (bench(lm, tmp_path, n=5), bench(lm, tmp_path, batch_size=3), bench(lm, tmp_path, decoding={"max_new_tokens": 9}), bench(lm, tmp_path, axis="toxicity")): keys.append(run_key(other.config(**base)))
+    for other in (bench(lm, tmp_path, n=5), bench(lm, tmp_path, batch_size=3), bench(lm, tmp_path, decoding={"max_new_tokens": 9}), bench(lm, tmp_path, axis="toxicity"), bench(lm, tmp_path, samples=2), bench(lm, tmp_path, stop=(".",))): keys.append(run_key(other.config(**base)))
     with torch.no_grad():
         weight = lm.model.model.layers[0].mlp.up_proj.weight
         before = weight[0, 0].item()
@@ -127,6 +127,22 @@ def test_a_damaged_steerer_or_lost_file_is_made_again_or_named(lm, tmp_path):
     card, = tmp_path.glob("steerers/*/steerer.safetensors")
     card.write_bytes(b"x")
     with pytest.raises(ValueError, match="damaged"): bench(lm, tmp_path).steerer("caa", 1, {})
+
+
+def test_only_the_layers_of_a_sweep_are_read(lm, tmp_path):
+    bench(lm, tmp_path).sweep("caa", layers=[-1, 1], strengths=(.2,), refine=0, repeats=1, allow=2.)
+    assert sorted(p.name for p in (tmp_path/"activations").rglob("*.safetensors")) == ["layer_001.safetensors", "layer_003.safetensors"]
+
+
+def test_what_was_judged_is_not_judged_again(lm, tmp_path, monkeypatch):
+    seen, b = [], bench(lm, tmp_path)
+    judge = b.task.judge
+    b.task.judge = lambda prompts, answers: seen.append(len(prompts)) or judge(prompts, answers)
+    monkeypatch.setattr(b, "moved", lambda *_: 1/0, raising=False)
+    with pytest.raises(ZeroDivisionError): b.run("caa", 1, {"share": .3})
+    monkeypatch.undo()
+    b.run("caa", 1, {"share": .3})
+    assert seen == [4, 2]
 
 
 # ---- killed at random moments
@@ -193,7 +209,18 @@ def test_time_that_is_used_up_pauses_between_runs(lm, tmp_path):
     assert not contents(tmp_path)
 
 
+def test_a_share_without_work_is_an_error(lm, tmp_path):
+    with pytest.raises(ValueError, match="part 2 of 2 is empty"): run_plan([("truth",)], ["caa"], lambda axis, out: bench(lm, out), part=(2, 2), out=tmp_path)
+
+
 # ---- the rule
+
+def test_a_guardrail_that_nobody_can_measure_any_more_is_no_safety(lm):
+    task, base = small(lm), fake(true_info=.2, info=1., wellformed=1.)
+    gone = fake(true_info=.9, info=1., wellformed=1.)
+    gone.scores["info"] = np.full(100, np.nan)
+    assert stop_rule([.1, .2], base, [fake(true_info=.4, info=1., wellformed=1.), gone], task).index == 0
+
 
 def fake(n=100, **rates):
     return Run("", {}, {m: np.repeat([1., 0.], [round(r*n), n - round(r*n)]) for m, r in rates.items()}, [*range(n)], {})
