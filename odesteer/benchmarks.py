@@ -925,7 +925,7 @@ def _signed(d, way):
     lo, hi = sorted((way*d.lo, way*d.hi))
     return f"{way*d.value:+.3f} [{lo:+.3f}, {hi:+.3f}]"
 
-# %% ../nbs/09_benchmarks.ipynb #4396f146
+# %% ../nbs/09_benchmarks.ipynb #9ab2898e
 @dataclass
 class Choice:
     "What a sweep chose on validation"
@@ -946,7 +946,7 @@ def sweep(self: Bench, method,
     rule="stop",  # or "best": the strength with the best primary metric, whatever it breaks, as most published tables do
 ) -> Choice:
     "Layer and strength for a method by the stop rule, on validation prompts"
-    layers, strengths = list(layers or auto_layers(self.model)), [s if isinstance(s, dict) else {"share": s} for s in strengths]
+    layers, strengths = [k % len(ods.decoder_layers(self.model)) for k in layers or auto_layers(self.model)], [s if isinstance(s, dict) else {"share": s} for s in strengths]
     params, self.layers = canonical_params(method, {"seed": 0, **params}), layers
     config = dict(**{k: v for k, v in self.config().items() if k not in VARIES}, method=method, params=params, layers=layers, strengths=strengths, allow=allow, refine=refine, repeats=repeats, **({} if rule == "stop" else {"rule": rule}))
     path, trials = self.out/"choices"/f"{run_key(config)}.json", []
@@ -1293,7 +1293,7 @@ def _find_choice(found, path):
     old = found.choices.setdefault(path.stem, choice)
     if (old["layer"], old["strength"]) != settled: raise ValueError(f"choice {path.stem} is {settled} in {path.parent} but was {(old['layer'], old['strength'])} in another folder: report them separately")
 
-# %% ../nbs/09_benchmarks.ipynb #2a2e6f94
+# %% ../nbs/09_benchmarks.ipynb #ee046355
 @dataclass
 class Unit:
     "A task on a model: all its runs"
@@ -1307,15 +1307,16 @@ class Unit:
 
     def at(self, split, arm, layer=None, strength=None) -> list: return self.points.get((split, arm, layer, json.dumps(strength, sort_keys=True)), [])
 
-    def choice(self, arm, layer=None) -> dict:
-        "What the widest sweep chose, or (given a layer) the narrowest one that came to this layer"
+    def choice(self, arm, layer=None, coarse=False) -> dict:
+        "What the widest sweep chose, or (given a layer) the finest, or the coarsest, of those that looked at this layer alone, else one that came to it"
         fit = [c for c in self.choices.get(arm, []) if layer is None or c["layer"] == layer or c["config"]["layers"] == [layer]]
         tested = [c for c in fit if c["strength"] is None or self.at("test", arm, c["layer"], c["strength"])] or fit
-        return tested[0 if layer is None else -1] if tested else None
+        alone = [c for c in tested if layer is not None and c["config"]["layers"] == [layer]]
+        return (alone or tested)[-1 if coarse else 0] if tested else None
 
-    def chosen(self, arm, layer=None) -> list:
+    def chosen(self, arm, layer=None, coarse=False) -> list:
         "Test runs at the chosen setting; where no strength was safe, steering is off"
-        c = self.choice(arm, layer)
+        c = self.choice(arm, layer, coarse)
         if arm in ("unsteered", "prompt") or (c and c["strength"] is None): return self.at("test", arm if c is None else "unsteered")
         return self.at("test", arm, c["layer"], c["strength"]) if c else []
 
@@ -1329,7 +1330,7 @@ class Unit:
         rank = lambda arm: (-len(self.choices[arm][0]["config"]["layers"]), len(self.arms[arm][1]))
         return {self.arms[arm][0]: arm for arm in sorted(self.choices, key=rank, reverse=True)}
 
-# %% ../nbs/09_benchmarks.ipynb #bde66610
+# %% ../nbs/09_benchmarks.ipynb #81748d1e
 def make_units(found: Found, tasks={}) -> list:
     "Runs sorted into units"
     units, asked = {}, {}
@@ -1346,7 +1347,7 @@ def make_units(found: Found, tasks={}) -> list:
     for measured in found.speeds:
         for unit in units.values():
             if all(unit.held[k] == measured["config"][k] for k in ("task", "data", "model")): unit.timed |= measured["ratios"]
-    for choice in sorted(found.choices.values(), key=lambda c: (len(c["config"]["layers"]), len(c["trials"])), reverse=True):
+    for choice in sorted(found.choices.values(), key=lambda c: (len(c["config"]["layers"]), c["config"].get("refine", 0), len(c["trials"])), reverse=True):
         for unit in units.values():
             c = choice["config"]
             if all(c.get(k, v) == v for k, v in unit.held.items()): unit.choices.setdefault(_arm({"arm": "steer", **c}, unit.arms), []).append(choice)
@@ -1475,7 +1476,7 @@ def curve(self: Scope, arm: str) -> dict:
             out.setdefault(name, []).append([s, *(self.mean(x, "val", 999) if name == "chosen" else [_mean(x)]), *(_mean(g) for g in guards if name == "chosen")])
     return out
 
-# %% ../nbs/09_benchmarks.ipynb #0f18face
+# %% ../nbs/09_benchmarks.ipynb #74891d43
 def place(at) -> str:
     "A strength as text: where arms meet"
     if at == "best" or at is None: return "best"
@@ -1491,7 +1492,7 @@ def met(self: Unit, study: str) -> dict:  # label of an arm -> place -> test run
     for a in ablation_arms(study, self.arms[main][1]):
         arm = arm_label(a["method"], a["params"])
         out[a["label"]] = {place(json.loads(s)): runs for (split, b, k, s), runs in self.points.items() if (split, b, k) == ("test", arm, layer)}
-        if best := self.chosen(arm, layer): out[a["label"]]["best"] = best
+        if best := self.chosen(arm, layer, ABLATIONS[study].get("coarse", False)): out[a["label"]]["best"] = best
     return out
 
 # %% ../nbs/09_benchmarks.ipynb #0bbf1b3c
