@@ -38,7 +38,7 @@ COLORS = {
     "odesteer": "#009E73", "step-odesteer": "#7CCDB4",
     "mimic": "#B5A200", "linact": "#6E6200", "hpr": "#7B3A64", "recontrol": "#00405F", "truthflow": "#8C5A00",
     "alqr": "#7F2A00", "spid": "#E8936B",
-    "none": "#000000", "random": "#6E6E6E", "shuffled": "#A8A8A8",
+    "none": "#000000", "random": "#6E6E6E", "shuffled": "#BDBDBD",
 }
 
 # %% ../nbs/plots.ipynb #2d2b0c02
