@@ -155,17 +155,20 @@ def _shortened(e, limit, i):
 class _Reached(Exception): "The top layer asked for has been computed"
 
 @contextmanager
-def _reading(model, layers, blocks):
-    "Inside, `run(**inputs)` returns {layer: block output} and computes nothing above the top layer"
+def _reading(model, layers, blocks, site="output"):
+    "Inside, `run(**inputs)` returns {layer: block output or input} and computes nothing above it"
     seen, owner = {}, next(m for m in model.modules() if any(c is blocks for c in m.children()))
-    def hook(layer, module, args, output):
-        seen[layer] = output if isinstance(output, Tensor) else output[0]
+    def before(layer, module, args, kwargs): note(layer, args[0] if args else kwargs["hidden_states"])
+    def after(layer, module, args, output): note(layer, output if isinstance(output, Tensor) else output[0])
+    def note(layer, a):
+        seen[layer] = a
         if layer == max(layers): raise _Reached
     def run(**inputs):
         try: owner(**inputs, use_cache=False)
         except _Reached: pass
         return seen
-    handles = [blocks[i].register_forward_hook(partial(hook, i)) for i in layers]
+    if site == "output": handles = [blocks[i].register_forward_hook(partial(after, i)) for i in layers]
+    else: handles = [blocks[i].register_forward_pre_hook(partial(before, i), with_kwargs=True) for i in layers]
     try: yield run
     finally:
         for h in handles: h.remove()
@@ -233,11 +236,11 @@ def _call(model, answer=None, rows=None):
 # %% ../nbs/04_models.ipynb #c30861b2
 class _Cache:
     "Activations on disk, one file per layer; without a folder it finds nothing and keeps nothing"
-    def __init__(self, folder, model, coded, positions):
+    def __init__(self, folder, model, coded, positions, site):
         self.folder = None
         if folder is None: return
         if _watch(model).users: raise ValueError("the cache cannot know how this model is being steered: collect without cache_dir=, or after steering")
-        text = json.dumps([fingerprint(model), positions, [(e.ids, e.answer) for e in coded]])
+        text = json.dumps([fingerprint(model), site, positions, [(e.ids, e.answer) for e in coded]])
         self.folder = Path(folder)/hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _file(self, layer): return self.folder/f"layer_{layer:03d}.safetensors"
@@ -268,48 +271,54 @@ def collect_activations(
     positions="last",  # "last" token; "prompt": its last token; "mean" or "all" of the answer's tokens (the whole text if it is not split); or an index
     batch_size: int = 32,
     max_length: int = None,  # a longer text keeps its first token and its last ones; without it a text beyond the model's context is an error
-    cache_dir=None,  # folder that keeps activations; they are found again by weights, tokens, layer and positions
+    cache_dir=None,  # folder that keeps activations; they are found again by weights, tokens, layer, positions and site
     progress: bool = True,  # show a bar
     blocks: str = None,  # dotted name of the list of blocks, if the search for it fails
+    site: str = "output",  # of the blocks, which is what steering edits; or their "input"
 ) -> dict:  # {layer: (N, d) float32 on the CPU}; with positions="all" a list of (n_tokens, d)
-    "Block outputs at chosen tokens: one pass for all layers, no logits, no work above the top layer"
+    "Block outputs (or inputs) at chosen tokens: one pass for all layers, no logits, no work above the top layer"
+    if site not in ("output", "input"): raise ValueError(f"site must be 'output' or 'input' of the blocks; got {site!r}")
     model = _plain(model)
     stack = decoder_layers(model, blocks)
     asked = range(len(stack)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
     index = {layer: _layer_index(stack, layer) for layer in asked}
     coded = _fit(encode(tokenizer, texts), model, max_length)
     spans = _spans(coded, positions)
-    cache = _Cache(cache_dir, model, coded, positions)
+    cache = _Cache(cache_dir, model, coded, positions, site)
     found = {i: cache.load(i) for i in sorted(set(index.values()))}
     missing = [i for i, a in found.items() if a is None]
     if missing:
-        found |= _collect(model, tokenizer, coded, spans, missing, stack, positions == "mean", batch_size, progress)
+        found |= _collect(model, tokenizer, coded, spans, missing, stack, site, positions == "mean", batch_size, progress)
         for i in missing: cache.save(i, found[i])
     if positions != "all": return {layer: found[i] for layer, i in index.items()}
     return {layer: list(found[i].split([b - a for a, b in spans])) for layer, i in index.items()}
 
 # %% ../nbs/04_models.ipynb #a3873b1c
-def _collect(model, tokenizer, coded, spans, layers, stack, mean, batch_size, progress):
+def _collect(model, tokenizer, coded, spans, layers, stack, site, mean, batch_size, progress):
     "The rows of every layer, in the order of the texts"
     from tqdm.auto import tqdm
     rows, device = {i: [None] * len(coded) for i in layers}, _device(model.get_input_embeddings())
     bar = tqdm(total=len(coded), desc="activations", unit="text", disable=not progress)
-    with bar, _evaluating(model), _reading(model, layers, stack) as run:
+    with bar, _evaluating(model), _reading(model, layers, stack, site) as run:
         for batch in _batches([len(e.ids) for e in coded], batch_size):
             # padding on the right needs no position ids: no real token sees a pad, whatever the architecture
             starts = torch.tensor([coded[i].answer or len(coded[i].ids) for i in batch], device=device)
             with _call(model, starts, (batch, len(coded))): seen = run(**padded([coded[i] for i in batch], _pad_id(tokenizer), "right", device))
+            where = torch.tensor([(r, j) for r, i in enumerate(batch) for j in range(*spans[i])]).T
+            sizes = [spans[i][1] - spans[i][0] for i in batch]
             for layer, y in seen.items():
-                picked = [y[r, slice(*spans[i])].float() for r, i in enumerate(batch)]
-                if mean: picked = [a.mean(0, keepdim=True) for a in picked]
-                picked = torch.cat(picked).cpu().split([len(a) for a in picked])
-                for i, a in zip(batch, picked): rows[layer][i] = _finite(a, i, layer, y.dtype)
+                picked = y[tuple(where.to(y.device))].float()
+                if mean: picked = torch.stack([a.mean(0) for a in picked.split(sizes)])
+                picked = picked.cpu().split([1] * len(batch) if mean else sizes)
+                for i, a in zip(batch, picked): rows[layer][i] = a
+                _finite(picked, batch, f"{site} of layer {layer}", y.dtype)
             bar.update(len(batch))
     return {layer: torch.cat(a) for layer, a in rows.items()}
 
-def _finite(a, i, layer, dtype):
-    if torch.isfinite(a).all(): return a
-    raise ValueError(f"the output of layer {layer} holds NaN or infinity at text {i}: the model itself overflows in {dtype} (load it in bfloat16 or float32), or its weights are damaged")
+def _finite(picked, batch, where, dtype):
+    if torch.isfinite(torch.cat(picked)).all(): return
+    i = next(i for i, a in zip(batch, picked) if not torch.isfinite(a).all())
+    raise ValueError(f"the {where} holds NaN or infinity at text {i}: the model itself overflows in {dtype} (load it in bfloat16 or float32), or its weights are damaged")
 
 # %% ../nbs/04_models.ipynb #71963d4e
 def steered_positions(
@@ -380,8 +389,8 @@ def _detach(model):
 # %% ../nbs/04_models.ipynb #ab689ecf
 class Steering:
     "A model that is being steered: a handle with `strength`, `applied` and `remove()`, and a context manager"
-    def __init__(self, model, parts, strength, positions, stack):
-        self.model, self.parts, self.positions, self.stack = model, parts, positions, stack
+    def __init__(self, model, parts, strength, positions, history, stack):
+        self.model, self.parts, self.positions, self.history, self.stack = model, parts, positions, history, stack
         self._watch, self._where, self._edits, self._kept = _watch(model), None, {}, {}
         self.strength = strength
         with torch.inference_mode(False): self._count = {i: torch.zeros((), dtype=torch.int64, device=_device(stack[i])) for i in self._edits}
@@ -441,6 +450,7 @@ def _look(self: Steering, module, args, kwargs):
     positions, answer = self.positions, self._watch.answer
     if isinstance(positions, Tensor): positions = self._per_row(positions.to(tokens.device), batch, "positions")
     elif positions == "last" and answer is not None: positions = answer.to(tokens.device)
+    if self.history == "unsteered": positions = self._only_last(given, answer, n)
     start = _cached(given) if n > 1 else 0
     if n == 1: real = None
     elif prompt: real = None if prompt.real is None else prompt.real.repeat_interleave(batch // prompt.batch, 0)
@@ -449,7 +459,18 @@ def _look(self: Steering, module, args, kwargs):
         gap = start + n - real.shape[1]
         real = nn.functional.pad(real.to(tokens.device, torch.bool), (0, gap) if prompt else (max(gap, 0), min(gap, 0)), value=True)
     else: real = None
-    self._where = steered_positions(positions, n, start, real, prompt.length - 1 if prompt else None)
+    first = None if prompt is None else n - 1 if self.history == "unsteered" else prompt.length - 1
+    self._where = steered_positions(positions, n, start, real, first)
+
+@patch
+def _only_last(self: Steering, given, answer, n):
+    "With history='unsteered' a pass may steer its last token only: refuse what would need more, or keep what was steered"
+    if any(given.get(k) is not None for k in ("past_key_values", "cache_params")):
+        raise ValueError("history='unsteered' computes earlier tokens again without steering, but this pass was given a cache, which keeps them steered: call generate(..., use_cache=False)")
+    lengths = n if given.get("attention_mask") is None else given["attention_mask"].sum(1)
+    if answer is not None and (answer != lengths).any():
+        raise ValueError("history='unsteered' steers one token of a pass, but an answer scored in one pass needs all of its tokens steered: use history='steered', or score token by token without a cache")
+    return "last"
 
 def _cached(given) -> int:
     "How many tokens the cache holds before this pass"
@@ -534,6 +555,7 @@ def steering(
     T=None,  # another name for strength
     positions="last",  # "last": the last prompt token and every later one; "all": prompt tokens too; or (batch,) numbers of prompt tokens
     blocks: str = None,  # dotted name of the list of blocks, if the search for it fails
+    history="steered",  # tokens steered before stay steered; "unsteered": only the last token of each pass is, which needs generation without a cache
     **units,  # instead of strength: share=, nats= or until=, as in `Steerer.steer`
 ) -> Steering:
     "Steer a model, until the `with` block ends or `.remove()` is called"
@@ -543,10 +565,12 @@ def steering(
     if not (isinstance(positions, str) and positions in ("last", "all")):
         if isinstance(positions, str) or (positions := torch.as_tensor(positions)).ndim != 1 or positions.is_floating_point() or positions.min() < 1:
             raise ValueError(f"positions must be 'last', 'all' or one number of prompt tokens (1 or more) per row; got {positions!r}")
+    if history not in ("steered", "unsteered"): raise ValueError(f"history must be 'steered' or 'unsteered'; got {history!r}")
+    if history == "unsteered" and not (isinstance(positions, str) and positions == "last"): raise ValueError(f"history='unsteered' steers the last token of each pass only, so positions must be 'last'; got {positions!r}")
     parts = [(_layer_index(stack, i), part) for i, part in obj.items()] if isinstance(obj, dict) else [(_site(obj, layer, stack), obj)]
     if isinstance(obj, dict) and (layer is not None or not obj): raise ValueError("give {layer: steerer} with at least one layer, and no layer= beside it")
     for i, part in parts: _check_part(model, part, i)
-    return Steering(model, parts, _strength(parts, T if strength is None else strength, units), positions, stack)
+    return Steering(model, parts, _strength(parts, T if strength is None else strength, units), positions, history, stack)
 
 # %% ../nbs/04_models.ipynb #395e04c6
 def _site(part, layer, stack):

@@ -186,6 +186,44 @@ def test_collected_activations_are_those_of_single_texts(model, tok):
             torch.testing.assert_close(a[i], block_output(model, layer, ids, torch.ones_like(ids))[0, -1], rtol=1e-4, atol=1e-4)
 
 
+def test_inputs_of_blocks(model, tok):
+    "What a block is given, as a hook of our own sees it; above the first block, what the one below hands on"
+    texts = ["a short one", "x", "quite a bit longer than the others"]
+    inputs = collect_activations(model, tok, texts, layers=[0, 2, -1], site="input", batch_size=2, progress=False)
+    for layer, a in inputs.items():
+        for i, text in enumerate(texts):
+            seen, ids = [], torch.tensor([tok(text)["input_ids"]])
+            hook = decoder_layers(model)[layer].register_forward_pre_hook(lambda m, args, kw: seen.append((args[0] if args else kw["hidden_states"]).clone()), with_kwargs=True)
+            logits(model, ids, torch.ones_like(ids))
+            hook.remove()
+            torch.testing.assert_close(a[i], seen[0][0, -1], rtol=1e-4, atol=1e-4)
+    below = collect_activations(model, tok, texts, layers=[1, 2], batch_size=2, progress=False)
+    torch.testing.assert_close(inputs[2], below[1], rtol=0, atol=0)
+    torch.testing.assert_close(inputs[-1], below[2], rtol=0, atol=0)
+
+
+def test_unsteered_history_is_a_loop_that_steers_only_the_last_token(model):
+    "Every pass computes the whole sequence anew and moves the state of its last token"
+    def reference(ids, n=6):
+        def hook(m, a, out):
+            y = out if torch.is_tensor(out) else out[0]
+            y = torch.cat([y[:, :-1], TWIST.move(y[:, -1:], torch.tensor(1.))], 1)
+            return y if torch.is_tensor(out) else (y, *out[1:])
+        handle, q, ids = decoder_layers(model)[LAYER].register_forward_hook(hook), len(ids), ids[None]
+        for _ in range(n): ids = torch.cat([ids, logits(model, ids, torch.ones_like(ids))[:, -1:].argmax(-1)], 1)
+        handle.remove()
+        return ids[0, q:]
+    expected = torch.stack([reference(row[keep.bool()]) for row, keep in zip(IDS, LEFT)])
+    with steering(model, TWIST, layer=LAYER, T=1., history="unsteered") as h:
+        out = model.generate(input_ids=IDS, attention_mask=LEFT, use_cache=False, **GREEDY)[:, 7:]
+        with pytest.raises(ValueError, match=r"this pass was given a cache.*use_cache=False"): model.generate(input_ids=IDS, attention_mask=LEFT, **GREEDY)
+    assert torch.equal(out, expected) and h.applied == 18
+    told = {}
+    for history in ("steered", "unsteered"):
+        with steering(model, TWIST, layer=LAYER, T=1., history=history): told[history] = model.generate(input_ids=IDS, attention_mask=MASK, use_cache=False, **GREEDY, output_logits=True, return_dict_in_generate=True).logits
+    assert torch.equal(told["steered"][0], told["unsteered"][0]) and not torch.allclose(told["steered"][1], told["unsteered"][1])
+
+
 def test_scores_are_those_of_single_texts(model, tok):
     prompts, answers = ["who are you?", "q", "why not?"], [" me", " a long answer", " because."]
     for T in (0., 1.):
@@ -211,6 +249,20 @@ def test_generated_text_is_scored_as_it_was_generated(model):
     step = torch.stack(out.logits, 1).log_softmax(-1)
     with steering(model, TWIST, layer=LAYER, T=1., positions=torch.full((3,), 7)): full = logits(model, out.sequences, torch.ones_like(out.sequences))
     torch.testing.assert_close(full[:, 6:-1].log_softmax(-1), step, rtol=1e-3, atol=1e-3)
+
+
+def test_unsteered_history_outside_generate(llama, tok):
+    "Rows padded on either side, refusals, and what is collected"
+    before = block_output(llama, mask=RIGHT)
+    with steering(llama, TWIST, layer=LAYER, T=1., history="unsteered"):
+        assert torch.equal((block_output(llama, mask=RIGHT) != before).any(-1).sum(1), torch.ones(3, dtype=torch.long))
+        own = collect_activations(llama, tok, ["hello", "a longer text"], layers=LAYER, progress=False)[LAYER]
+        with pytest.raises(ValueError, match="an answer scored in one pass needs all of its tokens"): score_continuations(llama, tok, ["q"], [" me"])
+        with torch.no_grad(): cache = llama(input_ids=IDS[:1], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="given a cache"): llama(input_ids=IDS[:1, :1], past_key_values=cache)
+    with steering(llama, TWIST, layer=LAYER, T=1.): assert torch.equal(own, collect_activations(llama, tok, ["hello", "a longer text"], layers=LAYER, progress=False)[LAYER])
+    with pytest.raises(ValueError, match="history must be 'steered' or 'unsteered'; got 'none'"): steering(llama, TWIST, layer=0, history="none")
+    with pytest.raises(ValueError, match="positions must be 'last'; got 'all'"): steering(llama, TWIST, layer=0, positions="all", history="unsteered")
 
 
 # The ways a model is called
@@ -569,6 +621,11 @@ def test_nothing_is_computed_above_the_top_layer(llama, tok):
     handles = [m.register_forward_hook(lambda m, a, out, name=name: ran.append(name)) for name, m in llama.named_modules()]
     collect_activations(llama, tok, ["hello"], layers=[0, 1], progress=False)
     for h in handles: h.remove()
+    assert any(n.startswith("model.layers.1") for n in ran) and not any(n.startswith("model.layers.2") for n in ran)
+    ran.clear()
+    handles = [m.register_forward_hook(lambda m, a, out, name=name: ran.append(name)) for name, m in llama.named_modules()]
+    collect_activations(llama, tok, ["hello"], layers=[0, 2], site="input", progress=False)
+    for h in handles: h.remove()
     assert any(n.startswith("model.layers.1") for n in ran) and not any(n.startswith(("model.layers.2", "model.layers.3", "lm_head", "model.norm")) for n in ran)
 
 
@@ -621,6 +678,8 @@ def test_cache_on_disk(tok, tmp_path):
     again, m = collect()
     assert (n, m) == (1, 0) and torch.equal(first[1], again[1])
     assert collect(layers=(1, 2))[1] == 1 and collect(layers=(2, -2))[1] == 0
+    inputs, n = collect(layers=(2,), site="input")
+    assert n == 1 and torch.equal(inputs[2], first[1]) and collect(layers=(2,), site="input")[1] == 0
     assert collect(texts=["hello", "a longer texT"])[1] == collect(positions="mean")[1] == 1
     ragged, _ = collect(positions="all")
     again, m = collect(positions="all")
@@ -705,6 +764,7 @@ def test_bad_texts(llama, texts, message):
 
 
 def test_other_bad_input(llama, tok):
+    with pytest.raises(ValueError, match="site must be 'output' or 'input' of the blocks; got 'both'"): collect_activations(llama, tok, ["x"], site="both")
     with pytest.raises(ValueError, match="positions must be 'last', 'prompt', 'mean', 'all' or an index; got 'first'"): collect_activations(llama, tok, ["x"], positions="first", progress=False)
     with pytest.raises(ValueError, match="text 1 has 2 tokens, so it has none at position 3"): collect_activations(llama, tok, ["xyz", "x"], positions=3, progress=False)
     with pytest.raises(ValueError, match="2 prompts but 1 continuations"): score_continuations(llama, tok, ["a", "b"], ["c"])
