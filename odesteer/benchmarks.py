@@ -29,13 +29,13 @@ __all__ = ['SAMPLING', 'QA_SYSTEM', 'DECODING', 'QA_REQUEST', 'BINARY_SYSTEM', '
            'ultrafeedback', 'binned_draw', 'scored_comments', 'extreme_prompts', 'toxic_prompts', 'realtoxicityprompts',
            'show_preset', 'HarnessModel', 'lm_eval_scores', 'write_jsonl', 'write_batches', 'say', 'Bench', 'run_key',
            'Run', 'read_run', 'Paused', 'environment', 'Stop', 'stop_rule', 'Choice', 'best_of', 'auto_layers',
-           'canonical_params', 'guardrail_rows', 'own_params', 'arm_label', 'ablation_arms', 'rotation',
-           'time_at_angle', 'resolve_strength', 'micro_bench', 'run_plan', 'Found', 'find_runs', 'Unit', 'make_units',
+           'canonical_params', 'own_params', 'arm_label', 'ablation_arms', 'rotation', 'time_at_angle',
+           'resolve_strength', 'micro_bench', 'run_plan', 'Found', 'find_runs', 'guardrail_rows', 'Unit', 'make_units',
            'Scope', 'place', 'gather', 'Table', 'main_table', 'ranked', 'steering_methods', 'study_table', 'pair_table',
-           'tables', 'Gain', 'gain', 'study_gains', 'averaged', 'together', 'Verdict', 'compared', 'enough_steps',
-           'worth_curving', 'setting_matters', 'costs', 'beats', 'verdicts', 'color_of', 'strength_figure',
-           'pareto_figure', 'layer_figure', 'study_figure', 'figures', 'report', 'committed', 'published',
-           'forest_figure', 'published_gains', 'beside_published']
+           'guardrail_table', 'tables', 'Gain', 'gain', 'study_gains', 'averaged', 'together', 'Verdict', 'compared',
+           'enough_steps', 'worth_curving', 'setting_matters', 'costs', 'beats', 'verdicts', 'color_of',
+           'strength_figure', 'pareto_figure', 'layer_figure', 'study_figure', 'figures', 'report', 'committed',
+           'published', 'forest_figure', 'published_gains', 'beside_published']
 
 # %% ../nbs/09_benchmarks.ipynb #220e18f9
 @dataclass(frozen=True)
@@ -630,8 +630,9 @@ def lm_eval_scores(
         found = lm_eval.simple_evaluate(reader, tasks=tasks, num_fewshot=num_fewshot, limit=limit, apply_chat_template=chat, bootstrap_iters=0, task_manager=_known_tasks(tuple(tasks), include_path and str(include_path)),
                                         random_seed=None, numpy_random_seed=None, torch_random_seed=None)
     def means(d): return {k.removesuffix(",none"): float(v) for k, v in d.items() if "," in k and "stderr" not in k}
-    def items(rows): return {m: [float(r[m]) for r in rows] for m in rows[0]["metrics"] if isinstance(rows[0][m], (int, float))} if rows else {}
-    return {task: {"metrics": means(d), "items": items(found["samples"].get(task, []))} for task, d in found["results"].items()}
+    def questions(task): return [r for part in found.get("group_subtasks", {}).get(task, ()) for r in questions(part)] or found["samples"].get(task, [])  # a group such as mmlu pools those of its tasks
+    def items(rows): return {m: [float(r[m]) for r in rows] for m in rows[0]["metrics"] if all(isinstance(r.get(m), (int, float)) for r in rows)} if rows else {}
+    return {task: {"metrics": means(found["results"].get(task, {})), "items": items(questions(task))} for task in dict.fromkeys([*found["results"], *found.get("group_subtasks", {})])}
 
 @lru_cache
 def _known_tasks(tasks, include_path):
@@ -1053,19 +1054,6 @@ def guardrails(self: Bench, lm_eval, method=None, layer=None, strength=None, par
         _write(path, json.dumps({"config": config, "scores": scores}).encode())
     return json.loads(path.read_text(encoding="utf-8"))
 
-def guardrail_rows(out) -> list:
-    "What `guardrails` found: task, metric, method, score, and the paired difference to the unsteered model"
-    found, rows = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((Path(out)/"guardrails").glob("*.json"))], []
-    plain = {(f["config"]["model"]["sha256"], json.dumps(f["config"]["lm_eval"])): f["scores"] for f in found if "method" not in f["config"]}
-    for f in found:
-        base = plain.get((f["config"]["model"]["sha256"], json.dumps(f["config"]["lm_eval"])), {})
-        for task, scores in f["scores"].items():
-            for metric, items in scores["items"].items():
-                change = paired_difference(base[task]["items"][metric], items) if "method" in f["config"] and task in base else None
-                rows.append(dict(model=f["config"]["model"]["name"], task=task, metric=metric, method=f["config"].get("method") or "unsteered", n=len(items), score=float(np.mean(items)),
-                                 **({} if change is None else dict(difference=change.value, low=change.lo, high=change.hi))))
-    return rows
-
 # %% ../nbs/09_benchmarks.ipynb #a9089800
 import csv, io
 from collections import Counter
@@ -1256,7 +1244,7 @@ class Found:
 def find_runs(folders) -> Found:
     "All finished runs and choices in one or several folders of runs"
     found = Found({}, {}, defaultdict(dict), Counter(finished=0, repeated=0, unfinished=0, damaged=0), [])
-    for root in map(Path, [folders] if isinstance(folders, (str, Path)) else folders):
+    for root in _roots(folders):
         if not root.is_dir(): raise FileNotFoundError(f"no folder {root}: give the folder that the runs were written to")
         for path in sorted(f for f in root.iterdir() if re.fullmatch("[0-9a-f]{16}", f.name) and f.is_dir()): _find_run(found, root, path)
         for path in sorted((root/"choices").glob("*.json")): _find_choice(found, path)
@@ -1292,6 +1280,28 @@ def _find_choice(found, path):
     except UNREADABLE: found.count["damaged"] += 1; return
     old = found.choices.setdefault(path.stem, choice)
     if (old["layer"], old["strength"]) != settled: raise ValueError(f"choice {path.stem} is {settled} in {path.parent} but was {(old['layer'], old['strength'])} in another folder: report them separately")
+
+# %% ../nbs/09_benchmarks.ipynb #2c6bb704
+def guardrail_rows(
+    folders,  # folder of runs, or several
+    count: Counter = None,  # damaged files are counted here
+) -> list:  # of dicts
+    "What `Bench.guardrails` found: model, task, metric, method, layer, strength, n, score and its change [value, low, high] from the unsteered model"
+    found, rows = {}, []
+    for path in (p for root in _roots(folders) for p in sorted((root/"guardrails").glob("*.json"))):
+        try: kept = json.loads(path.read_text(encoding="utf-8")); found.setdefault(path.stem, (kept["config"], kept["scores"], (kept["config"]["model"]["sha256"], json.dumps(kept["config"]["lm_eval"]))))
+        except UNREADABLE: count is None or count.update(damaged=1)
+    plain = {same: scores for config, scores, same in found.values() if "method" not in config}
+    for config, scores, same in sorted(found.values(), key=lambda f: f[0].get("method") or ""):
+        asked = config["lm_eval"]["tasks"]
+        asked = [t for t in (asked.split(",") if isinstance(asked, str) else asked) if scores.get(t, {}).get("items")] or list(scores)
+        for task, metric, items in ((t, m, x) for t in asked for m, x in scores[t]["items"].items()):
+            before = plain.get(same, {}).get(task, {}).get("items", {}).get(metric) if "method" in config else None
+            rows.append(dict(model=config["model"]["name"], task=task, metric=metric, method=config.get("method") or "unsteered", layer=config.get("layer"), strength=config.get("strength"), n=len(items),
+                             score=_short(np.mean(items)), change=before and _three(paired_difference(before, items))))
+    return rows
+
+def _roots(folders): return [Path(f) for f in ([folders] if isinstance(folders, (str, Path)) else folders)]
 
 # %% ../nbs/09_benchmarks.ipynb #ee046355
 @dataclass
@@ -1541,8 +1551,9 @@ def gather(
     machines = Counter()
     for key, homes in found.homes.items():
         for home, summary in homes.items(): machines[_machine(Path(home)/key)] += summary["seconds"]
+    guardrails = guardrail_rows(folders, found.count)
     return dict(format=1, odesteer=ods.__version__, runs=dict(found.count), choices=len(found.choices), seconds=round(sum(machines.values())), wall=round(sum(r.summary.get("wall", 0) for r in found.runs.values())), resamples=resamples,
-                machines=[json.loads(m) | {"seconds": round(s)} for m, s in machines.items()], scopes=scopes)
+                guardrails=guardrails, machines=[json.loads(m) | {"seconds": round(s)} for m, s in machines.items()], scopes=scopes)
 
 # %% ../nbs/09_benchmarks.ipynb #c1b2913a
 def _scope(scope, full):
@@ -1663,9 +1674,16 @@ def pair_table(scope) -> Table:
     return Table(f"pairs, {scope['task']}, {_title(scope)}", ["arm", "other", f"{scope['primary']}, arm minus other", "p", "items"], [[a, b, d[:3], *d[3:]] for a, b, *d in scope["pairs"]],
                  signed=(f"{scope['primary']}, arm minus other",))
 
+def guardrail_table(
+    rows: list,  # of `guardrail_rows`
+) -> Table:
+    "Scores on tasks of lm-eval, unsteered and steered"
+    cells = [[r["model"], r["task"], r["metric"], r["method"], None if r["layer"] is None else str(r["layer"]), r["strength"] and place(r["strength"]), r["score"], r["change"], r["n"]] for r in rows]
+    return Table("guardrail tasks of lm-eval", ["model", "task", "metric", "arm", "layer", "strength", "score", "change", "questions"], cells, signed=("change",), note="change: paired difference to the unsteered model, with its 95 % interval over questions.")
+
 def tables(results: dict) -> dict:  # name -> Table
-    "All tables: one for each scope, then pairs and ablations"
-    out = {}
+    "All tables: one for each scope, then pairs and ablations; guardrail tasks, where some were asked for"
+    out = {"guardrail tasks": guardrail_table(results["guardrails"])} if results.get("guardrails") else {}
     for s in results["scopes"]:
         name = f"{s['task']}, {s['name']}"
         out[name] = main_table(s)
@@ -1959,6 +1977,7 @@ def _pages(results, found, drawn):
     yield "# Report"
     yield (f"{runs['finished']} runs and {results['choices']} choices of strength; {runs['repeated']} runs were found twice and agree; left out: {runs['unfinished']} unfinished, {runs['damaged']} damaged. "
            f"{_hours(results['seconds'])} of generation on " + "; ".join(", ".join(f"{k} {v}" for k, v in m.items() if k != "seconds") for m in results["machines"]) + f". odesteer {results['odesteer']}.")
+    if "guardrail tasks" in found: yield from ["## Did it get worse at everything else?", found["guardrail tasks"].markdown()]
     for s in sorted(results["scopes"], key=lambda s: s["part"]):
         name, picture = f"{s['task']}, {s['name']}", lambda what: [f"![{what}](figures/{_slug(f'{name}, {what}')}.png)"] if f"{name}, {what}" in drawn else []
         yield f"## {s['task']}, {_title(s)}"

@@ -15,7 +15,7 @@ import torch
 import odesteer as ods
 from .barrier import certificate, implied_barrier
 from .benchmarks import (ABLATIONS, FULL, MICRO_PARAMS, PRESETS, QUICK, REAL_TASKS, SAMPLING, SHARES, Bench, Fold, Paused, Task, committed, fit_steerer, general_metrics,
-                                 group_of, guardrail_rows, micro_bench, micro_task, report, run_plan, sample, sample_batch, say, show_preset, write_batches, write_jsonl)
+                                 group_of, guardrail_rows, guardrail_table, micro_bench, micro_task, report, run_plan, sample, sample_batch, say, show_preset, write_batches, write_jsonl)
 from .evaluation import BETTER, QUESTION_ANSWER, bootstrap_interval, cell, check_pairs, hub_commit, load_judge, load_pairs, read_rows, summary_table
 from .micro import AXES, Prompt, Recipe, _no_bars
 
@@ -368,9 +368,7 @@ def bench_plan(o) -> tuple:  # settings of `run_plan`, and how a unit becomes a 
 # %% ../nbs/12_cli.ipynb #a9cec0e1
 def print_guardrails(out):
     "Scores on guardrail tasks, with paired differences to the unsteered model"
-    for r in guardrail_rows(out):
-        change = f", {r['difference']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]" if "difference" in r else ""
-        print(f"{r['model']} {r['task']} {r['metric']}: {r['method']} {r['score']:.3f}{change} (n={r['n']})")
+    if rows := guardrail_rows(out): print(guardrail_table(rows).markdown())
 
 def list_of(text) -> list: return [x.strip() for x in text.split(",") if x.strip()]
 

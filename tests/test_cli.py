@@ -347,8 +347,13 @@ def test_guardrail_tasks_of_lm_eval(files, tiny, capsys, monkeypatch):
     line = ["bench", "micro-truth", "--methods", "caa", "--layers", "1", "--shares", ".2,.4", "--seeds", "1", "--allow", ".9", "--lm-eval", "micro_facts", "--lm-eval-path", "own"]
     assert main(line) == 0
     out = capsys.readouterr().out
-    assert "micro_facts acc: unsteered" in out and "micro_facts acc: caa" in out and "(n=12)" in out
+    assert "| micro_facts | acc | unsteered |" in out and "| micro_facts | acc | caa | 1 |" in out and "| 12 |" in out
     assert len(list(Path("runs/guardrails").glob("*.json"))) == 2
+    table = out[out.index("**guardrail tasks"):out.index("done:")].strip()
+    assert main(["report", "runs", "--out", "r"]) == 0 and table in Path("r/report.md").read_text()
+    rows = list(csv.DictReader(open("r/tables/guardrail-tasks.csv")))
+    plain, steered = (json.loads(p.read_text())["scores"]["micro_facts"]["items"]["acc"] for p in sorted(Path("runs/guardrails").glob("*.json"), key=lambda p: "method" in json.loads(p.read_text())["config"]))
+    assert [float(r["score"]) for r in rows] == pytest.approx([sum(plain)/12, sum(steered)/12], abs=1e-4) and float(rows[1]["change"]) == pytest.approx((sum(steered) - sum(plain))/12, abs=1e-4)
 
 
 # ---- labels

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import odesteer as ods
-from odesteer.benchmarks import (ABLATIONS, Gain, Table, ablation_arms, figures, find_runs, gather, main_table, make_units, report, resolve_strength, rotation, run_key, tables,
+from odesteer.benchmarks import (ABLATIONS, Gain, Table, ablation_arms, figures, find_runs, gather, guardrail_rows, main_table, make_units, report, resolve_strength, rotation, run_key, tables,
                                  time_at_angle, together, verdicts)
 from odesteer.evaluation import bootstrap_interval
 
@@ -413,3 +413,37 @@ def test_a_level_is_a_quantile_of_the_wanted():
     walked = steerer.steer(neg, share=.5)
     assert (stopped - neg).norm(dim=-1).median() < (walked - neg).norm(dim=-1).median()
     assert resolve_strength({"share": .3}, steerer, pos, neg) == {"share": .3}
+
+
+# ---- guardrail tasks
+
+def asked_tasks(out, scores, lm_eval={"tasks": "mmlu,arc"}, **arm):
+    config = dict(model={"name": "toy 0", "sha256": "toy 0"}, lm_eval=lm_eval, **arm)
+    (Path(out)/"guardrails").mkdir(parents=True, exist_ok=True)
+    (Path(out)/"guardrails"/f"{run_key(config)}.json").write_text(json.dumps({"config": config, "scores": {t: {"metrics": {}, "items": {"acc": x}} for t, x in scores.items()}}))
+
+
+def test_guardrail_tasks_stand_in_the_report(tmp_path):
+    Study(tmp_path/"a").base().method("caa", .3)
+    rng = np.random.default_rng(0)
+    before, after = ({"mmlu_law": rng.integers(2, size=40).tolist(), "mmlu_art": rng.integers(2, size=20).tolist(), "arc": rng.integers(2, size=30).tolist()} for _ in range(2))
+    for kept in (before, after): kept["mmlu"] = kept["mmlu_law"] + kept["mmlu_art"]
+    asked_tasks(tmp_path/"a", before)
+    asked_tasks(tmp_path/"b", after, method="caa", layer=1, strength={"share": .4})
+    asked_tasks(tmp_path/"b", before)  # another machine asked the unsteered model too
+    asked_tasks(tmp_path/"b", {"arc": [1]*5}, {"tasks": "arc", "limit": 5}, method="iti", layer=2, strength={"T": 1.})  # and nobody asked it like this
+    (tmp_path/"b"/"guardrails"/"0.json").write_text("{")
+    found = quick([tmp_path/"a", tmp_path/"b"])
+    rows = {(r["method"], r["task"]): r for r in found["guardrails"]}
+    assert set(rows) == {("unsteered", "mmlu"), ("unsteered", "arc"), ("caa", "mmlu"), ("caa", "arc"), ("iti", "arc")} and found["runs"]["damaged"] == 1
+    for task in ("mmlu", "arc"):
+        x, y = (np.array(k[task], float) for k in (before, after))
+        e = bootstrap_interval(y - x)
+        assert rows["caa", task]["score"] == pytest.approx(y.mean(), abs=1e-4) and rows["caa", task]["change"] == pytest.approx([e.value, e.lo, e.hi], abs=1e-3) and rows["caa", task]["n"] == len(x)
+    assert rows["iti", "arc"]["change"] is None and rows["unsteered", "mmlu"]["change"] is None
+    report(found, tmp_path/"r")
+    table = tables(found)["guardrail tasks"]
+    assert table.markdown() in (tmp_path/"r"/"report.md").read_text() and "| toy 0 | mmlu | acc | caa | 1 | share 0.4 |" in table.markdown()
+    assert [(r["arm"], r["task"], r["questions"]) for r in csv.DictReader(open(tmp_path/"r"/"tables"/"guardrail-tasks.csv"))] == [(r["method"], r["task"], str(r["n"])) for r in found["guardrails"]]
+    assert r"\toprule" in (tmp_path/"r"/"tables"/"guardrail-tasks.tex").read_text()
+    assert guardrail_rows(tmp_path/"a") == [r for r in found["guardrails"] if r["method"] == "unsteered"]

@@ -521,6 +521,17 @@ def test_lm_eval_scores_are_those_computed_directly(toy):
 
 
 @needs_lm_eval
+def test_a_group_of_tasks_pools_its_questions(toy):
+    rows, folder = toy
+    (folder/"toy_again.yaml").write_text((folder/"toy.yaml").read_text().replace("toy_choice", "toy_again"))
+    for name, tasks in (("toy_inner", ["toy_again"]), ("toy_all", ["toy_choice", "toy_inner"]), ("toy_mixed", ["toy_all", "toy_words"])): (folder/f"{name}.yaml").write_text(f"group: {name}\ntask:\n" + "".join(f"  - {t}\n" for t in tasks))
+    found = b.lm_eval_scores(tiny_model("llama"), tiny_tokenizer(), "toy_mixed", include_path=folder)
+    items = {task: x["items"] for task, x in found.items()}
+    assert items["toy_all"]["acc"] == items["toy_choice"]["acc"] + items["toy_again"]["acc"] and items["toy_inner"] == items["toy_again"] and len(items["toy_all"]["acc"]) == 24
+    assert items["toy_mixed"] == {} and len(items["toy_words"]["exact_match"]) == 12  # there is no mean of different metrics
+
+
+@needs_lm_eval
 def test_windows_are_those_of_lm_eval(harness):
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     seen, ids = [], harness.tok_encode("the quick brown fox. " * 6, add_special_tokens=False)
