@@ -23,7 +23,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .euler import Steerer, _write
+from .euler import Fitted, Steerer, _write
 
 # %% ../nbs/04_models.ipynb #6b8ebe5b
 def decoder_layers(
@@ -229,6 +229,7 @@ def _watch(model): return _WATCHES.setdefault(_decoder(model), _Watch())
 def _call(model, answer=None, rows=None):
     "Tell the hooks where the answers of this batch begin, and which of the caller's rows it holds: (indices, how many there are in all)"
     watch = _watch(model)
+    if rows: rows = torch.as_tensor(rows[0], device=_device(model.get_input_embeddings())), rows[1]
     before, (watch.answer, watch.rows) = (watch.answer, watch.rows), (answer, rows)
     try: yield
     finally: watch.answer, watch.rows = before
@@ -254,7 +255,7 @@ class _Cache:
             with safe_open(self._file(layer), "pt") as f: a, kept = f.get_tensor("activations"), f.metadata()
             if kept["sha256"] == self._sha(a): return a
         except (SafetensorError, OSError, KeyError, TypeError): pass  # whatever is wrong with the file, what follows is the remedy
-        warnings.warn(f"{self._file(layer)} is damaged: collecting these activations again", stacklevel=3)
+        warnings.warn(f"{self._file(layer)} is damaged: computing it again", stacklevel=3)
 
     def save(self, layer, a):
         from safetensors.torch import save
@@ -391,7 +392,7 @@ class Steering:
     "A model that is being steered: a handle with `strength`, `applied` and `remove()`, and a context manager"
     def __init__(self, model, parts, strength, positions, history, stack):
         self.model, self.parts, self.positions, self.history, self.stack = model, parts, positions, history, stack
-        self._watch, self._where, self._edits, self._kept = _watch(model), None, {}, {}
+        self._watch, self._where, self._edits, self._kept, self._values, self._applied = _watch(model), None, {}, {}, {}, 0
         self.strength = strength
         with torch.inference_mode(False): self._count = {i: torch.zeros((), dtype=torch.int64, device=_device(stack[i])) for i in self._edits}
         owner = next(m for m in model.modules() if any(c is stack for c in m.children()))
@@ -412,7 +413,7 @@ class Steering:
     @property
     def applied(self):
         "How many token activations have been steered so far"
-        return sum(int(c) for c in self._count.values())
+        return self._applied + sum(int(c) for c in self._count.values())
 
 # %% ../nbs/04_models.ipynb #9c4928c8
 def _forget_compiled():
@@ -443,7 +444,7 @@ def __repr__(self: Steering):
 @patch
 def _look(self: Steering, module, args, kwargs):
     "Before the decoder runs: which of its tokens are to be steered?"
-    given, prompt = {**dict(zip(self._names, args)), **kwargs}, self._watch.prompt
+    given, prompt = {**dict(zip(self._names, args)), **kwargs} if args else kwargs, self._watch.prompt
     tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
     if given.get("cache") is not None: raise NotImplementedError("continuous batching packs several requests into one row, where their prompts cannot be told apart: use generate")
     batch, n = tokens.shape[:2]
@@ -451,16 +452,22 @@ def _look(self: Steering, module, args, kwargs):
     if isinstance(positions, Tensor): positions = self._per_row(positions.to(tokens.device), batch, "positions")
     elif positions == "last" and answer is not None: positions = answer.to(tokens.device)
     if self.history == "unsteered": positions = self._only_last(given, answer, n)
-    start = _cached(given) if n > 1 else 0
-    if n == 1: real = None
-    elif prompt: real = None if prompt.real is None else prompt.real.repeat_interleave(batch // prompt.batch, 0)
+    if n == 1: self._where = 0; return  # the one new token of a decoding step
+    start = _cached(given)
+    if prompt: real = None if prompt.real is None else prompt.real.repeat_interleave(batch // prompt.batch, 0)
     else: real = given.get("attention_mask")
     if isinstance(real, Tensor) and real.ndim == 2:  # the columns up to the end of this pass
         gap = start + n - real.shape[1]
         real = nn.functional.pad(real.to(tokens.device, torch.bool), (0, gap) if prompt else (max(gap, 0), min(gap, 0)), value=True)
     else: real = None
     first = None if prompt is None else n - 1 if self.history == "unsteered" else prompt.length - 1
-    self._where = steered_positions(positions, n, start, real, first)
+    self._where = _place(steered_positions(positions, n, start, real, first))
+
+def _place(where):
+    "Which tokens, found once for all layers: the first of a row's steered columns, or indices (rows, columns)"
+    if where is None: return None
+    if isinstance(where[0], slice): return where[1].start or 0
+    return where if len(where) == 2 else where[0].nonzero(as_tuple=True)  # a mask would be searched again, and waited for, in every layer
 
 @patch
 def _only_last(self: Steering, given, answer, n):
@@ -478,26 +485,40 @@ def _cached(given) -> int:
     try: return int(cache.get_seq_length())
     except (AttributeError, ValueError): return 0  # no cache, or a recurrent state: it takes its prompt in one pass
 
+# %% ../nbs/04_models.ipynb #91b59a2b
+def _take(a, where):
+    "The chosen tokens of (batch, n, d), one row each"
+    return (a[:, where:] if where else a).flatten(0, 1) if isinstance(where, int) else a[tuple(w.to(a.device) for w in where)]
+
+def _put(a, where, moved):
+    "A new tensor: `a` with its chosen tokens replaced"
+    if not isinstance(where, int): return a.index_put(tuple(w.to(a.device) for w in where), moved)
+    moved = moved.reshape(len(a), -1, a.shape[-1])
+    return torch.cat([a[:, :where], moved], 1) if where else moved.contiguous()
+
+def _spread(values, where, n):
+    "One value per row of the batch, (batch, ...), repeated for each of its chosen tokens"
+    if not isinstance(where, int): return values[where[0].to(values.device)]
+    return values if n - where == 1 else values.repeat_interleave(n - where, 0)
+
 # %% ../nbs/04_models.ipynb #2e810a3a
 @patch
 def _steer(self: Steering, layer, module, args, kwargs, output):
-    "After a block has run: its output with the chosen tokens moved, in a new tensor"
-    y = output if isinstance(output, Tensor) else output[0]
+    "After a block has run: its output with the chosen tokens moved"
+    where, y = self._where, output if isinstance(output, Tensor) else output[0]
+    if where is None: return
     x = (args[0] if args else kwargs["hidden_states"]).to(y.device)
-    if self._where is None: return
-    where = tuple(w.to(y.device) if isinstance(w, Tensor) else w for w in self._where)
-    old, value = y[where], self._values[layer].to(y.device)
-    if value.ndim: value = self._per_row(value, len(y), "strength")[:, None].expand(y.shape[:2])[where].flatten()
-    rows = old.flatten(0, -2)
-    if len(rows) == 0: return
-    edit, kept = self._edits[layer], ()
-    with torch.autocast(y.device.type, enabled=False):  # the steerer chooses its own precision
-        if hasattr(edit, "remember"): kept = (self._recall(layer, edit, y, where)[:, None].expand_as(y)[where].flatten(0, -2),)
-        moved = edit(x[where].flatten(0, -2), rows, value, *kept)
-    if moved.shape != rows.shape or moved.dtype != y.dtype: raise ValueError(f"the edit at layer {layer} was given {tuple(rows.shape)} {y.dtype} and returned {tuple(moved.shape)} {moved.dtype}: both must be kept")
-    self._count[layer].add_(len(rows))
-    new = y.clone()
-    new[where] = moved.view_as(old)
+    edit, value, old, kept = self._edits[layer], self._values[layer].to(y.device), _take(y, where), ()
+    if len(old) == 0: return
+    if value.ndim: value = _spread(self._per_row(value, len(y), "strength"), where, y.shape[1])
+    plain = torch.autocast(y.device.type, enabled=False) if torch.is_autocast_enabled(y.device.type) else nullcontext()
+    with plain:  # the steerer chooses its own precision
+        if hasattr(edit, "remember"): kept = (_spread(self._recall(layer, edit, y, where), where, y.shape[1]),)
+        moved = edit(_take(x, where), old, value, *kept)
+    if moved.shape != old.shape or moved.dtype != y.dtype: raise ValueError(f"the edit at layer {layer} was given {tuple(old.shape)} {y.dtype} and returned {tuple(moved.shape)} {moved.dtype}: both must be kept")
+    if torch.compiler.is_compiling() or (y.is_cuda and torch.cuda.is_current_stream_capturing()): self._count[layer].add_(len(old))  # counts again whenever the code or graph runs
+    else: self._applied += len(old)
+    new = _put(y, where, moved)
     return new if isinstance(output, Tensor) else (new, *output[1:])
 
 # %% ../nbs/04_models.ipynb #df9b9e10
@@ -507,7 +528,8 @@ def _recall(self: Steering, layer, edit, y, where):
     prompt, answer = self._watch.prompt, self._watch.answer
     if prompt is None or self._kept.get(layer, (None,))[0] is not prompt:
         steered = torch.zeros(y.shape[:2], device=y.device)
-        steered[where] = 1.0
+        if isinstance(where, int): steered[:, where:] = 1.0
+        else: steered[tuple(w.to(y.device) for w in where)] = 1.0
         if isinstance(self.positions, str) and self.positions == "all": steered = steered.cumsum(1) * steered  # the last one, not the first
         column = steered.argmax(1) if answer is None else answer.to(y.device) - 1
         self._kept[layer] = prompt, edit.remember(y[torch.arange(len(y), device=y.device), column])
@@ -519,8 +541,8 @@ def _per_row(self: Steering, values, batch, name):
     rows, prompt = self._watch.rows, self._watch.prompt
     prompts = rows[1] if rows else prompt.batch if prompt else batch
     if len(values) != prompts and (rows or prompt or batch % len(values)): raise ValueError(f"{name} has {len(values)} rows, but there are {prompts} in the batch: give one number for all, or one per row")
-    if rows: values = values[torch.as_tensor(rows[0], device=values.device)]
-    return values.repeat_interleave(batch // len(values), 0)
+    if rows: values = values[rows[0].to(values.device)]
+    return values if len(values) == batch else values.repeat_interleave(batch // len(values), 0)
 
 # %% ../nbs/04_models.ipynb #2c878d10
 @patch(as_prop=True)
@@ -535,11 +557,18 @@ def strength(self: Steering, strength):
         value = _resolve(part, strength)
         for i, edit in part.edits(self.model, layer, strength).items(): plan[_layer_index(self.stack, i)] = edit, value
     # a number or tensor changes only this tensor, so that compiled code need not be made again; a dict of units changes the edits
-    self._values = {i: value.to(_device(self.stack[i])) for i, (_, value) in plan.items()}
+    self._values = {i: _hold(self._values.get(i), value.to(_device(self.stack[i]))) for i, (_, value) in plan.items()}
     if not self._edits or isinstance(strength, dict) or isinstance(self._strength, dict): self._edits = {i: edit for i, (edit, _) in plan.items()}
     self._strength = strength
 
 # %% ../nbs/04_models.ipynb #eeb97392
+def _hold(old, new):
+    "A tensor with the new strength: the one in use where that is possible, never the caller's own"
+    if new.requires_grad: return new
+    with torch.inference_mode(False):
+        if old is None or old.requires_grad or old.shape != new.shape or old.dtype != new.dtype: return new.clone()
+        return old.copy_(new)
+
 def _resolve(part, strength) -> Tensor:
     "The strength as a tensor, () or one value per row"
     value = part.resolve(strength) if hasattr(part, "resolve") else torch.as_tensor(strength, dtype=torch.float32)
@@ -583,7 +612,7 @@ def _check_part(model, part, layer):
     "Does this steerer fit this model, and was it made for it?"
     if not hasattr(part, "edits"): raise TypeError(f"cannot steer with {type(part).__name__}: give a fitted steerer or controller, or {{layer: steerer}}")
     width, here = getattr(part, "width", None), _text_config(model).hidden_size
-    if isinstance(part, Steerer) and width is None: raise RuntimeError(f"this {type(part).__name__} is not fitted: call .fit(pos, neg) or .from_pretrained(path) first")
+    if isinstance(part, Fitted) and width is None: raise RuntimeError(f"this {type(part).__name__} is not fitted: call .fit(pos, neg) or .from_pretrained(path) first")
     if width is not None and width != here: raise ValueError(f"this {type(part).__name__} was fitted on activations of width {width}, but {type(model).__name__} has width {here}: is it the same model?")
     about, site = getattr(part, "about", {}), dict(model=model.config._name_or_path, revision=getattr(model.config, "_commit_hash", None), layer=layer)
     wrong = [f"{k} {about[k]!r}, not {v!r}" for k, v in site.items() if v not in (None, "") and about.get(k) not in (None, "", v)]

@@ -1,4 +1,5 @@
 "Any model: blocks found, activations read and steered at exactly the chosen tokens, on 25 architectures"
+import collections
 import copy
 import threading
 import warnings
@@ -401,6 +402,114 @@ def test_a_changed_strength_is_not_compiled_again():
     first = len(compiled)
     for T in range(12): handle.strength = float(T); logits(model)
     assert len(compiled) == first
+    handle.remove()
+
+
+def test_compiled_generation_with_a_static_cache():
+    "As transformers does on a GPU: decoding steps run as one compiled graph, made once for all prompts and strengths"
+    model, graphs, caa = tiny_model("llama", num_hidden_layers=2), [], fitted()
+    def backend(graph, inputs): graphs.append(graph); return graph
+    def answer(ids, **kw): return model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, **kw)[:, ids.shape[1]:]
+    fast = dict(cache_implementation="static", compile_config=transformers.CompileConfig(backend=backend, fullgraph=True, mode=None, dynamic=False))
+    fast["compile_config"]._compile_all_devices = True
+    expected = {}
+    for T in (1., 0., 2.):
+        with steering(model, caa, layer=LAYER, T=T): expected[T] = answer(IDS), answer(IDS[:, 2:])
+    with steering(model, caa, layer=LAYER, T=1.) as h:
+        for T in expected:
+            h.strength = T
+            assert torch.equal(answer(IDS, **fast), expected[T][0])
+            if T == 1.: first = len(graphs)
+            assert torch.equal(answer(IDS[:, 2:], **fast), expected[T][1])
+    assert first == 1 and len(graphs) == 1 and h.applied == 3 * 2 * 3 * 6
+    assert not torch.equal(expected[1.][0], expected[2.][0])
+
+
+# What the hook costs
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    "Counts the operations that PyTorch runs, and how many of them make a GPU's host wait"
+    def __init__(self): super().__init__(); self.ops = collections.Counter()
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops[op.overloadpacket.__name__] += 1
+        return op(*args, **(kwargs or {}))
+    waits = property(lambda self: sum(self.ops[k] for k in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2")))
+
+
+def step(model, *steer, **how):
+    "Operations of one decoding step behind a cache"
+    with torch.no_grad(), steering(model, *steer, **how) if steer else warnings.catch_warnings():
+        cache = model(input_ids=IDS[:, :6], use_cache=True).past_key_values
+        with Calls() as calls: model(input_ids=IDS[:, 6:], past_key_values=cache, use_cache=True)
+    return calls
+
+
+@pytest.mark.parametrize("name", [*ods.steerer_names(), *ods.steerer_names("placebo")])
+def test_a_decoding_step_waits_for_nothing(llama, name):
+    "No edit of a steerer reads a number back from the device"
+    g = torch.Generator().manual_seed(0)
+    kw = dict(n_components=64) if "odesteer" in name else {}
+    steerer = ods.make_steerer(name, **kw).fit(torch.randn(40, WIDTH, generator=g) + .5, torch.randn(40, WIDTH, generator=g))
+    step(llama, steerer, layer=LAYER, T=.5)  # copies to another precision are made at the first use
+    plain = step(llama)
+    for strength in (.5, torch.tensor([0., .5, 1.]), {"share": .1}):
+        assert step(llama, steerer, layer=LAYER, strength=strength).waits == plain.waits
+    class Peek:
+        def edits(self, model, layer, strength): return {layer: lambda x, y, T: y + float(T)}
+    assert step(llama, Peek(), layer=LAYER, T=1.).waits == plain.waits + 1  # what such a steerer would look like
+
+
+def test_a_decoding_step_copies_nothing(llama):
+    "What the edit returns is the block's new output; no operation runs but the edit's own"
+    class Keep:
+        def edits(self, model, layer, strength):
+            def edit(x, y, T): self.made = y + T; return self.made
+            return {layer: edit}
+    keep, plain = Keep(), step(llama)
+    assert step(llama, keep, layer=LAYER, T=1.).ops - plain.ops == dict(add=1, view=3)
+    with steering(llama, keep, layer=LAYER, T=1.), torch.no_grad():
+        seen = []
+        handle = decoder_layers(llama)[LAYER].register_forward_hook(lambda m, a, out: seen.append(out if torch.is_tensor(out) else out[0]))
+        llama(input_ids=IDS[:, :1], use_cache=False)
+        handle.remove()
+    assert seen[0].data_ptr() == keep.made.data_ptr() and seen[0].shape == (3, 1, WIDTH)
+
+
+def test_layers_share_the_search_for_their_tokens(llama):
+    "A mask of positions is turned into indices once, however many blocks are steered"
+    def waits(layers):
+        with torch.no_grad(), steering(llama, {i: TWIST for i in layers}, T=1., positions=torch.tensor([2, 7, 1])), Calls() as calls: llama(input_ids=IDS, attention_mask=RIGHT, use_cache=False)
+        return calls.waits
+    assert waits(range(LAYERS)) == waits([0]) > 0
+
+
+@pytest.mark.parametrize("mask", [MASK, RIGHT], ids=["full", "right"])
+@pytest.mark.parametrize("positions", ["last", "all", torch.tensor([2, 4, 1])], ids=str)
+def test_what_others_hold_does_not_change(llama, mask, positions):
+    "A hook set before saw the block's own output, and keeps it"
+    seen = []
+    handle = decoder_layers(llama)[LAYER].register_forward_hook(lambda m, a, out: seen.append((out, out.clone())))
+    with steering(llama, TWIST, layer=LAYER, T=1., positions=positions) as h: block_output(llama, mask=mask)
+    with steering(llama, TWIST, layer=LAYER, T=1., positions=positions): llama.generate(IDS, attention_mask=MASK, **GREEDY)
+    handle.remove()
+    assert h.applied > 0 and len(seen) == 7 and all(torch.equal(held, copied) for held, copied in seen)
+
+
+def test_a_new_strength_is_written_to_the_tensor_in_use(llama):
+    "A captured graph reads the tensor that it was captured with; the caller's own tensor stays as it is"
+    own = torch.tensor([1., 2., 3.])
+    handle = steering(llama, fitted(), layer=LAYER, T=own)
+    used = handle._values[LAYER]
+    three = logits(llama)
+    handle.strength = torch.tensor([3., 2., 1.])
+    assert handle._values[LAYER] is used and own.tolist() == [1., 2., 3.] and not torch.equal(logits(llama), three)
+    handle.strength = own
+    assert handle._values[LAYER] is used and torch.equal(logits(llama), three)
+    handle.strength = 2.  # another shape is another tensor
+    assert handle._values[LAYER] is not used and handle._values[LAYER].shape == ()
+    one = handle._values[LAYER]
+    handle.strength = 1
+    assert handle._values[LAYER] is one and one == 1.
     handle.remove()
 
 
