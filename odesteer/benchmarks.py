@@ -7,7 +7,7 @@ from __future__ import annotations  # models appear in signatures, transformers 
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import partial, wraps
 from importlib import resources
 from pathlib import Path
 import csv, hashlib, inspect, json, math, os, re, shutil, sys, time
@@ -17,25 +17,27 @@ from fastcore.basics import patch
 import odesteer as ods
 from .evaluation import BETTER, bootstrap_interval, kl_to_unsteered, paired_difference, perplexity, text_metrics
 from .euler import _write, load_class
-from .micro import ContrastTexts, Prompt
+from .micro import AXES, ContrastTexts, Prompt
 from .models import fingerprint
 
 # %% auto #0
-__all__ = ['SAMPLING', 'QA_SYSTEM', 'DECODING', 'QA_REQUEST', 'BINARY_SYSTEM', 'RTP_REQUEST', 'PAPER_METHODS', 'PRESETS',
-           'REAL_TASKS', 'VARIES', 'SHARES', 'ABLATIONS', 'MICRO_PARAMS', 'QUICK', 'FULL', 'UNREADABLE', 'PLACEBOS',
-           'YARDSTICKS', 'Fold', 'group_of', 'Task', 'micro_task', 'general_metrics', 'digest', 'fit_on', 'fit_steerer',
-           'sample', 'sample_batch', 'halves', 'make_fold', 'truthfulqa_rows', 'qa_prompt', 'qa_pair', 'truth_folds',
-           'real_task', 'truthfulqa', 'ContaminatedFold', 'truthfulqa_binary', 'preference_rows', 'preference_draws',
-           'ultrafeedback', 'binned_draw', 'scored_comments', 'extreme_prompts', 'toxic_prompts', 'realtoxicityprompts',
-           'show_preset', 'HarnessModel', 'lm_eval_scores', 'write_jsonl', 'write_batches', 'say', 'Bench', 'run_key',
-           'Run', 'read_run', 'Paused', 'environment', 'Stop', 'stop_rule', 'Choice', 'best_of', 'auto_layers',
+__all__ = ['SAMPLING', 'QA_SYSTEM', 'DECODING', 'SOURCES', 'QA_REQUEST', 'BINARY_SYSTEM', 'RTP_REQUEST', 'PAPER_METHODS',
+           'PRESETS', 'REAL_TASKS', 'VARIES', 'SHARES', 'SETPOINTS', 'ABLATIONS', 'MICRO_PARAMS', 'QUICK', 'FULL',
+           'UNREADABLE', 'PLACEBOS', 'YARDSTICKS', 'Fold', 'group_of', 'Task', 'micro_task', 'general_metrics',
+           'digest', 'fit_on', 'fit_steerer', 'sample', 'sample_batch', 'halves', 'make_fold', 'truthfulqa_rows',
+           'qa_prompt', 'qa_pair', 'truth_folds', 'real_task', 'noted', 'truthfulqa', 'ContaminatedFold',
+           'truthfulqa_binary', 'preference_rows', 'preference_draws', 'ultrafeedback', 'binned_draw',
+           'scored_comments', 'extreme_prompts', 'toxic_prompts', 'realtoxicityprompts', 'show_preset', 'HarnessModel',
+           'lm_eval_scores', 'write_jsonl', 'write_batches', 'say', 'Bench', 'run_key', 'feedback', 'Run', 'read_run',
+           'Paused', 'environment', 'Stop', 'stop_rule', 'Choice', 'strength_grid', 'best_of', 'auto_layers',
            'canonical_params', 'own_params', 'arm_label', 'ablation_arms', 'rotation', 'time_at_angle',
-           'resolve_strength', 'micro_bench', 'run_plan', 'Found', 'find_runs', 'guardrail_rows', 'Unit', 'make_units',
-           'Scope', 'place', 'gather', 'Table', 'main_table', 'ranked', 'steering_methods', 'study_table', 'pair_table',
-           'guardrail_table', 'tables', 'Gain', 'gain', 'study_gains', 'averaged', 'together', 'Verdict', 'compared',
-           'enough_steps', 'worth_curving', 'setting_matters', 'costs', 'beats', 'verdicts', 'color_of',
-           'strength_figure', 'pareto_figure', 'layer_figure', 'study_figure', 'figures', 'report', 'committed',
-           'published', 'forest_figure', 'published_gains', 'beside_published']
+           'resolve_strength', 'strength_at', 'micro_bench', 'run_plan', 'rerun', 'read_config', 'Found', 'find_runs',
+           'guardrail_rows', 'Unit', 'make_units', 'Scope', 'place', 'gather', 'Table', 'main_table', 'ranked',
+           'steering_methods', 'study_table', 'pair_table', 'guardrail_table', 'tables', 'Gain', 'gain', 'study_gains',
+           'averaged', 'together', 'Verdict', 'compared', 'enough_steps', 'worth_curving', 'setting_matters',
+           'closed_loop', 'jacobian_needed', 'costs', 'beats', 'verdicts', 'color_of', 'strength_figure',
+           'pareto_figure', 'layer_figure', 'study_figure', 'figures', 'report', 'committed', 'published',
+           'forest_figure', 'published_gains', 'beside_published']
 
 # %% ../nbs/09_benchmarks.ipynb #220e18f9
 @dataclass(frozen=True)
@@ -303,7 +305,21 @@ def _request(request, prompt):
     first = next(i for i, m in enumerate(text) if m["role"] == "user")
     return Prompt([m | {"content": f"{request}\n{m['content']}"} if i == first else m for i, m in enumerate(text)], prompt.fact)
 
+# %% ../nbs/09_benchmarks.ipynb #400d07cd
+SOURCES = "path", "test", "comments", "harmful", "harmless", "judge", "filter", "fluency"  # where texts and scores come from: known by their hashes
+
+def noted(make):
+    "A builder of tasks that writes its options into the task's `data`"
+    known = inspect.signature(make).parameters
+    @wraps(make)
+    def build(*args, **kw):
+        task, given = make(*args, **kw), inspect.signature(make).bind(*args, **kw).arguments
+        task.data["recipe"] = {"task": make.__name__.replace("_", "-")} | {k: v for k, v in given.items() if k not in SOURCES and v != known[k].default}
+        return task
+    return build
+
 # %% ../nbs/09_benchmarks.ipynb #61b4fa10
+@noted
 def truthfulqa(
     path: str = "truthfulqa/truthful_qa",  # on the hub; or a file with its columns, or the authors' CSV
     judge: callable = None,  # gives true, info and true_info; default: the two published judges
@@ -343,6 +359,7 @@ def _contaminated(rows, judge, seed, limit, shared):
                      data=dict(protocol="alqr-paper", contaminated=True, seed=seed, texts="Q: {question} A: {answer}", prompts="Q: {question} A:"))
 
 # %% ../nbs/09_benchmarks.ipynb #04af7a56
+@noted
 def truthfulqa_binary(
     path: str = "truthfulqa/truthful_qa",  # with columns Best Answer and Best Incorrect Answer (or best_answer, best_incorrect_answer)
     wrong: str = "best",  # "first": the first of the incorrect answers, for copies older than 2025, which have no best one
@@ -396,6 +413,7 @@ def preference_draws(
     return drawn[:n_train], [r[0] for r in drawn[n_train:]], list(dict.fromkeys(asked))
 
 # %% ../nbs/09_benchmarks.ipynb #45223f1c
+@noted
 def ultrafeedback(
     path: str = "HuggingFaceH4/ultrafeedback_binarized",  # on the hub, or a file with its columns
     test: str = None,  # file of the test rows; default: the other split of `path`
@@ -476,6 +494,7 @@ def toxic_prompts(
     return [drawn[i] for i in order[:n_val]], [drawn[i] for i in order[n_val:]]
 
 # %% ../nbs/09_benchmarks.ipynb #0fd7e177
+@noted
 def realtoxicityprompts(
     path: str = "allenai/real-toxicity-prompts",  # on the hub, or a file with columns prompt.text and prompt.toxicity
     comments=None,  # texts to fit on, of `scored_comments`; default: the mildest and worst prompts
@@ -699,13 +718,13 @@ class Bench:
         world: str = None,  # of models that differ in their training seed only: tables pool them
         batch_size: int = 64,  # part of a run's key: what is drawn depends on it
         minutes: float = math.inf,  # no new run is begun after that time
-        revision: str = None,  # the commit that the weights came from, if they came from a hub
+        revision: str = None, hub: str = None,  # the commit that the weights came from and the owner/name there, if they came from a hub
     ):
         if task.data is None: raise ValueError(f"the task {task.name!r} is a demonstration: its parts were not checked for leaks; give it data=, the identity of its data")
         self.model, self.tokenizer, self.task, self.out = model, tokenizer, task, Path(out)
         self.batch_size = max(1, batch_size // task.samples) * task.samples  # the answers to one prompt are judged together
         name = name or Path(getattr(model.config, "_name_or_path", "") or "model").name
-        self.about = dict(name=name, **({"world": world} if world else {}), revision=revision, dtype=str(model.dtype).removeprefix("torch."), sha256=fingerprint(model)[:16])
+        self.about = dict(name=name, **({"world": world} if world else {}), **({"hub": hub} if hub else {}), revision=revision, dtype=str(model.dtype).removeprefix("torch."), sha256=fingerprint(model)[:16])
         self._acts, self._steerers, self.layers, self.deadline, self.tick = {}, {}, (), time.monotonic() + 60*minutes, lambda run: None  # tick: called after each run
 
     def config(self, method=None, layer=None, strength=None, params={}, split="val", seed=0, arm=None) -> dict:
@@ -735,13 +754,21 @@ def asked(self: Bench, fold: int, layer: int):
     return ods.collect_activations(self.model, self.tokenizer, [split(t) for t in texts] if split else texts, layers=[layer], positions="prompt", batch_size=self.batch_size,
                                    max_length=self.task.max_length, cache_dir=self.out/"activations", progress=sys.stderr.isatty())[layer]
 
+def feedback(method) -> bool:
+    "Is it a controller? One acts on all blocks (its layer is None), and its strength is a set-point"
+    return ods.REGISTRY.get(method, ("", ""))[1] == "controller"
+
 @patch
 def steerer(self: Bench, method, layer, params, fold=0):
-    "The fitted steerer; fitted once, and found again on disk"
+    "The fitted steerer or controller; fitted once, and found again on disk"
     key = digest(json.dumps([self.task.data, self.about, method, layer, params, fold], sort_keys=True))
     if key not in self._steerers:
         path = self.out/"steerers"/key
         if (path/"card.json").exists(): self._steerers[key] = ods.load_steerer(path)
+        elif feedback(method):
+            texts = self.task.folds[fold].texts
+            self._steerers[key] = s = ods.make_steerer(method, **params).fit(self.model, self.tokenizer, texts.pos, texts.neg, batch_size=self.batch_size, cache_dir=self.out/"jacobians", progress=sys.stderr.isatty())
+            s.save_pretrained(path)
         else:
             asked = self.asked(fold, layer) if "source" in getattr(load_class(method), "wants", ()) else None
             self._steerers[key] = s = fit_on(self.acts(fold, layer), self.task.folds[fold].texts, method, asked, **params)
@@ -750,17 +777,26 @@ def steerer(self: Bench, method, layer, params, fold=0):
 
 @patch
 def strength(self: Bench, method, layer, strength, params={}, fold=0) -> dict:
-    "A strength in the units of `steering`: rotation angles and quantiles of h are turned into times and levels"
+    "A strength in the units of `steering`: rotation angles, quantiles of h and efforts are turned into times, levels, shares and set-points"
+    if "effort" in strength: return self.at_effort(method, layer, strength["effort"], params, fold)
     n = len(self.task.folds[fold].texts.pos)
     return strength if set(strength) <= {"T", "share", "nats", "until"} else resolve_strength(strength, self.steerer(method, layer, params, fold), *self.acts(fold, layer).split([n, len(self.acts(fold, layer)) - n]))
 
 @patch
 def moved(self: Bench, method, layer, strength, params={}) -> dict:
-    "How far the fitted unwanted activations move: median displacement over norm, and median angle in degrees"
+    "How far the fitted unwanted activations move: median displacement over norm, and median angle in degrees; nothing for a controller, which moves every block"
+    if feedback(method): return {}
     a = self.acts(0, layer)[len(self.task.folds[0].texts.pos):]
     b = self.steerer(method, layer, params).steer(a, **self.strength(method, layer, strength, params))
     cosine = torch.cosine_similarity(a.double(), b.double(), dim=-1).clamp(-1, 1)
     return {"moved": ((b - a).norm(dim=-1) / a.norm(dim=-1)).median().item(), "angle": math.degrees(cosine.acos().median())}
+
+@patch
+def effort(self: Bench, method, layer, strength, params, rows) -> float:
+    "Mean size of what is added over that of the activation, over all blocks and the steered tokens of answers (rows of a run, of one fold)"
+    fold, rows = rows[0]["fold"], [r for r in rows if r["fold"] == rows[0]["fold"]][:64]
+    from odesteer.control import effort
+    return effort(self.model, self.tokenizer, [r["prompt"] for r in rows], self.steerer(method, layer, params, fold), strength=self.strength(method, layer, strength, params, fold), layer=layer, answers=[r["answer"] for r in rows])["effort"]
 
 # %% ../nbs/09_benchmarks.ipynb #b6712d4a
 @dataclass
@@ -826,7 +862,8 @@ def _run(self: Bench, path, config):
     scores = {m: [row[m] for row in rows] for m in rows[0]}
     _write(path/"scores.json", json.dumps(scores).encode())
     seconds = sum(a.pop("seconds") for a in answers)
-    moved = self.moved(*(config[k] for k in ("method", "layer", "strength", "params"))) if config["arm"] == "steer" else {}
+    own = [config[k] for k in ("method", "layer", "strength", "params")]
+    moved = self.moved(*own) | {"effort": self.effort(*own, answers)} if config["arm"] == "steer" else {}
     known = {m: [x for x in xs if x is not None] for m, xs in scores.items()}
     means = {m: sum(xs)/len(xs) if xs else None for m, xs in known.items()}
     summary = dict(n=len(items), groups=len({a["group"] for a in answers}), means=means, seconds=seconds, tokens_per_second=sum(a["tokens"] for a in answers)/seconds, **moved, task=dict(primary=self.task.primary, better=self.task.better, watch=self.task.watch), wall=time.time() - start, when=time.strftime("%Y-%m-%d"))
@@ -930,12 +967,18 @@ def _signed(d, way):
 @dataclass
 class Choice:
     "What a sweep chose on validation"
-    layer: int  # None: no strength was safe in any layer
-    strength: dict  # one unit and its value, or None
+    layer: int  # None: all blocks (a controller), or no strength was safe in any layer
+    strength: dict  # one unit and its value; None: no strength was safe
     why: str
     trials: list  # (layer, strength, mean of the primary metric), in the order tried
 
 SHARES = (.1, .2, .3, .45, .6, .8, 1., 1.3)  # of the median activation norm
+SETPOINTS = (.25, .5, 1., 1.5, 2., 3.)  # of controllers: 1 is the mean of the wanted texts
+
+def strength_grid(method, strengths) -> list:
+    "Strengths as dicts of one unit; a controller knows no shares and has a grid of its own"
+    strengths = [s if isinstance(s, dict) else {"share": s} for s in strengths]
+    return [{"T": x} for x in SETPOINTS] if feedback(method) and any(set(s) != {"T"} for s in strengths) else strengths
 
 @patch
 def sweep(self: Bench, method,
@@ -947,8 +990,8 @@ def sweep(self: Bench, method,
     rule="stop",  # or "best": the strength with the best primary metric, whatever it breaks, as most published tables do
 ) -> Choice:
     "Layer and strength for a method by the stop rule, on validation prompts"
-    layers, strengths = [k % len(ods.decoder_layers(self.model)) for k in layers or auto_layers(self.model)], [s if isinstance(s, dict) else {"share": s} for s in strengths]
-    params, self.layers = canonical_params(method, {"seed": 0, **params}), layers
+    layers, strengths = [None] if feedback(method) else [k % len(ods.decoder_layers(self.model)) for k in layers or auto_layers(self.model)], strength_grid(method, strengths)
+    params, self.layers = canonical_params(method, {"seed": 0, **params}), [k for k in layers if k is not None]
     config = dict(**{k: v for k, v in self.config().items() if k not in VARIES}, method=method, params=params, layers=layers, strengths=strengths, allow=allow, refine=refine, repeats=repeats, **({} if rule == "stop" else {"rule": rule}))
     path, trials = self.out/"choices"/f"{run_key(config)}.json", []
     if path.exists(): saved = json.loads(path.read_text()); return Choice(*(saved[k] for k in ("layer", "strength", "why", "trials")))
@@ -1028,12 +1071,12 @@ def benchmark(self: Bench,
     for method in methods:
         own, grid = params.get(method, {}), strengths[self.task.name, method] if isinstance(strengths, dict) else strengths
         choice = self.sweep(method, layers, grid, own, allow, refine, repeats, rule)
-        say(f"odesteer: {self.about['name']} {self.task.name} {method}: " + (f"layer {choice.layer}, {choice.strength}: " if choice.strength else "") + choice.why)
+        say(f"odesteer: {self.about['name']} {self.task.name} {method}: " + (f"{'all blocks' if choice.layer is None else f'layer {choice.layer}'}, {choice.strength}: " if choice.strength else "") + choice.why)
         if choice.strength is None: continue
         for s in seeds: self.run(method, choice.layer, choice.strength, canonical_params(method, {"seed": s, **own}), "test", s)
         if lm_eval: self.guardrails(lm_eval, method, choice.layer, choice.strength, own)
         if curve:
-            for x in grid: self.run(method, choice.layer, x if isinstance(x, dict) else {"share": x}, canonical_params(method, {"seed": 0, **own}))
+            for x in strength_grid(method, grid): self.run(method, choice.layer, x, canonical_params(method, {"seed": 0, **own}))
 
 # %% ../nbs/09_benchmarks.ipynb #0ea4ad56
 @patch
@@ -1088,6 +1131,12 @@ ABLATIONS = {
     "cross-validation": dict(question="defaults, or C and gamma by cross-validation?", at=("share", "best"), arms=[
         ("as configured", _full, {}), ("cross-validated", _full, {"C": "cv", "gamma": "cv"})]),
     "stop level": dict(question="walk on, or stop at a barrier level?", at=("level",), arms=[("many steps", _full, {})]),
+    "closed loop": dict(question="does it pay to close the loop?", at=("effort", "best"), own=True, arms=[
+        ("one block (CAA)", "caa", {}), ("one block (ODESteer)", _full, {}), ("every block, open loop (PID-AcT)", "pid-act", {}), ("P (ActAdd-LFS)", "actadd-lfs", {}), ("PID (S-PID)", "spid", {}),
+        ("A-LQR", "alqr", {}), ("A-LQR lite", "alqr-feature", {}), ("barrier-driven", "barrier-lqr", {})]),
+    "Jacobian": dict(question="is the Jacobian needed?", at=("effort", "best"), arms=[("A-LQR", "alqr", {}), ("A-LQR, A = I", "alqr", {"jacobian": "identity"})]),
+    "set-point": dict(question="where does the set-point begin?", at=("effort", "best"), arms=[(s, "alqr", {"setpoint": s}) for s in ("uncentred", "centred")]),
+    "gains": dict(question="how much may the feature cost?", at=("effort", "best"), arms=[(f"q/r = {q:g}", "alqr", {"q": q, "qf": q}) for q in (.1, .01, 1., 10.)]),
 }
 
 # %% ../nbs/09_benchmarks.ipynb #80526af4
@@ -1097,11 +1146,12 @@ def ablation_arms(
     shares: tuple = (.15, .3, .6),  # strengths of "share", of the median norm
     angles: tuple = (5, 10, 20),  # of "angle", in degrees
     levels: tuple = (.1, .25, .5, .75, .9),  # of "level", as quantiles of the barrier over the wanted fitted activations
+    efforts: tuple = (.05, .1, .2),  # of "effort": what is added over the activation, mean over all blocks
 ) -> list:  # of dicts; "best" among the strengths stands for a sweep on validation
     "The runs of an ablation"
     if study not in ABLATIONS: raise ValueError(f"there is no ablation {study!r}: choose one of {', '.join(map(repr, ABLATIONS))}")
     cap, seen = max(shares), {}
-    meet = {"share": [{"share": s} for s in shares], "angle": [{"angle": d} for d in angles], "best": ["best"],
+    meet = {"share": [{"share": s} for s in shares], "angle": [{"angle": d} for d in angles], "effort": [{"effort": e} for e in efforts], "best": ["best"],
             "level": [{"share": cap}, *({"level": q, "share": cap} for q in levels)]}
     for label, method, changed in ABLATIONS[study]["arms"]:
         takes = inspect.signature(load_class(method)).parameters if method in (_full, _step) else ()
@@ -1144,6 +1194,48 @@ def resolve_strength(
     if "level" not in strength: return strength
     return {"until": steerer.barrier.value(pos).quantile(strength["level"]).item(), "share": strength["share"]}
 
+# %% ../nbs/09_benchmarks.ipynb #926a73b8
+def strength_at(
+    measure,  # strength -> effort
+    wanted: float,  # effort
+    points: list,  # strengths to begin with, ascending
+    close: float = .02,  # relative
+    rounds: int = 12,  # of halving
+) -> float:
+    "The strength above that of least effort at which a wanted effort is reached"
+    tried = {x: measure(x) for x in points[:2]}
+    for x in points[2:]:
+        if list(tried.values())[-1] >= wanted > min(tried.values()): break  # far enough
+        tried[x] = measure(x)
+    for _ in range(rounds):
+        xs = sorted(tried)
+        k = min(range(len(xs)), key=lambda i: tried[xs[i]])
+        if tried[xs[k]] <= wanted: break
+        for a, b in ((k - 1, k), (k, k + 1)):  # closer to the least effort
+            if 0 <= a and b < len(xs): x = (xs[a] + xs[b]) / 2; tried[x] = measure(x)
+    if tried[xs[k]] > wanted: raise ValueError(f"an effort of {wanted:g} is not reached: the least is {tried[xs[k]]:.3g}, at strength {xs[k]:.3g}")
+    lo, hi = xs[k], next((x for x in xs[k:] if tried[x] >= wanted), None)
+    if hi is None: raise ValueError(f"an effort of {wanted:g} is not reached: it is {tried[xs[-1]]:.3g} at strength {xs[-1]:.3g}")
+    for _ in range(rounds):
+        if abs(tried[hi] / wanted - 1) < close: break
+        x = (lo + hi) / 2
+        tried[x] = measure(x)
+        lo, hi = (x, hi) if tried[x] < wanted else (lo, x)
+    return hi
+
+# %% ../nbs/09_benchmarks.ipynb #c3a213fd
+@patch
+def at_effort(self: Bench, method, layer, wanted, params={}, fold=0) -> dict:
+    "The strength whose effort, along the unsteered answers to 32 validation prompts, is the one wanted; kept in a file"
+    path = self.out/"efforts"/f"{digest(json.dumps([self.task.data, self.about, self.task.decoding, method, layer, params, fold, wanted], sort_keys=True))}.json"
+    if not path.exists():
+        plain, unit = self.run(), "T" if feedback(method) else "share"
+        with open(self.out/plain.key/"answers.jsonl", encoding="utf-8") as f: rows = [r for r in map(json.loads, f) if r["fold"] == fold][:32]
+        found = strength_at(lambda x: self.effort(method, layer, {unit: x}, params, rows), wanted, [-8., -4., -2., -1., 0., 1., 2., 4., 8., 16.] if feedback(method) else [0., .1, .2, .4, .8, 1.6, 3.2, 6.4])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, json.dumps({unit: found}).encode())
+    return json.loads(path.read_text())
+
 # %% ../nbs/09_benchmarks.ipynb #af436cc1
 @patch
 def ablate(self: Bench,
@@ -1155,14 +1247,19 @@ def ablate(self: Bench,
     "The arms of a study, on test"
     main = self.sweep("odesteer", layers, strengths, params, allow, refine, repeats, rule)
     if main.strength is None: return say(f"odesteer: {self.task.name}: no strength of odesteer is safe, nothing to ablate")
+    looks = (0, 1) if ABLATIONS[study].get("coarse") else (refine, repeats)
     for arm in ablation_arms(study, params):
-        for strength in arm["strengths"]:
-            layer = main.layer
-            if strength == "best":
-                looks = (0, 1) if ABLATIONS[study].get("coarse") else (refine, repeats)
-                strength = self.sweep(arm["method"], [layer], strengths, arm["params"], allow, *looks, rule).strength
+        method, own = arm["method"], arm["params"]
+        best = self.sweep(method, layers if ABLATIONS[study].get("own") else [main.layer], strengths, own, allow, *looks, rule) if "best" in arm["strengths"] else main
+        layer = None if feedback(method) else best.layer if best.strength and ABLATIONS[study].get("own") else main.layer
+        for strength in (best.strength if s == "best" else s for s in arm["strengths"]):
             if strength is None: continue
-            for s in range(seeds) if isinstance(seeds, int) else seeds: self.run(arm["method"], layer, strength, canonical_params(arm["method"], {**arm["params"], "seed": s}), "test", s)
+            for s in range(seeds) if isinstance(seeds, int) else seeds:
+                drawn = canonical_params(method, {**own, "seed": s})
+                if "effort" in strength:
+                    try: self.strength(method, layer, strength, drawn)
+                    except ValueError as e: say(f"odesteer: {self.about['name']} {self.task.name} {arm['label']}: {e}"); break
+                self.run(method, layer, strength, drawn, "test", s)
 
 # %% ../nbs/09_benchmarks.ipynb #7af05404
 @patch
@@ -1230,6 +1327,61 @@ def run_plan(
         if what == "speed": bench.speed(bench.chosen(methods, own, **{k: v for k, v in sweeping.items() if k != "seeds"}), rounds)
         elif what in studies: bench.ablate(what, own.get("odesteer", {}), **sweeping)
         else: bench.benchmark([what] if what else [], params=own, **settings)
+
+# %% ../nbs/09_benchmarks.ipynb #0a0aba83
+def rerun(
+    config,  # config.json of a run, its folder, or a dict
+    out="runs",  # folder for the run
+    model=None, tokenizer=None,  # default: the micro model that the config names
+    task: Task = None,  # default: made by what the config says
+    **sources,  # of the task's builder, such as path= (a file with its rows), judge=
+) -> Run:
+    "Make the run of a config; the same config gives the same key, and on the same machine the same answers"
+    config, lm = read_config(config), None
+    about, real = config["model"], model is not None
+    if not real:
+        found = re.fullmatch(r"micro-(\w+)-(\d+)", about["name"])
+        if not found: raise ValueError(f"the config was made with the model {about['name']!r}: give model= and tokenizer=")
+        lm = ods.load_micro(found[1], int(found[2]))
+        model, tokenizer = lm.model, lm.tokenizer
+    task = task or _task_of(config, lm, sources)
+    if "decoding" in config: task.decoding = config["decoding"]
+    bench = Bench(model, tokenizer, task, out, about["name"], about.get("world"), config.get("batch_size", 64 if real else 200), revision=about.get("revision"), hub=about.get("hub"))
+    own = {k: config[k] for k in VARIES if k in config}
+    if own.get("method"):
+        try: own["params"] = canonical_params(own["method"], own.get("params", {}))
+        except TypeError as e: raise ValueError(f"the config cannot be run: {e}") from None
+    if differ := _differences(config, json.loads(json.dumps(bench.config(**own)))): raise ValueError("this would be another run than the config's: " + "; ".join(differ))
+    return bench.run(**own)
+
+# %% ../nbs/09_benchmarks.ipynb #941146f8
+def read_config(
+    source,  # config.json, the folder of a run, or a dict
+) -> dict:
+    "The config of a run; an error where it is none, or where another version of the library made it"
+    if isinstance(source, dict): config, path = source, None
+    else:
+        path = Path(source)/"config.json" if Path(source).is_dir() else Path(source)
+        try: config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e: raise ValueError(f"{path} is not JSON: {e}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("task"), str) or "name" not in (config.get("model") or {}): raise ValueError(f"{path or source} is no config of a run: it needs task and model, such as {{'task': 'micro-truth', 'model': {{'name': 'micro-speakers-0'}}}}")
+    beside = path and path.with_name("environment.json")
+    made = json.loads(beside.read_text())["odesteer"] if beside and beside.exists() else ods.__version__
+    if made != ods.__version__: raise ValueError(f"{path} was made by odesteer {made}, and this is {ods.__version__}: install that version to make the same run (or copy config.json to another folder to make it with this one)")
+    return config
+
+def _task_of(config, lm, sources) -> Task:
+    "The task that a config names"
+    recipe, name = config.get("data", {}).get("recipe"), config["task"]
+    if recipe: return REAL_TASKS[recipe["task"]](**{k: v for k, v in recipe.items() if k != "task"}, **sources)
+    if lm is not None and name.startswith("micro-") and name[6:] in AXES: return micro_task(lm, name[6:])
+    if name in REAL_TASKS: return REAL_TASKS[name](**sources)
+    raise ValueError(f"the task {name!r} was made by hand: give task=")
+
+def _differences(asked, made, where="") -> list:
+    "What a config says that is not so here"
+    if not (isinstance(asked, dict) and isinstance(made, dict)): return [f"{where} is {json.dumps(asked)[:60]} in the config and {json.dumps(made)[:60]} here"] if asked != made else []
+    return [text for k, v in asked.items() for text in _differences(v, made.get(k), f"{where}.{k}".lstrip("."))]
 
 # %% ../nbs/09_benchmarks.ipynb #04e7630e
 @dataclass
@@ -1429,7 +1581,7 @@ def row(self: Scope, arm: str, brief=False) -> dict:
         if m in self.better and (key or not brief): out["metrics"][m] += _three(share_worse(y, x, self.groups(), self.better[m], resamples=n))[:3 if key else 1]
         if key: out |= dict(n=int((~np.isnan(x - y)).sum()), p=self.p(x, y))
     known = lambda k: _short(np.median(v)) if (v := [r.summary[k] for r in runs if r.summary.get(k) is not None]) else None
-    return out | dict(moved=known("moved"), angle=known("angle"), speed=self._speed(arm, mine, base), timed=any(arm in u.timed for u in self.units)) | self._published(mine, base)
+    return out | dict(moved=known("moved"), angle=known("angle"), effort=known("effort"), speed=self._speed(arm, mine, base), timed=any(arm in u.timed for u in self.units)) | self._published(mine, base)
 
 # %% ../nbs/09_benchmarks.ipynb #24e08919
 @patch
@@ -1473,15 +1625,17 @@ def pairs(self: Scope, rows: list) -> list:
 
 @patch
 def curve(self: Scope, arm: str) -> dict:
-    "Validation against strength: [share, primary] by layer, and at each model's chosen layer (none was safe: the one most tried) [share, primary, low, high, *guardrails]"
+    "Validation against strength (a controller's: its set-point): [strength, primary] by layer, and at each model's chosen layer (none was safe: the one most tried) [strength, primary, low, high, *guardrails]"
     layers = {str(k[2]): [k[2]]*len(self.units) for u in self.units for k in sorted(u.points) if k[:2] == ("val", arm)}
-    layers["chosen"] = [None if c is None else u.explored(arm) if c["layer"] is None else c["layer"] for u in self.units for c in [u.choice(arm)]]
-    shares = sorted({json.loads(k[3])["share"] for u in self.units for k in u.points if k[:2] == ("val", arm) and json.loads(k[3]).keys() == {"share"}})
-    out = {}
+    layers["chosen"] = ["untried" if c is None else u.explored(arm) if c["layer"] is None else c["layer"] for u in self.units for c in [u.choice(arm)]]
+    whole = feedback(next((u.arms[arm][0] for u in self.units if arm in u.arms), arm))
+    unit, out = "T" if whole else "share", {}
+    if whole: layers.pop("None", None)
+    shares = sorted({json.loads(k[3])[unit] for u in self.units for k in u.points if k[:2] == ("val", arm) and json.loads(k[3]).keys() == {unit}})
     for name, at in layers.items():
         for s in shares:
-            runs = [[] if k is None else u.at("val", arm, k, {"share": s}) for u, k in zip(self.units, at)]
-            if not any(runs) or any(k is not None and not r for r, k in zip(runs, at)): continue  # a pool needs the point in each model
+            runs = [[] if k == "untried" else u.at("val", arm, k, {unit: s}) for u, k in zip(self.units, at)]
+            if not any(runs) or any(k != "untried" and not r for r, k in zip(runs, at)): continue  # a pool needs the point in each model
             x, *guards = (self.items(runs, m, "val") for m in (self.primary, *self.watch))
             out.setdefault(name, []).append([s, *(self.mean(x, "val", 999) if name == "chosen" else [_mean(x)]), *(_mean(g) for g in guards if name == "chosen")])
     return out
@@ -1494,21 +1648,22 @@ def place(at) -> str:
 
 @patch
 def met(self: Unit, study: str) -> dict:  # label of an arm -> place -> test runs
-    "What a study ran on this unit, at the layer chosen for ODESteer"
+    "What a study ran on this unit, at the layer chosen for ODESteer (each method's own, in a study that says so)"
     main = self.mains().get("odesteer")
     layer = main and self.choice(main)["layer"]
     if layer is None: return {}
-    out = {}
+    out, coarse, own = {}, ABLATIONS[study].get("coarse", False), ABLATIONS[study].get("own", False)
     for a in ablation_arms(study, self.arms[main][1]):
         arm = arm_label(a["method"], a["params"])
-        out[a["label"]] = {place(json.loads(s)): runs for (split, b, k, s), runs in self.points.items() if (split, b, k) == ("test", arm, layer)}
-        if best := self.chosen(arm, layer, ABLATIONS[study].get("coarse", False)): out[a["label"]]["best"] = best
+        where = None if feedback(a["method"]) else (c["layer"] if own and (c := self.choice(arm)) and c["strength"] else layer)
+        out[a["label"]] = {place(json.loads(s)): runs for (split, b, k, s), runs in self.points.items() if (split, b, k) == ("test", arm, where)}
+        if best := self.chosen(arm, None if own else where, coarse): out[a["label"]]["best"] = best
     return out
 
 # %% ../nbs/09_benchmarks.ipynb #0bbf1b3c
 @patch
 def study(self: Scope, name: str) -> list:
-    "An ablation: [arm, place, value, low, high, difference to the reference, low, high, p, items, moved, angle]"
+    "An ablation: [arm, place, value, low, high, difference to the reference, low, high, p, items, moved, angle, effort]"
     met, labels, out = [u.met(name) for u in self.units], [a[0] for a in ABLATIONS[name]["arms"]], []
     has = {label: set.intersection(*(set(m.get(label, {})) for m in met)) for label in labels}  # places reached in every unit
     for kind in ABLATIONS[name]["at"]:
@@ -1529,7 +1684,7 @@ def _study_row(self: Scope, met, arm, reference):
     runs = lambda label, p: [m[label][p] for m in met]
     x, y = (np.mean([self.items(runs(label, p), self.primary) for p in places], 0) for label, places in (arm, reference))
     every = [r.summary for p in arm[1] for rs in runs(arm[0], p) for r in rs]
-    typical = (_short(np.median(v)) if (v := [s[k] for s in every if s.get(k) is not None]) else None for k in ("moved", "angle"))
+    typical = (_short(np.median(v)) if (v := [s[k] for s in every if s.get(k) is not None]) else None for k in ("moved", "angle", "effort"))
     against = [None]*5 if arm == reference else [*self.above(x, y), self.p(x, y), int((~np.isnan(x - y)).sum())]
     return [*self.mean(x), *against, *typical]
 
@@ -1641,11 +1796,11 @@ def main_table(
         safe, ms = r["off"] < len(r["chosen"]), r["metrics"]
         first = lambda m: (ms.get(m) or [None])[0]
         if not safe: return [_named(r)] + [None]*(len(columns) - 2) + ["no safe strength"]
-        settings = ["/".join(dict.fromkeys("off" if c[1] is None else str(c[0]) if k == 0 else place(c[1]).replace("share ", "") for c in r["chosen"] if c)) or None for k in (0, 1)]
+        settings = ["/".join(dict.fromkeys("off" if c[1] is None else "all" if c[0] is None and k == 0 else str(c[0]) if k == 0 else place(c[1]).replace("share ", "") for c in r["chosen"] if c)) or None for k in (0, 1)]
         return [_named(r), ms[p][:3], ms[p][3:6] or None, r["holm"], ms[p][6:9] or None, *(ms[m][3:6] or None if m in ms else None for m in watch), *(r.get(k) for k in derived),
                 *map(first, extra), r["speed"] and r["speed"][0], *settings]
     best = next((i for i, r in enumerate(rows) if r["method"] in steering_methods(scope)), None)
-    note = f"{scope['n']} answers about {scope['groups']} questions; in brackets 95 % intervals by question; change: paired difference to unsteered; made worse: share of answers; strength: share of the median norm; speed: of unsteered, " + ("measured side by side." if any(r.get("timed") for r in scope["rows"]) else "as it came.")
+    note = f"{scope['n']} answers about {scope['groups']} questions; in brackets 95 % intervals by question; change: paired difference to unsteered; made worse: share of answers; strength: share of the median norm, of controllers the set-point (T); speed: of unsteered, " + ("measured side by side." if any(r.get("timed") for r in scope["rows"]) else "as it came.")
     settings = [r["arm"] for r in rows if r["arm"] != r["method"]]
     if settings: note += f" Settings: {'; '.join(settings)}."
     return Table(f"{scope['task']}, {_title(scope)}", columns, [cells(r) for r in rows], best, tuple(c for c in columns if c.startswith("change")), note)
@@ -1665,9 +1820,9 @@ def _named(r): return r["method"] + " (placebo)"*(r["method"] in PLACEBOS) + f" 
 # %% ../nbs/09_benchmarks.ipynb #1b56f31b
 def study_table(scope, name) -> Table:
     "An ablation of a scope"
-    rows = [[place, arm, v[:3], v[3:6] if v[3] is not None else "reference", v[6], *v[8:10]] for arm, place, *v in scope["studies"][name]]
-    return Table(f"{ABLATIONS[name]['question']} {scope['task']}, {_title(scope)}", ["where", "arm", scope["primary"], "change", "p", "moved", "angle"], rows, signed=("change",),
-                 note="change: paired difference to the first arm at the same place (at a level: to walking on); angle in degrees; moved: share of the norm.")
+    rows = [[place, arm, v[:3], v[3:6] if v[3] is not None else "reference", v[6], *(v[8:11] + [None])[:3]] for arm, place, *v in scope["studies"][name]]
+    return Table(f"{ABLATIONS[name]['question']} {scope['task']}, {_title(scope)}", ["where", "arm", scope["primary"], "change", "p", "moved", "angle", "effort"], rows, signed=("change",),
+                 note="change: paired difference to the first arm at the same place (at a level: to walking on); angle in degrees; moved: share of the norm; effort: what is added over the activation, mean over all blocks.")
 
 def pair_table(scope) -> Table:
     "Every method against every yardstick"
@@ -1788,6 +1943,24 @@ def setting_matters(scope, study, question) -> Verdict:
     said = "; ".join(f"{k} is {g.reading} {reference}" for k, g in clear.items())
     return Verdict(question, f"Yes: {said}" if clear else f"No clear difference from {reference}", _listed(gains, f"{{}} over {reference}"))
 
+# %% ../nbs/09_benchmarks.ipynb #f1856287
+def closed_loop(scope) -> Verdict:
+    "Does it pay to close the loop? By the arms of that study, against pushing at one block"
+    gains, reference = together({f"{arm}, {place}": g for (arm, place), g in study_gains(scope, "closed loop").items()}), ABLATIONS["closed loop"]["arms"][0][0]
+    if not gains: return None
+    loops = {k: g for k, g in gains.items() if not k.startswith(("one block", "every block"))}
+    said = {r: [k for k, g in loops.items() if g.reading == r] for r in ("better than", "worse than", "no clear difference from")}
+    claim = "; ".join(f"{r} {reference}: {', '.join(names)}" for r, names in said.items() if names)
+    return Verdict("Does it pay to close the loop?", ("Yes" if len(said["better than"]) == len(loops) else "No" if not said["better than"] else "Some of it") + f". {claim[:1].upper()}{claim[1:]}", _listed(gains, f"{{}}: over {reference}"))
+
+def jacobian_needed(scope) -> Verdict:
+    "Is the Jacobian needed? A-LQR against itself with every block taken for the identity"
+    gains = together({place: -g for (_, place), g in study_gains(scope, "Jacobian").items()})
+    if not gains: return None
+    readings = {g.reading for g in gains.values()}
+    claim = "Yes" if readings == {"better than"} else "No" if "better than" not in readings else "Not shown"
+    return Verdict("Is the Jacobian needed?", claim + "".join(f"; {place}, A-LQR {'is' if g.reading.startswith(('better', 'worse')) else 'shows'} {g.reading} A-LQR with A = I" for place, g in gains.items()), _listed(gains, "A-LQR over A = I {}"))
+
 # %% ../nbs/09_benchmarks.ipynb #d878b6e4
 def costs(scope) -> Verdict:
     "What does it cost? For ODESteer, and for the best method if that is another"
@@ -1825,7 +1998,7 @@ def verdicts(results: dict) -> dict:  # name of a scope -> its verdicts
     out = {}
     for s in results["scopes"]:
         if s["part"]: continue
-        found = [enough_steps(s), worth_curving(s), setting_matters(s, "solver", "Does the solver matter?"), setting_matters(s, "metric", "Does the metric matter?"), costs(s),
+        found = [enough_steps(s), worth_curving(s), setting_matters(s, "solver", "Does the solver matter?"), setting_matters(s, "metric", "Does the metric matter?"), closed_loop(s), jacobian_needed(s), costs(s),
                  beats(s, PLACEBOS, "Is any method better than every placebo?"), beats(s, ["prompt"], "Is any method better than asking in the prompt?")]
         out[f"{s['task']}, {_title(s)}"] = [v for v in found if v]
     return out
@@ -1844,9 +2017,10 @@ def strength_figure(scope: dict):  # matplotlib figure
         fig, axes = plt.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for ax, (arm, points) in zip(axes.flat, curves.items()):
             row = next(r for r in scope["rows"] if r["arm"] == arm)
+            unit = "T" if feedback(row["method"]) else "share"
             if scope["unsteered"] is not None: ax.axhline(scope["unsteered"], color="#999999", ls="--", lw=.9, zorder=0)
             sweep_plot(ax, *np.array(points, float)[:, :4].T, color=color_of(row["method"]))
-            strengths = [c[1]["share"] for c in row["chosen"] if c and c[1] and "share" in c[1]]
+            strengths = [c[1][unit] for c in row["chosen"] if c and c[1] and unit in c[1]]
             for s in set(strengths): ax.axvline(s, color="black", ls=":", lw=1)
             ax.set_title(_named(row) + ("" if strengths else ": off"), fontsize=9)
         for ax in axes.flat[len(curves):]: ax.set_visible(False)

@@ -9,21 +9,22 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-import argparse, json, shutil, sys, textwrap, time, warnings
+import argparse, json, re, shutil, sys, textwrap, time, warnings
 import numpy as np
 import torch
 import odesteer as ods
 from .barrier import certificate, implied_barrier
 from .benchmarks import (ABLATIONS, FULL, MICRO_PARAMS, PRESETS, QUICK, REAL_TASKS, SAMPLING, SHARES, Bench, Fold, Paused, Task, committed, fit_steerer, general_metrics,
-                                 group_of, guardrail_rows, guardrail_table, micro_bench, micro_task, report, run_plan, sample, sample_batch, say, show_preset, write_batches, write_jsonl)
-from .evaluation import BETTER, QUESTION_ANSWER, bootstrap_interval, cell, check_pairs, hub_commit, load_judge, load_pairs, read_rows, summary_table
+                                 group_of, guardrail_rows, guardrail_table, micro_bench, micro_task, read_config, report, rerun, run_plan, sample, sample_batch, say, show_preset, write_batches, write_jsonl)
+from .evaluation import BETTER, Panel, QUESTION_ANSWER, bootstrap_interval, cell, check_pairs, hub_commit, load_judge, load_pairs, read_rows, summary_table
 from .micro import AXES, Prompt, Recipe, _no_bars
 
 # %% auto #0
-__all__ = ['MEANING', 'UNITS', 'FILE', 'DEMO', 'FIT', 'GENERATE', 'CHECK', 'BENCH', 'REPORT', 'committed_choice', 'Arm',
-           'run_arm', 'groups_of', 'shown', 'sweep', 'climb', 'demo_figure', 'kinds', 'side_by_side', 'load_prompts',
-           'prompt_text', 'user_task', 'load_model', 'count_layers', 'check_layer', 'demo', 'one_thread', 'show_demo',
-           'fit', 'generate', 'check', 'bench', 'bench_plan', 'print_guardrails', 'list_of', 'numbers', 'part_of',
+__all__ = ['MEANING', 'UNITS', 'FILES_OF', 'FILE', 'DEMO', 'FIT', 'GENERATE', 'CHECK', 'BENCH', 'REPORT', 'committed_choice',
+           'Arm', 'run_arm', 'groups_of', 'shown', 'sweep', 'climb', 'demo_figure', 'kinds', 'side_by_side',
+           'load_prompts', 'prompt_text', 'user_task', 'load_model', 'count_layers', 'check_layer', 'demo',
+           'one_thread', 'show_demo', 'fit', 'generate', 'check', 'bench', 'bench_plan', 'bench_files', 'plan_options',
+           'run_again', 'print_guardrails', 'params_of', 'list_of', 'numbers', 'part_of', 'sources_of', 'judge_of',
            'make_report', 'method_params', 'output_folder', 'read_pairs', 'layer_of', 'strength_of', 'default_strength',
            'sampling', 'warn_overlap', 'Parser', 'main', 'count', 'positive', 'parser']
 
@@ -339,6 +340,8 @@ def check(o):
 # %% ../nbs/12_cli.ipynb #ba779825
 def bench(o):
     "Every method on every task: choose on validation, report on test; interrupted or stopped, the same command goes on"
+    files = [t for t in o.tasks if t.endswith(".json") or (Path(t)/"config.json").is_file()]
+    if files: return bench_files(o, files)
     plan, make = bench_plan(o)
     try:
         with one_thread() if make is micro_bench else nullcontext(): run_plan(make=make, part=part_of(o.part), out=o.out, minutes=o.minutes, **plan)
@@ -361,14 +364,59 @@ def bench_plan(o) -> tuple:  # settings of `run_plan`, and how a unit becomes a 
     plan = dict(grid, methods=methods, allow=o.allow, seeds=o.seeds or grid.get("seeds", 3), layers=None if o.layers == "auto" else numbers("--layers", o.layers, int))
     if o.T != "auto": plan["strengths"] = [{"T": x} for x in sorted(numbers("--T", o.T))]
     if o.shares: plan["strengths"] = [{"share": x} for x in sorted(numbers("--shares", o.shares))]
+    if o.params: plan["params"] = params_of(o.params)
     if o.lm_eval: plan["lm_eval"] = dict(tasks=o.lm_eval, include_path=o.lm_eval_path, limit=o.limit)
     if o.ablations: plan["studies"] = list_of(o.ablations) if o.ablations != "all" else list(ABLATIONS)
     return _micro_plan(o, plan, micro) if micro else _real_plan(o, plan)
+
+# %% ../nbs/12_cli.ipynb #0112843a
+def bench_files(o, files):
+    "Runs from their configs, or the comparison that a plan describes"
+    if len(files) < len(o.tasks): raise ValueError(f"{files[0]} is a file that says what to do: run it apart from {next(t for t in o.tasks if t not in files)}")
+    usual, given = vars(parser().parse_args(["bench"])), [json.loads(Path(f).read_text(encoding="utf-8")) if f.endswith(".json") else {"task": ""} for f in files]
+    changed = {k: v for k, v in vars(o).items() if v != usual[k] and k not in ("tasks", "traceback")}
+    if not all(isinstance(g, dict) and "task" in g for g in given):
+        if len(files) > 1: raise ValueError("give one plan at a time")
+        return bench(argparse.Namespace(**vars(plan_options(files[0], given[0])) | changed))
+    if fixed := changed.keys() - {"out", "data", "judge", "model", "revision", "device", "dtype"}: raise ValueError(f"{files[0]} fixes what --{min(fixed)} would change: edit a copy of the file")
+    for f in files: print(run_again(f, o))
+    print(f"done: odesteer report {o.out}")
+
+def plan_options(path, plan):
+    "A plan as parsed options"
+    known = vars(parser().parse_args(["bench"])).keys() - {"run", "traceback"}
+    if not isinstance(plan, dict) or plan.keys() - known: raise ValueError(f"{path}: {'no option ' + repr(min(plan.keys() - known)) if isinstance(plan, dict) else 'not an object'}; a plan has {', '.join(sorted(known))}")
+    word = lambda v: json.dumps(v) if isinstance(v, dict) else ",".join(map(str, v)) if isinstance(v, list) else str(v)
+    tasks = plan.get("tasks", [])
+    options = [x for k, v in plan.items() if k != "tasks" and v not in (None, False) for x in ([f"--{k.replace('_', '-')}"] if v is True else [f"--{k.replace('_', '-')}={word(v)}"])]
+    return parser().parse_args(["bench", *([tasks] if isinstance(tasks, str) else tasks), *options])
+
+def run_again(path, o):
+    "The run of a config"
+    config = read_config(path)
+    about = config["model"]
+    if re.fullmatch(r"micro-\w+-\d+", about["name"]):
+        with one_thread(): return rerun(config, o.out)
+    name, hub = o.model or about.get("hub"), not o.model
+    if not name: raise ValueError(f"{path} was made with the model {about['name']}, which came from a folder: give --model")
+    model, tokenizer = load_model(name, about.get("revision") if hub else o.revision, o.device, about.get("dtype", "auto") if o.dtype == "auto" else o.dtype)
+    return rerun(config, o.out, model, tokenizer, **sources_of(config.get("data", {}).get("recipe", config)["task"], o))
 
 # %% ../nbs/12_cli.ipynb #a9cec0e1
 def print_guardrails(out):
     "Scores on guardrail tasks, with paired differences to the unsteered model"
     if rows := guardrail_rows(out): print(guardrail_table(rows).markdown())
+
+def params_of(text) -> dict:
+    "Hyper-parameters by method, from JSON, tried on each method"
+    try: params = json.loads(text)
+    except ValueError: params = None
+    if not isinstance(params, dict) or not all(isinstance(v, dict) for v in params.values()): raise ValueError(f"--params {text}: write it as JSON by method, such as --params '{{\"odesteer\": {{\"gamma\": 10}}}}'")
+    _known(params, ods.REGISTRY, "method")
+    for m, own in params.items():
+        try: ods.make_steerer(m, **own)
+        except TypeError as e: raise ValueError(f"--params: {m}: {e}") from None
+    return params
 
 def list_of(text) -> list: return [x.strip() for x in text.split(",") if x.strip()]
 
@@ -397,6 +445,7 @@ def _micro_plan(o, plan, tasks):
     if o.model or o.data: raise ValueError(f"{tasks[0]} brings its own model and texts: --model and --data belong to {', '.join(REAL_TASKS)}")
     if plan["layers"]: plan["layers"] = [check_layer(k, Recipe.layers) for k in plan["layers"]]
     axes = list(AXES) if "micro" in tasks else [t.removeprefix("micro-") for t in tasks]
+    if "params" in plan: plan["params"] = {world: {m: usual.get(m, {}) | plan["params"].get(m, {}) for m in usual | plan["params"]} for world, usual in MICRO_PARAMS.items()}
     units = plan.pop("units", [(o.world, seed, axis) for seed in range(o.models) for axis in AXES])
     return dict(plan, units=[u for u in units if u[-1] in axes]), micro_bench
 
@@ -412,12 +461,25 @@ def _real_plan(o, plan, tasks={}, judges={}, batch_size=None, decoding={}):
     loaded = []  # once, for the first unit
     def make(name, out):
         if not loaded: loaded.extend([*load_model(o.model, o.revision, o.device, o.dtype), None if Path(o.model).is_dir() else hub_commit(o.model, o.revision)])
-        own = {"judge": load_judge(o.judge or judges[name], cache=Path(out)/"judged")} if o.judge or name in judges else {}
-        task = REAL_TASKS[name](**tasks.get(name, {}), **({"path": o.data} if o.data else {}), **own, limit=o.limit)
+        task = REAL_TASKS[name](**tasks.get(name, {}) | sources_of(name, o, judges.get(name)), limit=o.limit)
         task.decoding |= decoding.get(name, {})
         model, tokenizer, commit = loaded
-        return Bench(model, tokenizer, task, out, batch_size=batch_size or o.batch_size, revision=commit)
-    return dict(plan, units=[(t,) for t in o.tasks], params={}), make
+        return Bench(model, tokenizer, task, out, batch_size=batch_size or o.batch_size, revision=commit, hub=commit and o.model)
+    return dict({"params": {}} | plan, units=[(t,) for t in o.tasks]), make
+
+#: Task -> names of its files, in the order of --data; the first is enough, where others have a default
+FILES_OF = {"ultrafeedback": ("path", "test"), "realtoxicityprompts": ("path", "comments")}
+
+def sources_of(name, o, judge=None) -> dict:
+    "Files and judge of a task, as its builder takes them"
+    files, names = list_of(o.data or ""), FILES_OF.get(name, ("path",))
+    if len(files) > len(names): raise ValueError(f"--data {o.data}: {name} has {len(names)} file{'s' * (len(names) > 1)} ({', '.join(names)})")
+    return dict(zip(names, files)) | ({"judge": judge_of(o.judge or judge, Path(o.out)/"judged")} if o.judge or judge else {})
+
+def judge_of(text, cache):
+    "`truth+info`, or with models of your own `truth=FOLDER+info=FOLDER`"
+    judges = [load_judge(name, **({"model": model} if model else {}), cache=cache) for name, _, model in (part.partition("=") for part in text.split("+"))]
+    return judges[0] if len(judges) == 1 else Panel(*judges)
 
 def _preset_plan(o):
     "What a published table did, and nothing else"
@@ -581,6 +643,8 @@ BENCH = """odesteer bench micro --quick
 odesteer bench micro-truth --methods all --T auto --layers auto --seeds 3 --out runs/
 odesteer bench truthfulqa --model meta-llama/Llama-3.2-1B --methods caa,odesteer
 odesteer bench --preset paper-llama3.1-8b
+odesteer bench runs/0123456789abcdef/config.json --out again
+odesteer bench plan.json
 odesteer bench truthfulqa --model meta-llama/Llama-3.2-1B --methods odesteer --lm-eval mmlu,arc_challenge"""
 REPORT = """odesteer report runs
 odesteer report runs-of-one-machine runs-of-another --out report"""
@@ -621,7 +685,7 @@ def parser() -> Parser:
 
 # %% ../nbs/12_cli.ipynb #d3cd11bd
 def _bench(c):
-    c.add_argument("tasks", nargs="*", metavar="TASK", default=["micro"], help="micro (all its axes), " + ", ".join(f"micro-{a}" for a in AXES) + ", " + ", ".join(REAL_TASKS))
+    c.add_argument("tasks", nargs="*", metavar="TASK", default=["micro"], help="micro (all its axes), " + ", ".join(f"micro-{a}" for a in AXES) + ", " + ", ".join(REAL_TASKS) + "; or config.json of a run, to make it again; or a plan, a JSON file of these options")
     c.add_argument("--methods", default="all", help="names with commas between (default all: " + ", ".join(ods.steerer_names("steerer") + ods.steerer_names("placebo")) + ")")
     c.add_argument("--T", default="auto", metavar="X,...", help="times to try (default auto: shares of the median activation norm)")
     c.add_argument("--shares", metavar="X,...", help="the shares to try")
@@ -632,8 +696,9 @@ def _bench(c):
     c.add_argument("--quick", action="store_true", help="micro: the shipped model, a coarse grid"); c.add_argument("--full", action="store_true", help="micro: three models of both worlds, a fine grid, all ablations")
     c.add_argument("--world", default="speakers", choices=["speakers", "experts"], help="of the micro model (default speakers)"); c.add_argument("--models", type=count, default=1, metavar="N", help="how many micro models, trained from other seeds (default 1)")
     c.add_argument("--preset", metavar="NAME", help="run exactly what a table was made with: " + ", ".join(PRESETS))
-    c.add_argument("--data", metavar="FILE", help="file of the task, with the columns of its hub version"); c.add_argument("--limit", type=count, metavar="N", help="for trials: this many questions")
-    c.add_argument("--judge", metavar="NAMES", help="such as truth+info, toxicity+toxic-bert, reward (default: the task's)")
+    c.add_argument("--params", metavar="JSON", help="hyper-parameters by method, such as '{\"odesteer\": {\"gamma\": 10}}'")
+    c.add_argument("--data", metavar="FILE[,FILE]", help="file of the task, with the columns of its hub version; two where the task has two"); c.add_argument("--limit", type=count, metavar="N", help="for trials: this many questions")
+    c.add_argument("--judge", metavar="NAMES", help="such as truth+info, toxicity+toxic-bert, reward (default: the task's); with models of your own truth=FOLDER+info=FOLDER")
     c.add_argument("--lm-eval", metavar="TASKS", help="guardrail tasks of lm-eval, such as mmlu,arc_challenge, for the unsteered model and for each method at its choice"); c.add_argument("--lm-eval-path", metavar="DIR", help="folder with task files of your own")
     c.add_argument("--out", default="runs", help="folder of the runs (default runs)"); c.add_argument("--minutes", type=positive, default=float("inf"), metavar="X", help="stop after this time; the same command goes on")
     c.add_argument("--part", default="1/1", metavar="I/N", help="this machine's share of the work"); c.add_argument("--batch-size", type=count, default=64, metavar="N")

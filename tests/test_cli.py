@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -290,12 +291,25 @@ def test_committed_choices_are_possible():
     ("bench --preset paper-llama3.1-8b --T 4", "fixes what --T would change"),
     ("bench truthfulqa-binary --model MODEL --judge truth", "needs no judge"),
     ("bench truthfulqa ultrafeedback --model MODEL --data x.csv", "run tasks with files of your own one by one"),
+    ("bench micro --params odesteer", "--params odesteer: write it as JSON by method"),
+    ("bench micro --params {\"odesteer\":{\"size\":3}}", "--params: odesteer: "),
+    ("bench micro --params {\"magic\":{}}", "no method 'magic'"),
+    ("bench plan.json", "plan.json: no option 'taks'; a plan has T, ablations, "),
+    ("bench list.json", "list.json: not an object"),
+    ("bench config.json micro", "config.json is a file that says what to do: run it apart from micro"),
+    ("bench config.json --layers 1", "config.json fixes what --layers would change"),
+    ("bench config.json", "was made with the model toy, which came from a folder: give --model"),
+    ("bench empty.json", "empty.json is no config of a run: it needs task and model"),
+    ("bench nowhere.json", "nowhere.json"),
+    ("bench truthfulqa --model MODEL --data a.csv,b.csv", "truthfulqa has 1 file (path)"),
     ("report nowhere", "no folder nowhere"),
     ("report .", "no finished run in"),
 ])
 def test_mistakes_of_benchmarks(files, tiny, capsys, monkeypatch, line, words):
     def loaded(*_, **__): raise AssertionError("a model was loaded before the mistake was found")
     monkeypatch.setattr(cli, "load_model", loaded); monkeypatch.setattr(ods, "load_micro", loaded, raising=False)
+    for name, kept in dict(plan={"taks": ["micro"]}, list=[1], config={"task": "truthfulqa", "model": {"name": "toy"}}, empty={"task": "truthfulqa"}).items(): Path(f"{name}.json").write_text(json.dumps(kept))
+    if "truthfulqa has 1 file" in words: monkeypatch.setattr(cli, "load_model", lambda *_: (None, None))  # found when the task is made
     assert words in fails(capsys, *(str(tiny) if a == "MODEL" else a for a in line.split()))
 
 
@@ -322,6 +336,70 @@ def test_bench_on_a_model_and_a_file(files, tiny, capsys):
     configs = [json.loads(p.read_text()) for p in Path("runs").glob("*/config.json")]
     assert {c["task"] for c in configs} == {"truthfulqa-binary"} and {"T": 1.0} in [c["strength"] for c in configs] and {c["arm"] for c in configs} == {"none", "prompt", "steer"}
     assert all(len(open(p).readlines()) == 24 for p in Path("runs").glob("*/answers.jsonl") if json.loads((p.parent/"config.json").read_text())["split"] == "test")
+
+
+def answers(run): return [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(run/"answers.jsonl")]
+
+
+def test_a_run_is_made_again_from_its_config_alone(files, capsys, monkeypatch):
+    whole = benchmarks.micro_task
+    monkeypatch.setattr(benchmarks, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 6, 8))
+    assert main(["bench", "micro-truth", "--methods", "odesteer,random", "--layers", "1", "--shares", ".2,.4", "--seeds", "2", "--allow", "2", "--params", '{"odesteer": {"n_components": 64}}', "--out", "runs"]) == 0
+    made = [p.parent for p in Path("runs").glob("*/config.json")]
+    for run in made:
+        Path("alone.json").write_text((run/"config.json").read_text())
+        assert main(["bench", "alone.json", "--out", "again"]) == 0
+        assert answers(Path("again")/run.name) == answers(run) and (Path("again")/run.name/"scores.json").read_text() == (run/"scores.json").read_text()
+    assert {json.loads((r/"config.json").read_text())["arm"] for r in made} == {"none", "prompt", "steer"} and len(made) == len(list(Path("again").glob("*/summary.json")))
+    assert {json.dumps(json.loads((r/"config.json").read_text())["params"]) for r in made} >= {'{"n_components": 64}', '{"n_components": 64, "seed": 1}', '{"seed": 1}'}
+    run = next(r for r in made if json.loads((r/"config.json").read_text())["method"] == "odesteer" and "test" in (r/"config.json").read_text())
+    config = json.loads((run/"config.json").read_text())
+    for change in (dict(seed=7), dict(decoding=config["decoding"] | {"temperature": .9}), dict(strength={"share": .5}), dict(params={"n_components": 32})):
+        Path("changed.json").write_text(json.dumps(config | change))
+        before = set(Path("again").glob("*/summary.json"))
+        assert main(["bench", "changed.json", "--out", "again"]) == 0
+        (new,) = set(Path("again").glob("*/summary.json")) - before
+        assert all(json.loads((new.parent/"config.json").read_text())[k] == v for k, v in change.items())
+    capsys.readouterr()
+    for change, words in ((dict(data=config["data"] | {"sha256": "0"}), "data.sha256"), (dict(model=config["model"] | {"sha256": "0"}), "model.sha256"), (dict(model=config["model"] | {"dtype": "float16"}), "model.dtype"),
+                          (dict(task="micro-beauty"), "was made by hand"), (dict(colour="red"), "colour"), (dict(params={"size": 3}), "no hyper-parameter size")):
+        Path("wrong.json").write_text(json.dumps(config | change))
+        assert words in fails(capsys, "bench", "wrong.json", "--out", "again")
+    environment = json.loads((run/"environment.json").read_text())
+    (run/"environment.json").write_text(json.dumps(environment | {"odesteer": "0.0.1"}))
+    assert "was made by odesteer 0.0.1" in fails(capsys, "bench", run, "--out", "third")
+
+
+def test_a_plan_is_a_comparison_in_one_file(files, capsys, monkeypatch):
+    plans = []
+    monkeypatch.setattr(cli, "run_plan", lambda **plan: plans.append(plan))
+    Path("plan.json").write_text(json.dumps(dict(tasks=["micro-truth", "micro-toxicity"], methods=["caa", "iti"], shares=[.2, .4], layers=1, seeds=2, models=2, allow=.3, out="here", minutes=5, params={"odesteer": {"gamma": 10}})))
+    assert main(["bench", "plan.json"]) == 0
+    assert main(["bench", "micro-truth", "micro-toxicity", "--methods", "caa,iti", "--shares", ".2,.4", "--layers", "1", "--seeds", "2", "--models", "2", "--allow", ".3", "--out", "here", "--minutes", "5", "--params", '{"odesteer": {"gamma": 10}}']) == 0
+    assert plans[0] == plans[1] and plans[0]["params"]["speakers"]["odesteer"] == {"n_components": 2000, "gamma": 10}
+    assert main(["bench", "plan.json", "--methods", "repe", "--out", "there"]) == 0
+    assert plans[2] == plans[0] | {"methods": ["repe"], "out": "there"}
+
+
+def test_a_run_on_a_model_and_a_file_is_made_again(files, tiny, capsys):
+    from safetensors.torch import load_file, save_file
+    rows = [{"Question": f"Is {i} odd?", "Best Answer": "It is.", "Best Incorrect Answer": "Never.", "Correct Answers": f"It is.; Yes, {i}.", "Incorrect Answers": "Never.; No."} for i in range(24)]
+    def write(name, rows):
+        with open(name, "w", newline="") as f: w = csv.DictWriter(f, rows[0]); w.writeheader(); w.writerows(rows)
+    write("t.csv", rows); write("u.csv", rows[1:])
+    assert main(["bench", "truthfulqa-binary", "--model", str(tiny), "--data", "t.csv", "--methods", "caa", "--layers", "1", "--T", "1,2", "--seeds", "1", "--allow", "2", "--limit", "9"]) == 0
+    run = next(p.parent for p in Path("runs").glob("*/config.json") if '"method": "caa"' in p.read_text())
+    config = json.loads((run/"config.json").read_text())
+    assert config["data"]["recipe"] == {"task": "truthfulqa-binary", "limit": 9}
+    assert main(["bench", str(run/"config.json"), "--model", str(tiny), "--data", "t.csv", "--out", "again"]) == 0 and answers(Path("again")/run.name) == answers(run)
+    capsys.readouterr()
+    assert "data.sha256" in fails(capsys, "bench", run/"config.json", "--model", tiny, "--data", "u.csv", "--out", "again")
+    shutil.copytree(tiny, "other")
+    weights = load_file("other/model.safetensors")
+    next(iter(weights.values())).add_(1)
+    save_file(weights, "other/model.safetensors", {"format": "pt"})
+    assert "model.sha256" in fails(capsys, "bench", run, "--model", "other", "--data", "t.csv", "--out", "again")
+    assert "came from a folder: give --model" in fails(capsys, "bench", run, "--data", "t.csv", "--out", "again")
 
 
 def test_a_preset_prints_and_runs_exactly_what_it_says(files, tiny, capsys, monkeypatch):
