@@ -598,7 +598,9 @@ def steering(
     if history == "unsteered" and not (isinstance(positions, str) and positions == "last"): raise ValueError(f"history='unsteered' steers the last token of each pass only, so positions must be 'last'; got {positions!r}")
     parts = [(_layer_index(stack, i), part) for i, part in obj.items()] if isinstance(obj, dict) else [(_site(obj, layer, stack), obj)]
     if isinstance(obj, dict) and (layer is not None or not obj): raise ValueError("give {layer: steerer} with at least one layer, and no layer= beside it")
-    for i, part in parts: _check_part(model, part, i)
+    for i, part in parts:
+        _check_part(model, part, i)
+        if isinstance(part, Steerer): _warm_up(part, _device(stack[i]), getattr(model, "dtype", torch.float32))
     return Steering(model, parts, _strength(parts, T if strength is None else strength, units), positions, history, stack)
 
 # %% ../nbs/04_models.ipynb #395e04c6
@@ -617,6 +619,11 @@ def _check_part(model, part, layer):
     about, site = getattr(part, "about", {}), dict(model=model.config._name_or_path, revision=getattr(model.config, "_commit_hash", None), layer=layer)
     wrong = [f"{k} {about[k]!r}, not {v!r}" for k, v in site.items() if v not in (None, "") and about.get(k) not in (None, "", v)]
     if wrong: warnings.warn(f"this {type(part).__name__} was fitted on {' and '.join(wrong)}: its effect here is unknown", stacklevel=3)
+
+@torch.no_grad()
+def _warm_up(steerer, device, dtype):
+    "What a steerer makes at its first use (a copy on this device, a decomposition) belongs before code is compiled or captured"
+    steerer.steer(torch.ones(1, steerer.width, dtype=dtype, device=device), T=1.)
 
 def _strength(parts, strength, units):
     "One strength from the ways to give it"
