@@ -37,7 +37,7 @@ COLORS = {
     "caa": "#E69F00", "iti": "#56B4E9", "repe": "#CC79A7",
     "odesteer": "#009E73", "step-odesteer": "#7CCDB4",
     "mimic": "#B5A200", "linact": "#6E6200", "hpr": "#7B3A64", "recontrol": "#00405F", "truthflow": "#8C5A00",
-    "alqr": "#7F2A00", "spid": "#E8936B",
+    "alqr": "#7F2A00", "alqr-feature": "#B0714A", "spid": "#E8936B", "actadd-lfs": "#E9B49C", "pid-act": "#A36B8C", "barrier-lqr": "#1B5E44",
     "none": "#000000", "random": "#6E6E6E", "shuffled": "#BDBDBD",
 }
 
