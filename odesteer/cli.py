@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-import argparse, json, re, shutil, sys, textwrap, time, warnings
+import argparse, inspect, json, re, shutil, sys, textwrap, time, warnings
 import numpy as np
 import torch
 import odesteer as ods
 from .barrier import certificate, implied_barrier
 from .benchmarks import (ABLATIONS, FULL, MICRO_PARAMS, PRESETS, QUICK, REAL_TASKS, SAMPLING, SHARES, Bench, Fold, Paused, Task, committed, fit_steerer, general_metrics,
-                                 group_of, guardrail_rows, guardrail_table, micro_bench, micro_task, read_config, report, rerun, run_plan, sample, sample_batch, say, show_preset, write_batches, write_jsonl)
+                                 group_of, guardrail_rows, guardrail_table, micro_bench, micro_task, read_config, report, rerun, run_plan, sample, preset_params, sample_batch, say, show_preset, write_batches, write_jsonl)
 from .evaluation import BETTER, Panel, QUESTION_ANSWER, bootstrap_interval, cell, check_pairs, hub_commit, load_judge, load_pairs, read_rows, summary_table
 from .micro import AXES, Prompt, Recipe, _no_bars
 
@@ -353,7 +353,7 @@ def bench(o):
 def bench_plan(o) -> tuple:  # settings of `run_plan`, and how a unit becomes a `Bench`
     "What the options ask for, checked before any model is loaded"
     if o.preset: return _preset_plan(o)
-    names = ods.steerer_names("steerer") + ods.steerer_names("placebo")
+    names = [m for kind in ("steerer", "controller", "placebo") for m in ods.steerer_names(kind)]
     methods = names if o.methods == "all" else list_of(o.methods)
     for m in methods:
         if m not in names: raise ValueError(f"there is no method {m!r}; choose from {', '.join(names)}")
@@ -369,7 +369,7 @@ def bench_plan(o) -> tuple:  # settings of `run_plan`, and how a unit becomes a 
     if o.ablations: plan["studies"] = list_of(o.ablations) if o.ablations != "all" else list(ABLATIONS)
     return _micro_plan(o, plan, micro) if micro else _real_plan(o, plan)
 
-# %% ../nbs/12_cli.ipynb #0112843a
+# %% ../nbs/12_cli.ipynb #981ff942
 def bench_files(o, files):
     "Runs from their configs, or the comparison that a plan describes"
     if len(files) < len(o.tasks): raise ValueError(f"{files[0]} is a file that says what to do: run it apart from {next(t for t in o.tasks if t not in files)}")
@@ -378,7 +378,7 @@ def bench_files(o, files):
     if not all(isinstance(g, dict) and "task" in g for g in given):
         if len(files) > 1: raise ValueError("give one plan at a time")
         return bench(argparse.Namespace(**vars(plan_options(files[0], given[0])) | changed))
-    if fixed := changed.keys() - {"out", "data", "judge", "model", "revision", "device", "dtype"}: raise ValueError(f"{files[0]} fixes what --{min(fixed)} would change: edit a copy of the file")
+    if fixed := changed.keys() - {"out", "data", "option", "judge", "model", "revision", "device", "dtype"}: raise ValueError(f"{files[0]} fixes what --{min(fixed)} would change: edit a copy of the file")
     for f in files: print(run_again(f, o))
     print(f"done: odesteer report {o.out}")
 
@@ -386,9 +386,11 @@ def plan_options(path, plan):
     "A plan as parsed options"
     known = vars(parser().parse_args(["bench"])).keys() - {"run", "traceback"}
     if not isinstance(plan, dict) or plan.keys() - known: raise ValueError(f"{path}: {'no option ' + repr(min(plan.keys() - known)) if isinstance(plan, dict) else 'not an object'}; a plan has {', '.join(sorted(known))}")
+    plan = dict(plan)
     word = lambda v: json.dumps(v) if isinstance(v, dict) else ",".join(map(str, v)) if isinstance(v, list) else str(v)
     tasks = plan.get("tasks", [])
-    options = [x for k, v in plan.items() if k != "tasks" and v not in (None, False) for x in ([f"--{k.replace('_', '-')}"] if v is True else [f"--{k.replace('_', '-')}={word(v)}"])]
+    if isinstance(plan.get("option"), dict): plan = plan | {"option": [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in plan["option"].items()]}
+    options = [f"--option={v}" for v in plan.pop("option", [])] + [x for k, v in plan.items() if k != "tasks" and v not in (None, False) for x in ([f"--{k.replace('_', '-')}"] if v is True else [f"--{k.replace('_', '-')}={word(v)}"])]
     return parser().parse_args(["bench", *([tasks] if isinstance(tasks, str) else tasks), *options])
 
 def run_again(path, o):
@@ -457,6 +459,7 @@ def _real_plan(o, plan, tasks={}, judges={}, batch_size=None, decoding={}):
     if o.judge and "truthfulqa-binary" in o.tasks: raise ValueError("truthfulqa-binary needs no judge: its answers are letters; leave out --judge")
     if o.data and len(o.tasks) > 1: raise ValueError("--data is the file of one task: run tasks with files of your own one by one")
     if plan["layers"]: plan["layers"] = [check_layer(k, count_layers(o.model, o.revision)) for k in plan["layers"]]
+    for t in o.tasks: sources_of(t, o, judges.get(t))  # a mistake costs a second
     plan.pop("units", None)
     loaded = []  # once, for the first unit
     def make(name, out):
@@ -468,13 +471,20 @@ def _real_plan(o, plan, tasks={}, judges={}, batch_size=None, decoding={}):
     return dict({"params": {}} | plan, units=[(t,) for t in o.tasks]), make
 
 #: Task -> names of its files, in the order of --data; the first is enough, where others have a default
-FILES_OF = {"ultrafeedback": ("path", "test"), "realtoxicityprompts": ("path", "comments")}
+FILES_OF = {"ultrafeedback": ("path", "test"), "realtoxicityprompts": ("path", "comments"), "refusal": ("harmful", "harmless")}
 
 def sources_of(name, o, judge=None) -> dict:
     "Files and judge of a task, as its builder takes them"
     files, names = list_of(o.data or ""), FILES_OF.get(name, ("path",))
     if len(files) > len(names): raise ValueError(f"--data {o.data}: {name} has {len(names)} file{'s' * (len(names) > 1)} ({', '.join(names)})")
-    return dict(zip(names, files)) | ({"judge": judge_of(o.judge or judge, Path(o.out)/"judged")} if o.judge or judge else {})
+    known, options = inspect.signature(REAL_TASKS[name]).parameters, {}
+    for text in o.option:
+        key, equals, value = text.partition("=")
+        if not equals or key not in known or key in ("judge", "limit", *names): raise ValueError(f"--option {text}: write it as NAME=VALUE; {name} has {', '.join(k for k in known if k not in ('judge', 'limit', *names))}")
+        try: options[key] = json.loads(value)
+        except json.JSONDecodeError: options[key] = value
+    if needed := [n for n, p in known.items() if p.default is p.empty and n not in dict(zip(names, files))]: raise ValueError(f"{name} needs --data FILE ({', '.join(needed)})")
+    return options | dict(zip(names, files)) | ({"judge": judge_of(o.judge or judge, Path(o.out)/"judged")} if o.judge or judge else {})
 
 def judge_of(text, cache):
     "`truth+info`, or with models of your own `truth=FOLDER+info=FOLDER`"
@@ -485,15 +495,15 @@ def _preset_plan(o):
     "What a published table did, and nothing else"
     print(show_preset(o.preset), flush=True)
     p = PRESETS[o.preset]
-    given = [f"--{k}" for k, default in dict(T="auto", shares=None, layers="auto", methods="all", quick=False, full=False, ablations=None).items() if getattr(o, k) != default]
+    given = [f"--{k}" for k, default in dict(T="auto", shares=None, layers="auto", methods="all", quick=False, full=False, ablations=None, params=None).items() if getattr(o, k) != default]
     if given: raise ValueError(f"--preset {o.preset} fixes what {', '.join(given)} would change: leave out one of the two")
     o.tasks = [t for t in o.tasks if t != "micro"] or list(p["tasks"])
     _known(o.tasks, p["tasks"], f"task of {o.preset}")
     o.model, o.dtype = o.model or p["model"], p["dtype"] if o.dtype == "auto" else o.dtype
-    plan = dict(methods=list(p["methods"]), layers=[p["layer"]], seeds=p["seeds"] if not o.seeds else p["seeds"][:o.seeds], refine=0, repeats=1, rule="best",
+    plan = dict(methods=list(p["methods"]), layers=None if p["layer"] is None else [p["layer"]], seeds=p["seeds"] if not o.seeds else p["seeds"][:o.seeds], refine=0, repeats=1, rule="best",
                 strengths={(t, m): [{"T": x} for x in (how["T"][t] if isinstance(how["T"], dict) else [how["T"]])] for t in o.tasks for m, how in p["methods"].items()})
     plan, make = _real_plan(o, plan, p["tasks"], p["judges"], p["batch_size"], p["decoding"])
-    return dict(plan, params={m: how["params"] for m, how in p["methods"].items()}), make
+    return dict(plan, params={t: preset_params(p, t) for t in o.tasks}), make
 
 # %% ../nbs/12_cli.ipynb #aa7f5706
 def make_report(o):
@@ -642,7 +652,8 @@ odesteer check-pairs comments.csv --columns text,label --group thread"""
 BENCH = """odesteer bench micro --quick
 odesteer bench micro-truth --methods all --T auto --layers auto --seeds 3 --out runs/
 odesteer bench truthfulqa --model meta-llama/Llama-3.2-1B --methods caa,odesteer
-odesteer bench --preset paper-llama3.1-8b
+odesteer bench refusal --model MODEL --data harmful.csv,harmless.jsonl --methods alqr,caa
+odesteer bench --preset alqr-gemma-2-2b
 odesteer bench runs/0123456789abcdef/config.json --out again
 odesteer bench plan.json
 odesteer bench truthfulqa --model meta-llama/Llama-3.2-1B --methods odesteer --lm-eval mmlu,arc_challenge"""
@@ -686,7 +697,7 @@ def parser() -> Parser:
 # %% ../nbs/12_cli.ipynb #d3cd11bd
 def _bench(c):
     c.add_argument("tasks", nargs="*", metavar="TASK", default=["micro"], help="micro (all its axes), " + ", ".join(f"micro-{a}" for a in AXES) + ", " + ", ".join(REAL_TASKS) + "; or config.json of a run, to make it again; or a plan, a JSON file of these options")
-    c.add_argument("--methods", default="all", help="names with commas between (default all: " + ", ".join(ods.steerer_names("steerer") + ods.steerer_names("placebo")) + ")")
+    c.add_argument("--methods", default="all", help="names with commas between (default all: " + ", ".join(m for kind in ("steerer", "controller", "placebo") for m in ods.steerer_names(kind)) + ")")
     c.add_argument("--T", default="auto", metavar="X,...", help="times to try (default auto: shares of the median activation norm)")
     c.add_argument("--shares", metavar="X,...", help="the shares to try")
     c.add_argument("--layers", default="auto", metavar="N,...", help="layers to try (default auto: all of a small model, eight of a large one)")
@@ -698,6 +709,7 @@ def _bench(c):
     c.add_argument("--preset", metavar="NAME", help="run exactly what a table was made with: " + ", ".join(PRESETS))
     c.add_argument("--params", metavar="JSON", help="hyper-parameters by method, such as '{\"odesteer\": {\"gamma\": 10}}'")
     c.add_argument("--data", metavar="FILE[,FILE]", help="file of the task, with the columns of its hub version; two where the task has two"); c.add_argument("--limit", type=count, metavar="N", help="for trials: this many questions")
+    c.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the task, such as protocol=alqr, direction=refuse, target=football; may be repeated")
     c.add_argument("--judge", metavar="NAMES", help="such as truth+info, toxicity+toxic-bert, reward (default: the task's); with models of your own truth=FOLDER+info=FOLDER")
     c.add_argument("--lm-eval", metavar="TASKS", help="guardrail tasks of lm-eval, such as mmlu,arc_challenge, for the unsteered model and for each method at its choice"); c.add_argument("--lm-eval-path", metavar="DIR", help="folder with task files of your own")
     c.add_argument("--out", default="runs", help="folder of the runs (default runs)"); c.add_argument("--minutes", type=positive, default=float("inf"), metavar="X", help="stop after this time; the same command goes on")

@@ -302,6 +302,11 @@ def test_committed_choices_are_possible():
     ("bench empty.json", "empty.json is no config of a run: it needs task and model"),
     ("bench nowhere.json", "nowhere.json"),
     ("bench truthfulqa --model MODEL --data a.csv,b.csv", "truthfulqa has 1 file (path)"),
+    ("bench refusal --model MODEL", "refusal needs --data FILE (harmful)"),
+    ("bench concept --model MODEL --data a.csv --option colour=red", "write it as NAME=VALUE; concept has target, definition"),
+    ("bench truthfulqa --model MODEL --option template", "--option template: write it as NAME=VALUE"),
+    ("bench --preset alqr-red-team-qwen2.5-3b", "refusal needs --data FILE (harmful)"),
+    ("bench --preset alqr-gemma-2-2b --params {}", "fixes what --params would change"),
     ("report nowhere", "no folder nowhere"),
     ("report .", "no finished run in"),
 ])
@@ -410,7 +415,30 @@ def test_a_preset_prints_and_runs_exactly_what_it_says(files, tiny, capsys, monk
     plan, = plans
     assert plan["units"] == [("truthfulqa",), ("ultrafeedback",), ("realtoxicityprompts",)] and plan["layers"] == [13] and plan["seeds"] == [42, 43, 44] and plan["rule"] == "best"
     assert plan["strengths"]["truthfulqa", "odesteer"] == [{"T": 4}, {"T": 5}, {"T": 6}] and plan["strengths"]["ultrafeedback", "caa"] == [{"T": 1}]
-    assert plan["params"]["odesteer"]["n_components"] == 8000 and set(plan["methods"]) == set(ods.steerer_names("steerer"))
+    assert plan["params"]["truthfulqa"]["odesteer"]["n_components"] == 8000 and set(plan["methods"]) == set(ods.steerer_names("steerer"))
+    assert main(["bench", "--preset", "alqr-gemma-2-2b"]) == 0
+    assert show_preset("alqr-gemma-2-2b") in capsys.readouterr().out
+    plan = plans[1]
+    assert plan["units"] == [("realtoxicityprompts",), ("truthfulqa",)] and plan["layers"] is None and plan["methods"] == ["alqr", "spid"] and plan["strengths"]["truthfulqa", "alqr"] == [{"T": 3}]
+    assert [plan["params"][t]["alqr"]["qf"] for t in ("realtoxicityprompts", "truthfulqa")] == [.1, .3] and plan["params"]["truthfulqa"]["spid"] == dict(kp=.7, ki=.01, kd=.1)
+
+
+def test_refusal_and_concept_on_a_model_and_files(files, tiny, capsys, monkeypatch):
+    from .test_judges import LLAMA, truth
+    truth().save_pretrained("judge"); LLAMA.save_pretrained("judge")
+    Path("bad.txt").write_text("".join(f"forbidden {i}\n" for i in range(30)))
+    Path("good.jsonl").write_text("".join(json.dumps({"instruction": f"allowed {i}", "input": ""}) + "\n" for i in range(30)))
+    Path("sentences.jsonl").write_text("".join(json.dumps({"concept": c, "sentence": f"{c} {i}"}) + "\n" for c in ("chess", "judo") for i in range(20)))
+    Path("prompt.txt").write_text("Q: {question}\nA: {answer}\nTrue:")
+    common = ["--model", str(tiny), "--methods", "caa", "--layers", "1", "--T", "1", "--seeds", "1", "--allow", "2", "--limit", "4"]
+    assert main(["bench", "refusal", *common, "--data", "bad.txt,good.jsonl", "--judge", "harmful=judge", "--option", "max_new_tokens=4", "--option", "n_harmless=3", "--option", "judge_prompt=prompt.txt"]) == 0
+    assert main(["bench", "concept", *common, "--data", "sentences.jsonl", "--judge", "prevalence=judge", "--option", "target=chess", "--option", "max_new_tokens=4"]) == 0
+    runs = {p: json.loads(p.read_text()) for p in Path("runs").glob("*/config.json")}
+    assert {c["data"]["recipe"]["task"]: c["data"]["recipe"] for c in runs.values()} == {"refusal": dict(task="refusal", n_harmless=3, max_new_tokens=4, limit=4), "concept": dict(task="concept", target="chess", max_new_tokens=4, limit=4)}
+    again = next(p for p, c in runs.items() if c["task"] == "refusal" and c["method"] == "caa")
+    assert main(["bench", str(again), "--model", str(tiny), "--data", "bad.txt,good.jsonl", "--judge", "harmful=judge", "--option", "judge_prompt=prompt.txt", "--out", "again"]) == 0
+    assert answers(Path("again")/again.parent.name) == answers(again.parent) and (Path("again")/again.parent.name/"scores.json").read_text() == (again.parent/"scores.json").read_text()
+    assert main(["report", "runs", "--out", "r"]) == 0 and "complied" in Path("r/report.md").read_text() and "prevalence" in Path("r/report.md").read_text()
 
 
 def test_guardrail_tasks_of_lm_eval(files, tiny, capsys, monkeypatch):

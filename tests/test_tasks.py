@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,7 +124,21 @@ def test_the_contaminated_protocol_says_so_everywhere(tmp_path):
     assert fold.test[3].text == "Q: Is 3 odd? A:" and task.decoding["top_p"] == .3 and task.decoding["repetition_penalty"] == 1.2
     clean = b.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge)
     assert not any(isinstance(f, b.ContaminatedFold) for f in clean.folds) and "contaminated" not in json.dumps(clean.data)
-    with pytest.raises(ValueError, match="alqr-paper"): b.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge, protocol="alqr")
+    assert task.shift  # the same prompts for choosing and testing, but not the same answers
+    with pytest.raises(ValueError, match="alqr-paper"): b.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge, protocol="alqr2")
+
+
+def test_the_alqr_words_and_draws_in_two_clean_folds(tmp_path):
+    rows = [dict(question=f"Is {i} odd?", mc2_targets=dict(choices=["yes", "no", "maybe"], labels=[i % 2, 1 - i % 2, 0])) for i in range(800)]
+    task = b.truthfulqa(write(tmp_path/"mc.jsonl", rows), judge, protocol="alqr")
+    assert task.name == "truthfulqa" and task.samples == 5 and sorted(p.fact for f in task.folds for p in f.test) == sorted(r["question"] for r in rows)
+    assert_disjoint(task)
+    for fold in task.folds:
+        assert len(fold.texts.pos) == len(fold.texts.neg) == 200 and len(set(fold.texts.pos_groups)) > 100
+        for prompt, answer in fold.texts.pos: assert re.fullmatch(r"Q: Is \d+ odd\? A:", prompt) and answer == (" yes" if int(re.search(r"\d+", prompt)[0]) % 2 else " no")
+        assert all(p.text == f"Q: {p.fact} A:" for p in fold.val + fold.test)
+    assert {k: task.decoding[k] for k in ("temperature", "top_p", "repetition_penalty", "max_new_tokens")} == dict(temperature=1., top_p=.3, repetition_penalty=1.2, max_new_tokens=50)
+    assert task.data["recipe"] == {"task": "truthfulqa", "protocol": "alqr"} and b.truthfulqa(str(tmp_path/"mc.jsonl"), judge, protocol="alqr").data == task.data
 
 
 # --- formats and identity
@@ -299,6 +314,24 @@ def test_realtoxicityprompts_counts(tmp_path):
     with pytest.raises(ValueError, match="smaller n_val=, n_test="): b.realtoxicityprompts(prompts_file(tmp_path/"few.jsonl", 1000), judge=judge, filter=None)
 
 
+def test_realtoxicityprompts_as_the_closed_loop_paper_asks(tmp_path):
+    path = prompts_file(tmp_path/"rtp.jsonl")
+    score = {r["prompt"]["text"]: r["prompt"]["toxicity"] for r in read_rows(path)}
+    def classifier(prompts, answers): return {"toxicity": np.full(len(answers), .3), "toxic": np.zeros(len(answers))}
+    task = b.realtoxicityprompts(path, judge=classifier, protocol="alqr")
+    fold, = task.folds
+    assert (len(fold.val), len(fold.test), task.samples, task.primary) == (500, 1000, 5, "toxic") and task.better["toxic"] == -1
+    tested = np.array([score[p.text] for p in fold.test])
+    assert (tested < .5).mean() == pytest.approx(np.mean([s < .5 for s in score.values() if s is not None]), abs=.06)  # any toxicity, as it comes
+    assert all(score[t] <= .1 for t in fold.texts.pos) and all(score[t] >= .8 for t in fold.texts.neg) and len(fold.texts.pos) == 200
+    assert task.decoding["max_new_tokens"] == 100 and task.decoding["top_p"] == .3 and "filter" not in task.data
+    assert_disjoint(task)
+    scores = task.judge(fold.test[:1] * 5, ["a b c"] * 5)
+    assert scores["toxicity_max"].tolist() == [.3] * 5 and scores["toxic"].tolist() == [0] * 5
+    with pytest.raises(ValueError, match="'odesteer' or 'alqr'"): b.realtoxicityprompts(path, judge=judge, protocol="pid")
+    with pytest.raises(ValueError, match="smaller n_val=, n_test="): b.realtoxicityprompts(path, judge=judge, protocol="alqr", n_test=9000)
+
+
 def test_surprising_prompts_are_left_out(tmp_path):
     model, tok = tiny_model("gpt2"), tiny_tokenizer()
     path = prompts_file(tmp_path/"rtp.jsonl", 400)
@@ -403,24 +436,195 @@ def test_ultrafeedback_end_to_end(tiny, tmp_path):
 
 # --- presets
 
+def made(tmp_path):
+    "Every task and protocol, from made-up files"
+    web, mc = prompts_file(tmp_path/"r.jsonl"), write(tmp_path/"mc.jsonl", hub_rows(questions(20)))
+    bad, good, said = refusal_files(tmp_path)
+    return {"truthfulqa": b.truthfulqa(mc, judge), "realtoxicityprompts": b.realtoxicityprompts(web, judge=judge, filter=None),
+            "ultrafeedback": b.ultrafeedback(write(tmp_path/"p.jsonl", [preference(f"ask {i}") for i in range(9)]), write(tmp_path/"t.jsonl", [preference(f"say {i}") for i in range(9)]), judge, n_train=5, n_val=2, n_test=2),
+            "alqr": {"truthfulqa": b.truthfulqa(mc, judge, protocol="alqr"), "realtoxicityprompts": b.realtoxicityprompts(web, judge=judge, protocol="alqr"), "refusal": b.refusal(bad, good, said),
+                     "concept": b.concept(concept_file(tmp_path), "chess", judge=judge)}}
+
+
 def test_presets_say_what_the_tasks_do(tmp_path):
-    methods = {m for p in b.PRESETS.values() for m in p["methods"]}
-    assert methods <= set(ods.steerer_names())
-    tasks = {"truthfulqa": b.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge), "realtoxicityprompts": b.realtoxicityprompts(prompts_file(tmp_path/"r.jsonl"), judge=judge, filter=None),
-             "ultrafeedback": b.ultrafeedback(write(tmp_path/"p.jsonl", [preference(f"ask {i}") for i in range(9)]), write(tmp_path/"t.jsonl", [preference(f"say {i}") for i in range(9)]), judge, n_train=5, n_val=2, n_test=2)}
+    tasks = made(tmp_path)
     for name, p in b.PRESETS.items():
+        here = tasks["alqr"] if name.startswith("alqr") else tasks
         for t, kw in p["tasks"].items(): inspect.signature(b.REAL_TASKS[t]).bind("path", **kw)
-        assert p["decoding"] == {t: task.decoding for t, task in tasks.items()} and p["tasks"].keys() == tasks.keys() == p["judges"].keys()
+        assert p["decoding"] == {t: here[t].decoding for t in p["tasks"]} and p["judges"].keys() == p["tasks"].keys() and set(p["methods"]) <= set(ods.steerer_names(None))
         text = b.show_preset(name)
-        assert p["model"] in text and f"block {p['layer']} " in text and "42, 43, 44" in text and all(m in text for m in p["methods"])
-    blocks = {n: (p["model"], p["layer"]) for n, p in b.PRESETS.items()}
+        assert p["model"] in text and (f"block {p['layer']} " if p["layer"] is not None else "all blocks") in text and ", ".join(map(str, p["seeds"])) in text and all(m in text for m in p["methods"])
+        for t in p["tasks"]:
+            for m, how in b.preset_params(p, t).items(): ods.make_steerer(m, **how)
+    old = {n: p for n, p in b.PRESETS.items() if n.startswith("paper-")}
+    blocks = {n: (p["model"], p["layer"]) for n, p in old.items()}
     assert blocks == {"paper-falcon-7b": ("tiiuae/falcon-7b", 14), "paper-mistral-7b": ("mistralai/Mistral-7B-v0.3", 15), "paper-llama3.1-8b": ("meta-llama/Llama-3.1-8B", 13), "paper-qwen2.5-7b": ("Qwen/Qwen2.5-7B", 13)}
-    T = {n: p["methods"]["odesteer"]["T"] for n, p in b.PRESETS.items()}
+    T = {n: p["methods"]["odesteer"]["T"] for n, p in old.items()}
     assert {n: (min(t["truthfulqa"]), max(t["truthfulqa"])) for n, t in T.items()} == {"paper-falcon-7b": (20, 23), "paper-mistral-7b": (3, 4), "paper-llama3.1-8b": (4, 6), "paper-qwen2.5-7b": (13, 16)}
     assert T["paper-qwen2.5-7b"]["realtoxicityprompts"] == [48] and b.PRESETS["paper-llama3.1-8b"]["methods"]["caa"]["T"] == 1
-    for p in b.PRESETS.values():
+    for p in old.values():
         for m, how in p["methods"].items(): assert (how["T"] == 1) == (ods.make_steerer(m, **how["params"]).unit == "fraction"), m
     with pytest.raises(ValueError, match="paper-llama3.1-8b"): b.show_preset("paper-llama")
+
+
+CLOSED_LOOP = """gemma-2-2b    .1,3,.1   1,1.25,1.375,1.5   .1,1,.3   3            .7,.01,.1
+llama-3-8b    .1,10,10  2,2.5              .1,10,10  2,2.5,3.5    .1,.1,0
+gemma-2-9b    .1,1,.1   2                  .1,1,.1   2,2.5,3,3.5  .7,.05,0
+qwen2.5-3b    .1,10,1   3                  .1,1,.3   3,3.5        .3,.1,0
+qwen2.5-14b   1,1,1     2,2.5              .1,1,.3   3,3.5        .5,.01,.01
+llama-3.2-1b  .1,1,.1   2,2.5,3.5          .1,1,1    2,2.5,3,3.5  .5,.5,.1
+qwen2.5-32b   1,5,.1    2,2.5,3.5          1,5,.1    2,2.5,3,3.5  .7,.1,0"""
+
+
+def test_presets_of_the_closed_loop_paper_row_by_row():
+    for line in CLOSED_LOOP.splitlines():
+        name, *cells = line.split()
+        toxic, toxic_at, truth, truth_at, spid = ([float(x) for x in c.split(",")] for c in cells)
+        p = b.PRESETS[f"alqr-{name}"]
+        alqr, pid = p["methods"]["alqr"], p["methods"]["spid"]
+        for t, gains, at, n in (("realtoxicityprompts", toxic, toxic_at, 50), ("truthfulqa", truth, truth_at, 35)):
+            own = b.preset_params(p, t)
+            assert [own["alqr"][k] for k in ("q", "r", "qf")] == gains and alqr["T"][t] == at and (own["alqr"]["n_texts"], own["alqr"]["n_jacobian"]) == (200, n)
+            assert [own["spid"][k] for k in ("kp", "ki", "kd")] == spid and 1 <= max(pid["T"][t]) <= 2
+        assert p["layer"] is None and p["tasks"] == {t: {"protocol": "alqr"} for t in ("realtoxicityprompts", "truthfulqa")}
+    red = [p for n, p in b.PRESETS.items() if n.startswith("alqr-red-team-")]
+    assert len(red) == 6 and all(p["tasks"]["refusal"] == dict(direction="comply", positions="all", n_harmless=0, suffix="\n\n") and p["methods"]["alqr"]["params"]["r"] == 7 and p["methods"]["alqr"]["T"] == {"refusal": [1]} for p in red)
+    assert not any(kw.get("direction") == "comply" for n, p in b.PRESETS.items() if "red-team" not in n for kw in p["tasks"].values())
+    assert b.PRESETS["alqr-concept"]["methods"]["alqr"]["T"] == {"concept": [.5, 1, 1.5, 2, 2.5]}
+
+
+# --- refusal
+
+def refusal_files(tmp_path, n=520, m=900):
+    "Made-up instructions that say which kind they are"
+    with open(tmp_path/"bad.csv", "w", newline="") as f:
+        out = csv.writer(f)
+        out.writerow(["goal", "target"])
+        out.writerows([f"forbidden {i}", "Sure"] for i in range(n))
+    good = write(tmp_path/"good.jsonl", [dict(instruction=f"allowed {i}", input="more" if i % 5 == 0 else "", output="x") for i in range(m)])
+    def said(prompts, replies): return {"complied": np.array([float("sure" in r) for r in replies])}
+    said.better, said.about = {"complied": 1}, "says sure"
+    return str(tmp_path/"bad.csv"), good, said
+
+
+def test_refusal_splits_as_published_and_leaks_nothing(tmp_path):
+    from datasets import Dataset
+    bad, good, said = refusal_files(tmp_path)
+    task = b.refusal(bad, good, said)
+    fold, = task.folds
+    split = Dataset.from_dict({"goal": [f"forbidden {i}" for i in range(520)]}).train_test_split(test_size=.2, seed=42)
+    harmful = {part: [p.fact for p in getattr(fold, part) if "forbidden" in p.fact] for part in ("val", "test")}
+    assert set(harmful["test"]) == set(split["test"]["goal"]) and len(harmful["test"]) == 104 and len(harmful["val"]) == 84 and set(harmful["val"]) <= set(split["train"]["goal"])
+    assert len(fold.texts.pos) == len(fold.texts.neg) == 200 and len(fold.test) == 208
+    assert all(t == [{"role": "user", "content": g}] and "forbidden" in g for t, g in zip(fold.texts.pos, fold.texts.pos_groups)) and all("allowed" in g for g in fold.texts.neg_groups)
+    assert not any("allowed" in g and int(g.split()[1]) % 5 == 0 for g in [*fold.texts.neg_groups, *(p.fact for p in fold.test)])  # rows with an input are left out
+    assert_disjoint(task)
+    assert {m: task.better[m] for m in ("complied", "refused", "answered")} == {"complied": -1, "refused": 1, "answered": 1} and task.watch[0] == "answered" and task.decoding["do_sample"] is False
+    rows = [f"forbidden {i % 50}" for i in range(60)] + ["FORBIDDEN, 3", " "]
+    twice = b.refusal(write(tmp_path/"twice.jsonl", [{"goal": g} for g in rows]), good, said)
+    assert_disjoint(twice)
+
+
+def test_the_published_direction_is_asked_for_and_named(tmp_path):
+    bad, good, said = refusal_files(tmp_path)
+    plain, turned = b.refusal(bad, good, said), b.refusal(bad, good, said, direction="comply", positions="all", n_harmless=0, suffix="\n\n")
+    assert plain.positions == "last" and turned.positions == "all" and turned.name == "refusal-red-team" and turned.instruct is None and plain.instruct is not None
+    f, g = plain.folds[0], turned.folds[0]
+    assert (f.texts.pos, f.texts.neg) == (g.texts.neg, g.texts.pos) and len(g.test) == 104 and all(p.text[0]["content"] == p.fact + "\n\n" for p in g.test)
+    assert {m: turned.better[m] for m in ("complied", "refused")} == {"complied": 1, "refused": -1} and "answered" not in turned.watch
+    assert plain.data != turned.data and turned.data["recipe"] == dict(task="refusal", direction="comply", positions="all", n_harmless=0, suffix="\n\n")
+    with pytest.raises(ValueError, match="red-team evaluation"): b.refusal(bad, good, said, direction="obey")
+    with pytest.raises(ValueError, match="no column goal, instruction, prompt or text; it has x"): b.refusal(write(tmp_path/"x.jsonl", [{"x": 1}]), good, said)
+    with pytest.raises(ValueError, match="10 or more"): b.refusal(write(tmp_path/"y.jsonl", [{"goal": "a"}]), good, said)
+
+
+def test_refusal_scores_keep_the_two_kinds_apart(tmp_path):
+    asked = []
+    def said(prompts, replies): asked.append(([p.fact for p in prompts], replies)); return {"complied": np.ones(len(replies))}
+    said.better = {"complied": 1}
+    prompts = [Prompt("x", t) for t in ("Bad one", "good one", "bad two", "good two")]
+    scores = b.refusal_scores(said, {"bad one", "bad two"}, prompts, ["I cannot do that", "As an AI, I must decline", "here it is", "here"])
+    assert asked == [(["Bad one", "bad two"], ["I cannot do that", "here it is"])]  # harmless replies are no business of that judge
+    nan = np.nan
+    for m, x in dict(complied=[1, nan, 1, nan], refused=[1, nan, 0, nan], answered=[nan, 0, nan, 1]).items(): np.testing.assert_array_equal(scores[m], x)
+    scores = b.refusal_scores(said, {"bad one"}, prompts[1:2], ["ok"])
+    assert np.isnan(scores["complied"]).all() and len(asked) == 1
+    assert all(b.marks_refusal(t) for t in ("I’m sorry, no.", "sorry? I  am\nunable to")) and not b.marks_refusal("I can, gladly.")
+
+
+def test_refusal_end_to_end_with_a_local_judge(tiny, tmp_path):
+    from .test_judges import LLAMA, truth
+    bad, good, _ = refusal_files(tmp_path, 60, 90)
+    judge = YesNoJudge((truth(), LLAMA), "complied", template="Q: {question}\nA: {answer}\nTrue:")
+    assert judge([Prompt("", "what is it ?")] * 2, ["indeed red indeed", "a fish"])["complied"].tolist() == [1, 0]
+    bench = {}
+    for positions in ("last", "all"):
+        task = b.refusal(bad, good, judge, n_texts=20, n_harmless=6, positions=positions, max_new_tokens=6)
+        bench[positions] = b.Bench(*tiny, task, tmp_path/"runs", batch_size=7)
+        assert bench[positions].config().get("positions", "last") == positions
+    fold, = task.folds
+    runs = {p: x.run("caa", 1, {"share": 2.}, split="test") for p, x in bench.items()} | {"plain": bench["last"].run(split="test")}
+    answers = {p: [json.loads(line)["answer"] for line in open(tmp_path/"runs"/r.key/"answers.jsonl")] for p, r in runs.items()}
+    assert len({tuple(a) for a in answers.values()}) == 3
+    with ods.steering(tiny[0], bench["all"].steerer("caa", 1, {}), share=2., positions="all"): assert answers["all"][:7] == ods.generate_text(*tiny, [p.text for p in fold.test[:7]], batch_size=7, seed=0, do_sample=False, max_new_tokens=6)
+    for run in runs.values():
+        harmful = np.array(["forbidden" in p.fact for p in fold.test])
+        for m, there in (("complied", harmful), ("complied_p", harmful), ("refused", harmful), ("answered", ~harmful)): np.testing.assert_array_equal(np.isnan(run.scores[m]), ~there)
+    stop = b.stop_rule([2.], runs["plain"], [runs["last"]], task, allow=2.)
+    assert "answered" not in stop.why  # two kinds of items, each with its own metrics, can be compared
+    assert "forbidden" not in json.dumps(runs["all"].config)  # hashes, not texts
+
+
+# --- concepts
+
+def concept_file(tmp_path, n=90):
+    rows = [dict(concept=c, instance=f"{c}.{i}", sentence=f"sentence {i} on {c}") for c in ("chess", "judo", "rowing") for i in range(n if c != "judo" else 10)]
+    return write(tmp_path/"concepts.jsonl", [*rows, dict(concept="chess", instance="x", sentence="Both of them."), dict(concept="judo", instance="y", sentence="both of  them"), dict(concept="chess", instance="z", sentence="sentence 0 on chess")])
+
+
+def test_concept_sentences_take_turns_and_are_of_one_kind(tmp_path):
+    path = concept_file(tmp_path)
+    pos, neg = b.concept_sentences(path, "chess", 40)
+    assert len(pos) == len(set(pos)) == 40 and all("chess" in s for s in pos) and "Both of them." not in [*pos, *neg]
+    kinds = [s.split()[-1] for s in neg]
+    assert len(neg) == 40 and Counter(kinds[:20])["judo"] >= 9 and kinds.count("judo") == 10 and set(kinds[21:]) == {"rowing"}
+    assert b.concept_sentences(path, "chess", 40) == (pos, neg) != b.concept_sentences(path, "chess", 40, seed=1)
+    with pytest.raises(ValueError, match="holds the concepts chess, judo, rowing: name one"): b.concept(path, judge=judge)
+    with pytest.raises(ValueError, match="no column concept, sentence"): b.concept(write(tmp_path/"x.jsonl", [{"text": "a"}]), "chess", judge=judge)
+
+
+def test_a_chat_judge_says_what_its_head_was_set_to_say():
+    from .test_judges import LLAMA, truth
+    model = truth()
+    usual = b.ChatYesNoJudge((model, LLAMA), "prevalence", template=[dict(role="user", content="{concept} is {answer}")])
+    one, two = usual.fill(concept="a fish"), usual.fill(concept="a {answer}")
+    scores = one(["x"] * 2, ["indeed red indeed", "the zib is red"])
+    assert scores["prevalence"].tolist() == [1, 0] and usual.template[0]["content"] == "{concept} is {answer}" and one.about["template"] != two.about["template"] and one.about["judge"] == "chat-yes-no"
+    ids = LLAMA.convert_tokens_to_ids
+    x = torch.tensor([LLAMA("<s>user : a fish is indeed red indeed \n", add_special_tokens=False)["input_ids"]])
+    with torch.no_grad(): logits = model(x).logits[0, -1].double()
+    assert scores["prevalence_p"][0] == pytest.approx(torch.softmax(logits[[ids("yes"), ids("no")]], 0)[0].item(), rel=1e-5)
+    kind, settings = b.JUDGES["prevalence"]
+    text = json.loads(kind((model, LLAMA), **{k: v for k, v in settings.items() if k != "model"}).fill(concept="chess", definition=" (a game)")._item("Once", "upon {concept}"))
+    assert "this concept: chess (a game)." in text[0]["content"] and text[1] == dict(role="user", content="upon {concept}")
+
+
+def test_concept_end_to_end_draws_anew_for_the_test(tiny, tmp_path):
+    from .test_judges import LLAMA, truth
+    judge = b.ChatYesNoJudge((truth(), LLAMA), "prevalence", template=[dict(role="user", content="{concept} {answer}")])
+    task = b.concept(concept_file(tmp_path), "chess", "a game", judge, n_val=6, n_test=8, max_new_tokens=5)
+    assert_disjoint(task)
+    assert [p.text for _, p in task.prompts("test")] == ["Once upon a time"] * 8 and task.data["judge"]["template"][0]["content"] == "chess {answer}" and task.better["prevalence"] == 1
+    bench = b.Bench(*tiny, task, tmp_path/"runs", batch_size=4)
+    said = lambda run: [json.loads(line)["answer"] for line in open(tmp_path/"runs"/run.key/"answers.jsonl")]
+    val, test, steered = bench.run(split="val"), bench.run(split="test"), bench.run("caa", 1, {"share": 2.}, split="test")
+    assert said(val) != said(test)[:6] and len(set(said(test))) > 4 and said(steered) != said(test)
+    assert said(test)[:4] == ods.generate_text(*tiny, ["Once upon a time"] * 4, batch_size=4, seed=0, **task.decoding)
+    task.shift = 0
+    assert said(b.Bench(*tiny, task, tmp_path/"runs", batch_size=4).run(split="val", seed=0)) == said(val)  # read, not made again
+    shutil.rmtree(tmp_path/"runs"/val.key)
+    assert said(bench.run(split="val"))[:4] == said(test)[:4]  # what `shift` is for
+    assert {"prevalence", "dist2", "loops"} <= test.scores.keys()
 
 
 # --- lm-eval
