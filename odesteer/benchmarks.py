@@ -25,14 +25,14 @@ from .models import fingerprint
 __all__ = ['SAMPLING', 'QA_SYSTEM', 'DECODING', 'SOURCES', 'QA_REQUEST', 'BINARY_SYSTEM', 'RTP_REQUEST', 'REFUSALS', 'HARMFUL',
            'REFUSAL_REQUEST', 'PAPER_METHODS', 'PRESETS', 'REAL_TASKS', 'ALQR_NOTE', 'VARIES', 'SHARES', 'SETPOINTS',
            'ABLATIONS', 'MICRO_PARAMS', 'QUICK', 'STUDIED', 'FULL', 'UNREADABLE', 'PLACEBOS', 'YARDSTICKS', 'Fold',
-           'group_of', 'Task', 'micro_task', 'general_metrics', 'digest', 'fit_on', 'fit_steerer', 'sample',
+           'group_of', 'Task', 'micro_task', 'general_metrics', 'digest', 'fit_on', 'feedback', 'fit_steerer', 'sample',
            'sample_batch', 'halves', 'make_fold', 'truthfulqa_rows', 'qa_prompt', 'qa_pair', 'truth_folds', 'some',
            'real_task', 'noted', 'truthfulqa', 'one_line', 'ContaminatedFold', 'truthfulqa_binary', 'preference_rows',
            'preference_draws', 'ultrafeedback', 'binned_draw', 'scored_comments', 'extreme_prompts', 'toxic_prompts',
            'realtoxicityprompts', 'toxicity_task', 'toxicity_rows', 'instructions', 'three_parts', 'with_template',
            'marks_refusal', 'refusal_scores', 'refusal', 'ChatYesNoJudge', 'concept_sentences', 'concept',
            'preset_params', 'show_preset', 'HarnessModel', 'lm_eval_scores', 'write_jsonl', 'write_batches', 'say',
-           'Bench', 'run_key', 'feedback', 'Run', 'read_run', 'Paused', 'environment', 'Stop', 'stop_rule', 'Choice',
+           'Bench', 'run_key', 'Run', 'read_run', 'Paused', 'environment', 'Stop', 'stop_rule', 'Choice',
            'strength_grid', 'best_of', 'auto_layers', 'canonical_params', 'own_params', 'arm_label', 'ablation_arms',
            'rotation', 'time_at_angle', 'resolve_strength', 'strength_at', 'micro_bench', 'run_plan', 'rerun',
            'read_config', 'Found', 'find_runs', 'Unit', 'make_units', 'Scope', 'guardrail_rows', 'place', 'gather',
@@ -149,15 +149,20 @@ def _same_question(pos_groups, neg_groups):
     pairs = [(i, rows[g].pop(0)) for i, g in enumerate(pos_groups) if rows[g]]
     return np.array(pairs) if pairs else None
 
+def feedback(method) -> bool:
+    "Is it a controller? One acts on all blocks (its layer is None), and its strength is a set-point"
+    return ods.REGISTRY.get(method, ("", ""))[1] == "controller"
+
 def fit_steerer(
     model, tokenizer,
     texts: ContrastTexts,  # wanted and unwanted texts with their groups
     method: str = "odesteer",  # one of `ods.steerer_names(None)`
-    layer: int = 1,  # block whose output is read, and later edited
+    layer: int = 1,  # block whose output is read, and later edited; a controller reads and edits all of them
     batch_size: int = 32,
     **params,  # hyper-parameters of the method
 ):  # the fitted steerer
-    "Fit a steering method on the last-token activations of contrastive texts"
+    "Fit a steering method on contrastive texts, at their last token"
+    if feedback(method): return ods.make_steerer(method, **params).fit(model, tokenizer, texts.pos, texts.neg, batch_size=batch_size, progress=sys.stderr.isatty())
     acts = ods.collect_activations(model, tokenizer, texts.pos + texts.neg, layers=[layer], batch_size=batch_size, progress=sys.stderr.isatty())[layer]
     steerer = fit_on(acts, texts, method, **params)
     steerer.about.update(ods.describe_site(model, tokenizer, layer, example=texts.pos[0]))
@@ -981,10 +986,6 @@ def asked(self: Bench, fold: int, layer: int):
     if split is None and not isinstance(texts[0], tuple): return None
     return ods.collect_activations(self.model, self.tokenizer, [split(t) for t in texts] if split else texts, layers=[layer], positions="prompt", batch_size=self.batch_size,
                                    max_length=self.task.max_length, cache_dir=self.out/"activations", progress=sys.stderr.isatty())[layer]
-
-def feedback(method) -> bool:
-    "Is it a controller? One acts on all blocks (its layer is None), and its strength is a set-point"
-    return ods.REGISTRY.get(method, ("", ""))[1] == "controller"
 
 @patch
 def steerer(self: Bench, method, layer, params, fold=0):

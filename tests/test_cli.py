@@ -101,6 +101,9 @@ def fails(capsys, *argv):
     ("demo --method magic", "no method 'magic'"),
     ("demo --layer 9", "no layer 9"),
     ("demo --T 1 --share 1", "give one strength, not --T and --share"),
+    ("demo --method alqr --layer 1", "alqr acts on all blocks: leave out --layer"),
+    ("demo --method spid --share .3", "the strength of spid is a set-point: give --T"),
+    ("fit --model MODEL --pairs pairs.jsonl --method alqr --layer 1 --out s", "alqr acts on all blocks: leave out --layer"),
     ("demo --T much", "invalid float value: 'much'"),
     ("check-pairs nowhere.csv", "no file nowhere.csv"),
     ("check-pairs nowhere", "no file nowhere (a data set on the hub is named owner/name)"),
@@ -165,6 +168,28 @@ def test_fit_then_generate(files, tiny, capsys, method, strength):
     lines = [json.loads(x) for x in capsys.readouterr().out.splitlines()]
     assert len(lines) == 9 and all(r["output"] == r["unsteered"] for r in lines)  # no strength, no change
     assert main([*run, "--seed", "1", "--out", "c.jsonl"]) == 0 and read_rows("c.jsonl") != b
+
+
+@pytest.mark.parametrize("method", ["alqr", "spid"])
+def test_controllers_go_the_same_way(files, tiny, capsys, method):
+    assert main(["fit", "--model", str(tiny), "--pairs", "pairs.csv", "--question", "q", "--method", method, "--out", "s"]) == 0
+    assert "16 wanted and 16 unwanted texts in 16 groups; all blocks; saved" in capsys.readouterr().out
+    run = ["generate", "--steerer", "s", "--prompts", "prompts.txt", "--max-new-tokens", "6", "--greedy", "--both", "--out", "a.jsonl"]
+    assert main([*run, "--T", "30"]) == 0 and "all blocks, T = 30" in capsys.readouterr().err
+    model, tokenizer = cli.load_model(str(tiny))
+    capsys.readouterr()
+    assert len(read_rows("a.jsonl")) == 9 and any(r["output"] != r["unsteered"] for r in read_rows("a.jsonl"))
+    assert "is a set-point: give --T" in fails(capsys, *run, "--share", ".3") and "acts on all blocks" in fails(capsys, *run, "--layer", "1")
+    assert read_rows("a.jsonl")[0]["prompt"].startswith("Q: How about 0?")
+    with ods.steering(model, ods.load_steerer("s"), T=30.): assert [r["output"] for r in read_rows("a.jsonl")] == ods.generate_text(model, tokenizer, [r["prompt"] for r in read_rows("a.jsonl")], do_sample=False, max_new_tokens=6)
+
+
+def test_demo_with_a_controller(files, capsys, monkeypatch):
+    whole = cli.micro_task
+    monkeypatch.setattr(cli, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 6, 8))
+    assert main(["demo", "--method", "spid", "--T", "2", "--out", "o", "--show", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "spid on" in out and "all blocks, T = 2" in out and ods.load_steerer("o/steerer").card["method"] == "spid" and (Path("o")/"demo.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("settings", [[], ["--both"]])
@@ -265,9 +290,11 @@ def test_demo_repeats_itself(files, monkeypatch):
 
 def test_committed_choices_are_possible():
     from odesteer.micro import AXES, Recipe
-    found = {(a, m): cli.committed_choice(a, m) for a in AXES for m in ods.steerer_names()}
-    assert all(0 <= layer < Recipe.layers and (share is None or 0 < share <= 2) for layer, share in found.values())
-    assert all(found[a, m][1] for a in AXES for m in ("caa", "odesteer")) and len(set(found.values())) > 3
+    found = {(a, m): cli.committed_choice(a, m) for a in AXES for m in cli.METHODS}
+    for (_, m), (layer, strength) in found.items():
+        if cli.feedback(m): assert layer is None and (strength is None or set(strength) == {"T"})
+        else: assert 0 <= layer < Recipe.layers and (strength is None or 0 < strength["share"] <= 2)
+    assert all(found[a, m][1] for a in AXES for m in ("caa", "odesteer")) and len(set(map(str, found.values()))) > 3
 
 
 # ---- benchmarks
@@ -553,3 +580,22 @@ def test_summaries_are_valid_json_even_where_nothing_is_defined():
     from odesteer.evaluation import summary_table
     row = summary_table({"dist2": [float("nan")]}, {"dist2": [1.]}, better={"dist2": 1})[0]
     assert json.loads(json.dumps(row.flat(), allow_nan=False))["difference"] is None
+
+
+# Speed
+
+def test_speed_measures_and_keeps_its_parts(tmp_path, monkeypatch, capsys):
+    "One part now, another later: the file holds both; the number of threads comes back"
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    assert main(["speed", "--tiny", "--parts", "import", "--rounds", "1", "--threads", "1", "--out", "speed.json"]) == 0
+    assert "import odesteer" in capsys.readouterr().out and torch.get_num_threads() == threads
+    assert main(["speed", "--tiny", "--parts", "fit", "--rounds", "1", "--out", "speed.json"]) == 0
+    found = json.loads(Path("speed.json").read_text())
+    assert set(found) == {"machine", "import", "fit"} and {r["solver"] for r in found["fit"]} == {"ours", "scikit-learn"}
+
+
+def test_speed_names_what_it_does_not_know(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "no part 'fits'; choose from steer, collect, fit" in fails(capsys, "speed", "--parts", "fits")
+    assert "there is no folder nowhere" in fails(capsys, "speed", "--parts", "import", "--out", "nowhere/speed.json")
