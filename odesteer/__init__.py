@@ -13,7 +13,9 @@ _MODULES = {
     "micro": "load_micro",
     "baselines": "MiMiC LinAcT HPR REControl TruthFlow RandomDirection ShuffledLabels",
     "evaluation": "load_judge YesNoJudge ClassifierJudge RewardJudge kl_to_unsteered check_steerer load_pairs check_pairs paired_difference bootstrap_interval wilson_interval summary_table",
+    "control": "Controller ALQR FeatureLQR Tracker SPID ActAddLFS PIDAcT BarrierLQR effort",
     "benchmarks": "",
+    "speed": "",
     "cli": "",
     "plots": "",
 }
@@ -31,6 +33,12 @@ REGISTRY = {
     "hpr": ("HPR", "steerer"),
     "recontrol": ("REControl", "steerer"),
     "truthflow": ("TruthFlow", "steerer"),
+    "alqr": ("ALQR", "controller"),
+    "alqr-feature": ("FeatureLQR", "controller"),
+    "spid": ("SPID", "controller"),
+    "actadd-lfs": ("ActAddLFS", "controller"),
+    "pid-act": ("PIDAcT", "controller"),
+    "barrier-lqr": ("BarrierLQR", "controller"),
     "random": ("RandomDirection", "placebo"),
     "shuffled": ("ShuffledLabels", "placebo"),
 }

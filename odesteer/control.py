@@ -24,8 +24,10 @@ from .models import (collect_activations, decoder_layers, describe_site, encode,
 
 # %% auto #0
 __all__ = ['block_inputs', 'Context', 'contexts', 'FrozenCache', 'block_map', 'mean_vjp', 'mean_jvp', 'mean_jacobian',
-           'Jacobians', 'riccati_steps', 'riccati', 'Rollouts', 'Controller', 'FeatureController', 'ALQR', 'SPID',
-           'Recorder', 'ActAddLFS', 'PIDAcT', 'newton_climb', 'BarrierLQR', 'EffortMeter', 'effort']
+           'Jacobians', 'riccati_steps', 'riccati', 'Rollouts', 'Controller', 'FeatureController', 'ALQR', 'Tracker',
+           'feature_gains', 'FeatureLQR', 'SPID', 'Recorder', 'ActAddLFS', 'PIDAcT', 'newton_climb', 'BarrierLQR',
+           'EffortMeter', 'effort', 'similarity', 'lyapunov_metric', 'metric_norm', 'induced_norm', 'curvature',
+           'error_bound', 'foreseen_bound']
 
 # %% ../nbs/08_control.ipynb #e2d8156f
 def block_inputs(
@@ -326,7 +328,7 @@ class Controller(Fitted):
     def _fit(self, data: Rollouts): raise NotImplementedError
     def _control(self, t, x, y, value, state): raise NotImplementedError  # (rows, d): what to add to the output y of block t
 
-# %% ../nbs/08_control.ipynb #8bd176f9
+# %% ../nbs/08_control.ipynb #8b576a6e
 @patch
 def fit(self: Controller,
     model,  # a causal language model that is not being steered
@@ -354,13 +356,18 @@ def fit(self: Controller,
         jacobians = Jacobians(model, tokenizer, texts, self.params.get("max_tokens"), cache_dir=cache_dir, progress=progress)
     if len(jacobians) != len(pos) - 1: raise ValueError(f"{len(jacobians)} Jacobians were given, but the model has {len(pos) - 1} blocks: one for each is needed")
     self._fit(Rollouts(pos, neg, jacobians, model, tokenizer, (pos_texts, neg_texts), also))
-    self._store(median_norm_=pos[1:].norm(dim=-1).median(1).values)
     self._made = dict(n_pos=len(pos_texts), n_neg=len(neg_texts), of="texts", data_sha256=_sha256(pos, neg))
-    self.about |= {k: v for k, v in describe_site(model, tokenizer, 0, example=pos_texts[0]).items() if k not in ("layer", "site", "positions")}
-    self.width = pos.shape[-1]
+    return self._finish(model, tokenizer, pos, pos_texts[0])
+
+# %% ../nbs/08_control.ipynb #05278313
+@patch
+def _finish(self: Controller, model, tokenizer, states, example):
+    "What is known of any controller: the size of states, where they come from, their width"
+    self._store(median_norm_=states[1:].norm(dim=-1).median(1).values)
+    self.about |= {k: v for k, v in describe_site(model, tokenizer, 0, example=example).items() if k not in ("layer", "site", "positions")}
+    self.width = states.shape[-1]
     return self
 
-# %% ../nbs/08_control.ipynb #881738cb
 @patch
 def _draw(self: Controller, texts, name, limit="n_texts"):
     "At most as many texts as the method wants, a seeded draw without replacement in their order"
@@ -421,16 +428,17 @@ def _try(self: Controller):
     x, state = torch.ones(1, self.width), {}
     for t in self._blocks(): self._control(t, x, x, torch.ones(()), state)
 
-# %% ../nbs/08_control.ipynb #ed689a1e
+# %% ../nbs/08_control.ipynb #2f9e41bf
 class FeatureController(Controller):
     "A controller whose error is the distance of a feature from its set-point: beta* = offset_ + strength * mu_."
     def _fit_features(self, data: Rollouts):
-        "Unit features, their lengths, and the pieces of the set-point; no feature where the means agree"
+        "Store unit features, their lengths, and the pieces of the set-point (no feature where the means agree); returns the features"
         tables = [self._feature(pos.double().mean(1), neg.double().mean(1), ratio) for pos, neg, ratio in ((data.pos, data.neg, 1.), *data.also)]
         if not all((mu > 0).any() for _, mu, *_ in tables): raise ValueError("wanted and unwanted texts have the same mean states before every block: there is no feature between them; are the right texts in pos and neg?")
         V, mu, offset, natural = (torch.stack(part, 1).to(data.pos) for part in zip(*tables))  # (L + 1, m, d), (L + 1, m), ...
         if len(tables) == 1: V, mu, offset, natural = (x[:, 0] for x in (V, mu, offset, natural))
         self._store(V_=V[:-1], end_=V[-1], mu_=mu[:-1], offset_=offset[:-1], natural_=natural[:-1])
+        return self.V_
 
     def _feature(self, pos, neg, ratio):
         e = pos - neg
@@ -439,13 +447,13 @@ class FeatureController(Controller):
         v = torch.where(mu > 0, 1/mu, 0)[:, None] * e
         low, high = (neg*v).sum(-1), (pos*v).sum(-1)
         offset = low if self.setpoint == "centred" else torch.zeros_like(low)
-        return v, ratio*mu, offset, (high - offset)/(ratio*mu)
+        return v, ratio*mu, offset, torch.where(mu > 0, (high - offset)/(ratio*mu), 0)
 
     def _alpha(self, t, x, value):  # (rows,), or (rows, m) for m set-points
         goal = value*self.mu_[t] if self.mu_.ndim == 1 else value[..., None]*self.mu_[t]
         return self.offset_[t] + goal - torch.nn.functional.linear(x, self.V_[t])
 
-# %% ../nbs/08_control.ipynb #f7741491
+# %% ../nbs/08_control.ipynb #4b079c6b
 class ALQR(FeatureController):
     "Activation LQR: at every block, the feature's distance from its set-point times the cheapest correction of it."
     several = True
@@ -467,12 +475,14 @@ class ALQR(FeatureController):
         super().__init__(q=q, r=r, qf=qf, setpoint=setpoint, jacobian=jacobian, angle=angle, n_texts=n_texts, n_jacobian=n_jacobian, max_tokens=max_tokens, seed=seed)
 
     def _fit(self, data):
-        self._fit_features(data)
-        self._store(W_=self._gains(self._linear(data), self.V_))
+        E = self._fit_features(data)  # rows whose gain is needed
+        self._store(W_=self._gains(self._linear(data), self.V_, E))
 
-    def _control(self, t, x, y, value, state): return self._alpha(t, x, value)[:, None] * self.W_[t]
+    def _control(self, t, x, y, value, state):
+        alpha = self._alpha(t, x, value)
+        return alpha[:, None] * self.W_[t] if alpha.ndim == 1 else alpha @ self.W_[t]
 
-# %% ../nbs/08_control.ipynb #466f0330
+# %% ../nbs/08_control.ipynb #7a20f720
 @patch
 def _linear(self: ALQR, data):
     "The blocks as matrices; a 1 x 1 matrix stands for a multiple of the identity"
@@ -482,11 +492,139 @@ def _linear(self: ALQR, data):
 def _times(Z, M): return Z * M if M.numel() == 1 else Z @ M
 
 @patch
-def _gains(self: ALQR, A, V):
-    "Rows of gain times feature, made backwards while one K_t at a time is in memory"
-    W = torch.empty_like(V)
-    for t, K, _ in riccati_steps(A, self.q, self.r, self.qf, torch.float64): W[t] = _times(V[t].to(K), K.T).to(W)
+def _gains(self: ALQR, A, V, E):
+    "Gain times each row of E, made backwards while one K_t at a time is in memory"
+    W = torch.empty_like(E)
+    for t, K, _ in riccati_steps(A, self.q, self.r, self.qf, torch.float64): W[t] = _times(E[t].to(K), K.T).to(W)
     return W
+
+# %% ../nbs/08_control.ipynb #bd324ddf
+@patch
+def table(self: ALQR) -> dict:  # name -> (L,), or (L, m) for m set-points
+    "Per block: feature length mu, natural strength, gain |w|, what of it reaches the next feature, and the cosine between them."
+    reach, gain = (torch.cat([self.V_[1:], self.end_[None]]) * self.W_).sum(-1), self.W_.norm(dim=-1)
+    return dict(mu=self.mu_, natural=self.natural_, gain=gain, reach=reach, cos=reach / gain.clamp_min(torch.finfo(gain.dtype).tiny))
+
+@patch
+def _facts(self: ALQR):
+    natural = self.natural_[self.mu_ != 0]
+    return f"{len(self.median_norm_)} blocks, wanted texts are at strength {natural.min():.2g} to {natural.max():.2g}"
+
+# %% ../nbs/08_control.ipynb #c5b0eebb
+@patch
+def _fit_features(self: ALQR, data):
+    "Also returns the rows whose gain is needed: the features, or those of their pseudo-inverse where there are several"
+    if self.setpoint == "angular": return self._fit_planes(data)
+    V = FeatureController._fit_features(self, data)
+    return V if V.ndim == 2 else torch.linalg.pinv(V.double(), rtol=1e-2).mT.to(V)  # features that nearly agree share one correction
+
+# %% ../nbs/08_control.ipynb #df9683a3
+@patch
+def _fit_planes(self: ALQR, data):
+    "Two orthonormal rows per block instead of a feature; zero where there is none"
+    if data.also: raise ValueError("setpoint='angular' turns in one plane: leave out also=, or use 'centred' set-points")
+    FeatureController._fit_features(self, data)
+    e = data.neg.double().mean(1) - data.pos.double().mean(1)
+    b1 = -torch.cat([self.V_, self.end_[None]]).double()
+    b2 = torch.linalg.svd(e - e.mean(0), full_matrices=False).Vh[0]
+    b2 = b2 * torch.where(e.mean(0) @ b2 < 0, -1., 1.)  # a principal component has no sign of its own
+    b2 = (b2 - (b1 @ b2)[:, None] * b1) * b1.any(-1, keepdim=True)
+    size = b2.norm(dim=-1, keepdim=True)
+    V = torch.stack([b1, torch.where(size > 1e-6, b2/size, 0)], 1).to(self.V_)
+    theta = math.radians(self.angle)
+    self._store(V_=V[:-1], end_=V[-1], goal_=torch.tensor([math.cos(theta), math.sin(theta)]).to(V))
+    return self.V_
+
+@patch
+def _alpha(self: ALQR, t, x, value):
+    if self.setpoint != "angular": return FeatureController._alpha(self, t, x, value)
+    p = torch.nn.functional.linear(x, self.V_[t])
+    return value[..., None] * (p.norm(dim=-1, keepdim=True) * self.goal_ - p)
+
+# %% ../nbs/08_control.ipynb #af85b313
+class Tracker(Controller):
+    "Holds the token at which an answer begins on the path that it takes in another prompt."
+    def __init__(self,
+        q: float = 100.,  # cost of being off the path before each block
+        r: float = .1,  # cost of a correction
+        qf: float = 1000.,  # cost of being off at the end
+    ):
+        _check_weights(q, r, qf)
+        super().__init__(q=q, r=r, qf=qf)
+
+    def fit(self,
+        model,  # a causal language model that is not being steered
+        tokenizer,  # its tokenizer
+        prompt,  # whose path is to be followed: a str or a chat
+        cache_dir=None,  # folder that keeps Jacobians
+        progress: bool = True,
+    ):
+        "Store the path of a prompt's last token and the gains along it; returns the tracker itself."
+        self.width, self._copies = None, {}
+        states = _finite(block_inputs(model, tokenizer, [prompt]), "prompt")
+        A = Jacobians(model, tokenizer, [prompt], cache_dir=cache_dir, progress=progress)
+        K = torch.stack([K.to(states) for _, K, _ in riccati_steps(A, self.q, self.r, self.qf, torch.float64)][::-1])
+        self._store(path_=states[:-1, 0], K_=K)
+        self._made = dict(n_pos=1, n_neg=0, of="texts", data_sha256=_sha256(states))
+        return self._finish(model, tokenizer, states, prompt)
+
+    def _control(self, t, x, y, value, state): return value[..., None] * ((self.path_[t] - x) @ self.K_[t].T)
+
+# %% ../nbs/08_control.ipynb #ca9cfb2f
+class _FirstToken:
+    "An edit for the token at which an answer begins and for no later one"
+    def __init__(self, act): self.act, self.fresh = act, False
+    def remember(self, y): self.fresh = True; return y  # called in the pass that reads the prompt
+    def __call__(self, x, y, value, first):
+        fresh, self.fresh = self.fresh, False
+        return torch.where((y == first).all(-1, keepdim=True), self.act(x, y, value), y) if fresh else y
+
+@patch
+def edits(self: Tracker, model, layer=None, strength=1.0): return {t: _FirstToken(act) for t, act in Controller.edits(self, model, layer, strength).items()}
+
+# %% ../nbs/08_control.ipynb #6487ccd1
+def feature_gains(
+    A,  # sequence of L matrices (d, d), or an object with `jvp(t, Z)` = Z A_t^T and `vjp(t, Z)` = Z A_t such as `Jacobians`
+    V: Tensor,  # features before each block and at the end, (L + 1, d), or (L + 1, m, d) for m of them
+    q: float = .1,  # cost of a feature's deviation before each block
+    r: float = 1.,  # cost of a correction
+    qf: float = .1,  # cost of a feature's deviation at the end
+    rank: int = None,  # keep at most so many rows of Z, the largest by singular values
+    E: Tensor = None,  # whose gain is wanted, (L, m, d); default: the features themselves
+) -> Tensor:  # K_t v_t, shaped like V without its end, float64
+    "Gains of the feature-only cost, without any (d, d) matrix."
+    _check_weights(q, r, qf)
+    jvp, vjp = _probes(A)
+    E = V[:-1] if E is None else E
+    V, W = (V[:, None] if V.ndim == 2 else V).double(), []
+    Z = math.sqrt(qf/r) * V[-1]
+    for t in reversed(range(len(V) - 1)):
+        C = torch.linalg.cholesky(torch.eye(len(Z)).to(Z) + Z @ Z.T)
+        W.append(torch.cholesky_solve(Z @ jvp(t, E[t].to(V).view(-1, V.shape[-1])).T, C).T @ Z)
+        Z = torch.cat([math.sqrt(q/r) * V[t], torch.linalg.solve_triangular(C, vjp(t, Z), upper=False)])
+        if rank is not None and len(Z) > rank: U, s, Vh = torch.linalg.svd(Z, full_matrices=False); Z = s[:rank, None] * Vh[:rank]
+    return torch.stack(W[::-1]).view(E.shape)
+
+def _probes(A):
+    "jvp(t, Z) and vjp(t, Z) on rows"
+    if hasattr(A, "jvp"): return (lambda t, Z: A.jvp(t, Z.float()).to(Z)), (lambda t, Z: A.vjp(t, Z.float()).to(Z))
+    return (lambda t, Z: _times(Z, _matrix_of(A, t, torch.float64).T.to(Z))), (lambda t, Z: _times(Z, _matrix_of(A, t, torch.float64).to(Z)))
+
+# %% ../nbs/08_control.ipynb #b9bd5dd2
+class FeatureLQR(ALQR):
+    "A-LQR whose cost counts only the features: another controller, and far cheaper to fit."
+    def __init__(self,
+        q: float = .1,  # cost of a feature's deviation before each block
+        r: float = 1.,  # cost of a correction
+        qf: float = .1,  # cost of a feature's deviation at the end
+        setpoint: str = "uncentred", jacobian: str = "mean", angle: float = 180., n_texts: int = 200, n_jacobian: int = 50, max_tokens: int = None, seed: int = 0,  # as for `ALQR`
+        rank: int = None,  # keep at most so many rows of Z
+    ):
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1): raise ValueError(f"rank must be a whole number from 1 on, or None; got {rank!r}")
+        super().__init__(q, r, qf, setpoint, jacobian, angle, n_texts, n_jacobian, max_tokens, seed)
+        self.params["rank"] = self.rank = rank
+
+    def _gains(self, A, V, E): return feature_gains(A, torch.cat([V, self.end_[None]]), self.q, self.r, self.qf, self.rank, E).to(V)
 
 # %% ../nbs/08_control.ipynb #32ebebd4
 from types import SimpleNamespace
@@ -582,7 +720,7 @@ class ActAddLFS(FeatureController):
     def _blocks(self): return self.chosen["layers"]
     def _control(self, t, x, y, value, state): return self.kp * self._alpha(t, x, value)[:, None] * self.V_[t]
 
-# %% ../nbs/08_control.ipynb #e21f532f
+# %% ../nbs/08_control.ipynb #7471b6b3
 class PIDAcT(Controller):
     "Constant pushes at every block, each fitted with the ones before it in place. Strength scales the pushes."
     def __init__(self,
@@ -603,6 +741,7 @@ class PIDAcT(Controller):
             summed, before = sum(errors, torch.zeros_like(r)), errors[-1] if errors else r
             pushes.append(self.kp * r + self.ki * summed + self.kd * (r - before))
             errors.append(r)
+        if not sum(r.norm() for r in errors) > 1e-6 * len(errors[0])**0.5: raise ValueError("wanted and unwanted texts have the same mean states behind every block: there is nothing to push; are the right texts in pos and neg?")
         self._store(errors_=torch.stack(errors), push_=torch.stack(pushes))
 
     def _control(self, t, x, y, value, state): return value.expand(len(y))[:, None] * self.push_[t]
@@ -616,23 +755,23 @@ def _reached(self: PIDAcT, data, pushes):
     with steering(data.model, part, strength=1.0):
         return collect_activations(data.model, data.tokenizer, data.texts[1], layers=len(pushes), batch_size=self.batch_size, progress=False)[len(pushes)].mean(0)
 
-# %% ../nbs/08_control.ipynb #6afc41e0
+# %% ../nbs/08_control.ipynb #cbd53edb
 def newton_climb(
     barrier: Barrier,
     x: Tensor,  # (n, d)
     level: Tensor,  # value to reach, () or one per row
     steps=3,  # Newton steps
-    leash=float("inf"),  # longest step, a number or () tensor
+    leash=math.inf,  # longest way, a number or () tensor
 ) -> Tensor:  # (n, d)
     "Walk along the gradient until h reaches the level; rows already there stay, bit for bit."
-    a = x
+    a, left = x, torch.full_like(x[:, 0], math.inf).clamp_max(leash)
     for _ in range(steps):
         gap, g = (level - barrier.value(a)).clamp_min(0), barrier.grad(a)
-        length = (gap / g.norm(dim=-1).clamp_min(torch.finfo(g.dtype).tiny)).clamp_max(leash)
-        a = a + length[:, None] * ascent(g)
+        length = torch.minimum(gap / g.norm(dim=-1).clamp_min(torch.finfo(g.dtype).tiny), left)
+        a, left = a + length[:, None] * ascent(g), left - length
     return a
 
-# %% ../nbs/08_control.ipynb #77b26ba4
+# %% ../nbs/08_control.ipynb #dfd82abe
 class BarrierLQR(Controller):
     "Feedback at every block towards a level of a barrier fitted there."
     def __init__(self,
@@ -644,6 +783,7 @@ class BarrierLQR(Controller):
         gamma=0.1,  # scale of their kernel
         C=1.0,  # inverse ridge penalty of their logistic regressions
         steps=3,  # Newton steps to the level
+        leash=0.5,  # longest way to the level, as a share of the median norm of the states there
         n_texts=1000,  # at most so many of each class are read
         n_jacobian=50,  # texts at which the blocks are linearised
         max_tokens=None,  # a longer text is shortened before it is linearised
@@ -651,8 +791,9 @@ class BarrierLQR(Controller):
     ):
         _check_weights(q, r, qf)
         _counts(steps=steps)
+        if isinstance(leash, bool) or not isinstance(leash, (int, float)) or not leash > 0: raise ValueError(f"leash must be a positive number; got {leash!r}")
         if jacobian not in ("mean", "identity"): raise ValueError(f"jacobian must be 'mean' or 'identity'; got {jacobian!r}")
-        super().__init__(q=q, r=r, qf=qf, jacobian=jacobian, n_components=n_components, gamma=gamma, C=C, steps=steps,
+        super().__init__(q=q, r=r, qf=qf, jacobian=jacobian, n_components=n_components, gamma=gamma, C=C, steps=steps, leash=leash,
                          n_texts=n_texts, n_jacobian=n_jacobian, max_tokens=max_tokens, seed=seed)
         self._new(0)
 
@@ -661,7 +802,7 @@ class BarrierLQR(Controller):
         e = newton_climb(barrier, x, self.low_[t] + value * (self.high_[t] - self.low_[t]), self.steps, self.leash_[t]) - x
         return K * e if K.numel() == 1 else e @ K.T
 
-# %% ../nbs/08_control.ipynb #01febfa0
+# %% ../nbs/08_control.ipynb #da2d9f83
 @patch
 def _new(self: BarrierLQR, L):
     "One unfitted ODESteer per block"
@@ -673,11 +814,12 @@ def _fit(self: BarrierLQR, data):
     self._new(L)
     for t, part in enumerate(self.parts): part.fit(data.pos[t], data.neg[t])
     low, high = (torch.stack([part.barrier.value(x).median() for part, x in zip(self.parts, X)]) for X in (data.neg, data.pos))
-    blind = high - low < 1e-2  # nats: this block cannot tell the classes apart, and has no say
+    blind = high - low < 1e-2  # nats: these blocks cannot tell the classes apart, and have no say
+    if blind.all(): raise ValueError("wanted and unwanted texts look the same to the barriers of all blocks: are the right texts in pos and neg?")
     A = torch.ones(L, 1, 1, dtype=torch.float64) if self.jacobian == "identity" else data.jacobians
     K = torch.stack([K_t.to(low) for _, K_t, _ in riccati_steps(A, self.q, self.r, self.qf, torch.float64)][::-1])
     K[blind] = 0
-    self._store(low_=low, high_=high, leash_=(data.pos[:-1].mean(1) - data.neg[:-1].mean(1)).norm(dim=-1), K_=K)
+    self._store(low_=low, high_=high, leash_=self.leash * torch.cat([data.pos, data.neg], 1)[:-1].norm(dim=-1).median(1).values, K_=K)
 
 @patch
 def _restore(self: BarrierLQR, tensors):
@@ -736,3 +878,79 @@ def effort(
     texts = [(p, a) if a else p for p, a in zip((p for p in prompts for _ in range(k)), answers)]
     with steering(model, watched, **how): collect_activations(model, tokenizer, texts, layers=-1, batch_size=batch_size, progress=False)
     return meter.read(depth)
+
+# %% ../nbs/08_control.ipynb #5f63d91a
+def similarity(
+    J: Tensor,  # matrices, (n, d, d)
+    other: Tensor,  # matrices, (k, d, d)
+    m: int = None,  # leading singular vectors that are compared; default: a twentieth of them
+) -> Tensor:  # (n, k), between 0 and 1
+    "How much two Jacobians write into the same directions with the same strength."
+    m = m or max(J.shape[-1] // 20, 1)
+    def leading(A): U, s, _ = torch.linalg.svd(A); return U[..., :m] * s[..., None, :m]
+    M, N = leading(J), leading(other)
+    return torch.linalg.svdvals(torch.einsum("ndi,kdj->nkij", M, N)).sum(-1) / (M.flatten(1).norm(dim=1)[:, None] * N.flatten(1).norm(dim=1))
+
+# %% ../nbs/08_control.ipynb #838ee385
+def lyapunov_metric(
+    closed,  # closed loops A_t - K_t, L matrices (d, d)
+) -> Tensor:  # P_0, ..., P_L, (L + 1, d, d)
+    "The ruler of the bound: what a deviation at t will add up to by the end, squared."
+    P = [torch.eye(closed[-1].shape[0]).to(closed[-1])]
+    for A in reversed(list(closed)): P.append(A.T @ P[-1] @ A + torch.eye(len(A)).to(A))
+    return torch.stack(P[::-1])
+
+def metric_norm(
+    z: Tensor,  # (..., d)
+    P: Tensor,  # (d, d)
+) -> Tensor:  # (...)
+    "Length of z in the ruler P."
+    return ((z @ P) * z).sum(-1).clamp_min(0).sqrt()
+
+def induced_norm(
+    Phi: Tensor,  # (d, d)
+    P_from: Tensor,  # ruler before, (d, d)
+    P_to: Tensor,  # ruler after, (d, d)
+) -> Tensor:  # ()
+    "The largest factor by which Phi lengthens anything."
+    half = torch.linalg.solve_triangular(torch.linalg.cholesky(P_from), Phi.T, upper=False)  # C^-1 Phi^T, where P_from = C C^T
+    return torch.linalg.eigvalsh(half @ P_to @ half.T)[-1].clamp_min(0).sqrt()
+
+# %% ../nbs/08_control.ipynb #2b715896
+def curvature(
+    closed,  # closed loops, L matrices (d, d)
+    P: Tensor,  # their rulers, (L + 1, d, d)
+    deltas: Tensor,  # deviations of calibration runs, (L + 1, n, d)
+) -> Tensor:  # c_t, (L,): the largest 2 |r_t| / |delta_t|^2
+    "How curved each block was seen to be: the remainder behind it against the deviation before it, each in its own ruler."
+    r = [metric_norm(after - before @ A.T, P_after) for A, before, after, P_after in zip(closed, deltas, deltas[1:], P[1:])]
+    return torch.stack([(2*r_t / metric_norm(before, P_t)**2).max() for r_t, before, P_t in zip(r, deltas, P)])
+
+def error_bound(
+    closed,  # closed loops, L matrices (d, d)
+    P: Tensor,  # their rulers, (L + 1, d, d)
+    c: Tensor,  # curvature of each block, (L,)
+    deltas: Tensor,  # deviations, (L + 1, n, d): only those before block k enter the bound at k
+) -> Tensor:  # (L + 1, n), to compare with metric_norm(deltas[k], P[k])
+    "Tracking-error bound: what is left of the knock, and of every remainder since."
+    size = torch.stack([metric_norm(d, P_t) for d, P_t in zip(deltas, P)])
+    bound = [size[0]]
+    for k in range(1, len(P)):
+        Phi, total = torch.eye(P.shape[-1]).to(P), 0.
+        for i in reversed(range(k)):
+            total = total + induced_norm(Phi, P[i + 1], P[k]) * c[i]/2 * size[i]**2
+            Phi = Phi @ closed[i]
+        bound.append(total + induced_norm(Phi, P[0], P[k]) * size[0])
+    return torch.stack(bound)
+
+# %% ../nbs/08_control.ipynb #5d478394
+def foreseen_bound(
+    P: Tensor,  # rulers, (L + 1, d, d)
+    c: Tensor,  # curvature of each block, (L,)
+    start: float,  # |delta_0| in the ruler P_0
+) -> Tensor:  # (L + 1,)
+    "The bound that is known before anything is run."
+    gamma = (1 - 1/torch.linalg.eigvalsh(P[:-1])[:, -1]).sqrt()
+    rho = [torch.as_tensor(start).to(P)]
+    for g, c_t in zip(gamma, c): rho.append(g*rho[-1] + c_t/2*rho[-1]**2)
+    return torch.stack(rho)
