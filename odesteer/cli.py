@@ -14,30 +14,30 @@ import numpy as np
 import torch
 import odesteer as ods
 from .barrier import certificate, implied_barrier
-from .benchmarks import (ABLATIONS, FULL, MICRO_PARAMS, PRESETS, QUICK, REAL_TASKS, SAMPLING, SHARES, Bench, Fold, Paused, Task, committed, fit_steerer, general_metrics,
+from .benchmarks import (ABLATIONS, FULL, MICRO_PARAMS, PRESETS, QUICK, REAL_TASKS, SAMPLING, SHARES, Bench, Fold, Paused, Task, committed, feedback, fit_steerer, general_metrics,
                                  group_of, guardrail_rows, guardrail_table, micro_bench, micro_task, read_config, report, rerun, run_plan, sample, preset_params, sample_batch, say, show_preset, write_batches, write_jsonl)
 from .evaluation import BETTER, Panel, QUESTION_ANSWER, bootstrap_interval, cell, check_pairs, hub_commit, load_judge, load_pairs, read_rows, summary_table
 from .micro import AXES, Prompt, Recipe, _no_bars
 from .speed import PARTS, goals, measure, show
 
 # %% auto #0
-__all__ = ['MEANING', 'UNITS', 'FILES_OF', 'FILE', 'DEMO', 'FIT', 'GENERATE', 'CHECK', 'BENCH', 'REPORT', 'SPEED',
+__all__ = ['MEANING', 'UNITS', 'METHODS', 'FILES_OF', 'FILE', 'DEMO', 'FIT', 'GENERATE', 'CHECK', 'BENCH', 'REPORT', 'SPEED',
            'committed_choice', 'Arm', 'run_arm', 'groups_of', 'shown', 'sweep', 'climb', 'demo_figure', 'kinds',
            'side_by_side', 'load_prompts', 'prompt_text', 'user_task', 'load_model', 'count_layers', 'check_layer',
-           'demo', 'one_thread', 'show_demo', 'fit', 'generate', 'check', 'bench', 'bench_plan', 'bench_files',
-           'plan_options', 'run_again', 'print_guardrails', 'params_of', 'list_of', 'numbers', 'part_of', 'sources_of',
-           'judge_of', 'make_report', 'speed', 'method_params', 'output_folder', 'read_pairs', 'layer_of',
+           'at_layer', 'told', 'demo', 'one_thread', 'show_demo', 'fit', 'generate', 'check', 'bench', 'bench_plan',
+           'bench_files', 'plan_options', 'run_again', 'print_guardrails', 'params_of', 'list_of', 'numbers', 'part_of',
+           'sources_of', 'judge_of', 'make_report', 'speed', 'method_params', 'output_folder', 'read_pairs', 'layer_of',
            'strength_of', 'default_strength', 'sampling', 'warn_overlap', 'Parser', 'main', 'count', 'positive',
            'parser']
 
 # %% ../nbs/12_cli.ipynb #0a9aa8dd
-def committed_choice(axis: str, method: str) -> tuple:  # (layer, share), or (1, None) where no strength was safe
+def committed_choice(axis: str, method: str) -> tuple:  # (layer, strength), or (1, None) where no strength was safe; a controller's layer is None
     "What `odesteer bench micro --full` chose for the shipped model, on validation prompts"
     for s in committed()["scopes"]:
         if s["task"] == f"micro-{axis}" and [m["name"] for m in s["models"]] == ["micro-speakers-0"]:
             for row in s["rows"]:
-                if row["method"] == method and row["chosen"][0] and row["chosen"][0][1]: return row["chosen"][0][0], row["chosen"][0][1]["share"]
-    return 1, None
+                if row["method"] == method and row["chosen"][0] and row["chosen"][0][1]: return tuple(row["chosen"][0])
+    return None if feedback(method) else 1, None
 
 #: What the metrics of the tables mean
 MEANING = {"true_info": "true, and about what was asked", "info": "about what was asked", "wellformed": "nothing but sentences of the world", "toxic": "has a rude word",
@@ -123,7 +123,7 @@ def demo_figure(
         else: left.set_axis_off(); left.text(.5, .5, f"{method} climbs no barrier", ha="center")
         plots.sweep_plot(right, strengths, [e.value for e in estimates], [e.lo for e in estimates], [e.hi for e in estimates], color=color)
         right.axvline(value, color="black", ls=":", lw=1)
-        right.set(xlabel=UNITS[unit], ylabel=task.primary, title=f"validation, n={estimates[0].n}; dotted: strength used")
+        right.set(xlabel="set-point" if feedback(method) else UNITS[unit], ylabel=task.primary, title=f"validation, n={estimates[0].n}; dotted: strength used")
         fig.savefig(path)
 
 UNITS = {"T": "time T", "share": "strength, share of the median norm"}
@@ -219,10 +219,14 @@ def count_layers(name: str, revision=None) -> int:
     except (OSError, ValueError) as e: raise ValueError(f"{name} is neither a folder with a model nor an id that the hub could give: {_first_line(e)}") from None
     return config.get_text_config().num_hidden_layers
 
-def check_layer(layer, n: int) -> int:
+def check_layer(layer, n: int, method=None) -> int:
     "A block number from 0 on; negative numbers count from the end"
+    if feedback(method): raise ValueError(f"{method} acts on all blocks: leave out --layer")
     if not -n <= layer < n: raise ValueError(f"there is no layer {layer}: this model has layers 0 to {n - 1}")
     return layer % n
+
+def at_layer(layer): return "all blocks" if layer is None else f"layer {layer}"
+def told(strength): return ", ".join(f"{k} = {v:.3g}" for k, v in strength.items())
 
 # %% ../nbs/12_cli.ipynb #53b211b9
 def demo(o):
@@ -234,7 +238,7 @@ def demo(o):
     with nullcontext() if own else one_thread():
         task, model, tokenizer, layer, strength, starts = (_own if own else _micro)(o, params)
         texts = task.folds[0].texts
-        print(f"{task.name}: {o.method} on {len(texts.pos)} wanted and {len(texts.neg)} unwanted texts, layer {layer}", flush=True)
+        print(f"{task.name}: {o.method} on {len(texts.pos)} wanted and {len(texts.neg)} unwanted texts, {at_layer(layer)}", flush=True)
         steerer = fit_steerer(model, tokenizer, texts, o.method, layer, o.batch_size, **params)
         steerer.about["template"] = getattr(texts, "template", QUESTION_ANSWER)  # the micro world asks in this form too
         show_demo(task, model, tokenizer, steerer, layer, strength or default_strength(steerer), starts, o, out)
@@ -251,18 +255,18 @@ def one_thread():
 
 def _micro(o, params):
     "Task, model, layer, strength and starts of trajectories of the demonstration on the micro model"
-    if o.layer is not None: check_layer(o.layer, Recipe.layers)
+    if o.layer is not None: check_layer(o.layer, Recipe.layers, o.method)
     lm = ods.load_micro()
-    task, (layer, share) = micro_task(lm, o.axis), committed_choice(o.axis, o.method)
+    task, (layer, strength) = micro_task(lm, o.axis), committed_choice(o.axis, o.method)
     for name, value in MICRO_PARAMS["speakers"].get(o.method, {}).items(): params.setdefault(name, value)
     if o.choose:
         found = Bench(lm.model, lm.tokenizer, task, Path(o.out)/"runs", "micro-speakers-0", batch_size=200).sweep(o.method, params=params)
         print(f"{o.method}: {found.why}")
-        if found.layer is not None: layer, share = found.layer, found.strength["share"]
-    if share and not strength_of(o) and o.layer is None: print(f"layer {layer} and strength {share} of the median norm were chosen on validation prompts")
+        if found.strength: layer, strength = found.layer, found.strength
+    if strength and not strength_of(o) and o.layer is None: print(f"{at_layer(layer)} and strength {told(strength)} were chosen on validation prompts")
     layer = layer if o.layer is None else check_layer(o.layer, Recipe.layers)
     if o.max_new_tokens: task.decoding["max_new_tokens"] = o.max_new_tokens
-    return task, lm.model, lm.tokenizer, layer, strength_of(o) or (share and {"share": share}), lm.world.contrast(o.axis, "val").neg
+    return task, lm.model, lm.tokenizer, layer, strength_of(o) or strength, lm.world.contrast(o.axis, "val").neg
 
 def _own(o, params):
     "The same for a model of your own; texts are read before the model"
@@ -288,7 +292,7 @@ def show_demo(task: Task, model, tokenizer, steerer, layer: int, strength: dict,
     print("\n" + side_by_side(lines, plain.answers, steered.answers, kinds(plain, steered, task), o.show, shutil.get_terminal_size((100, 24)).columns))
     names = list(dict.fromkeys([task.primary, *task.watch, "perplexity", "dist2", "loops", "empty"]))
     table = summary_table(*({m: arm.scores[m] for m in names} for arm in (plain, steered)), groups, task.better)
-    print(f"\n{len(texts)} test prompts about {len(set(groups))} questions or facts; layer {layer}, {unit} = {value:.3g}, seed {o.seed}\n\n{table}")
+    print(f"\n{len(texts)} test prompts about {len(set(groups))} questions or facts; {at_layer(layer)}, {unit} = {value:.3g}, seed {o.seed}\n\n{table}")
     print("\n" + textwrap.fill("(+) more is better, (-) less is better; " + "; ".join(f"{m}: {MEANING[m]}" for m in names if m in MEANING), 100))
     print(f"\ntokens per second: {plain.speed:.0f} without, {steered.speed:.0f} with steering")
     rise = climb(model, tokenizer, starts, steerer, layer, strength)
@@ -308,8 +312,8 @@ def fit(o):
     steerer = fit_steerer(model, tokenizer, pairs, o.method, layer, o.batch_size, **params)
     steerer.about.update(template=pairs.template, pairs=str(o.pairs), groups=len(set(pairs.groups)))
     steerer.save_pretrained(out)
-    print(f"{o.method} fitted on {len(pairs.pos)} wanted and {len(pairs.neg)} unwanted texts in {len(set(pairs.groups))} groups; layer {layer}, "
-          f"median norm {steerer.median_norm_:.3g}; saved in {o.out}/")
+    print(f"{o.method} fitted on {len(pairs.pos)} wanted and {len(pairs.neg)} unwanted texts in {len(set(pairs.groups))} groups; {at_layer(layer)}"
+          + ("" if layer is None else f", median norm {steerer.median_norm_:.3g}") + f"; saved in {o.out}/")
 
 def generate(o):
     "A fitted steerer and prompts in, a JSONL of answers out"
@@ -318,10 +322,11 @@ def generate(o):
     prompts = load_prompts(o.prompts, o.prompt, steerer.about.get("template", "{answer}"))
     name, revision = o.model or steerer.about.get("model"), o.revision or (None if o.model else steerer.about.get("revision"))
     if not name: raise ValueError(f"the card of {o.steerer} names no model: give --model")
-    layer = check_layer(steerer.about.get("layer") if o.layer is None else o.layer, count_layers(name, revision))
-    strength = strength_of(o) or default_strength(steerer)
+    strength, method = strength_of(o) or default_strength(steerer), steerer.card["method"]
+    if feedback(method) and set(strength) != {"T"}: raise ValueError(f"the strength of {method} is a set-point: give --T")
+    layer = None if feedback(method) and o.layer is None else check_layer(steerer.about.get("layer") if o.layer is None else o.layer, count_layers(name, revision), method)
     if not {"T", "share"} & strength.keys() and not hasattr(steerer, "barrier"): raise ValueError(f"{type(steerer).__name__} has no barrier to stop at: give --T or --share")
-    say(f"{len(prompts)} prompts, {Path(name).name}, layer {layer}, {', '.join(f'{k} = {v:.3g}' for k, v in strength.items())}, seed {o.seed}")
+    say(f"{len(prompts)} prompts, {Path(name).name}, {at_layer(layer)}, {told(strength)}, seed {o.seed}")
     model, tokenizer = load_model(name, revision, o.device, o.dtype)
     settings = dict(seed=o.seed, max_new_tokens=o.max_new_tokens, **sampling(o))
     texts = [p.text for p in prompts]
@@ -421,6 +426,8 @@ def params_of(text) -> dict:
         try: ods.make_steerer(m, **own)
         except TypeError as e: raise ValueError(f"--params: {m}: {e}") from None
     return params
+
+METHODS = ods.steerer_names("steerer") + ods.steerer_names("controller")
 
 def list_of(text) -> list: return [x.strip() for x in text.split(",") if x.strip()]
 
@@ -538,7 +545,8 @@ def method_params(o) -> dict:
         if not equals: raise ValueError(f"--set {text}: write it as name=value, such as --set gamma=10")
         try: params[name] = json.loads(value)
         except json.JSONDecodeError: params[name] = value
-    if o.method not in ods.steerer_names(): raise ValueError(f"there is no method {o.method!r}; choose one of {', '.join(ods.steerer_names())}")
+    if o.method not in METHODS: raise ValueError(f"there is no method {o.method!r}; choose one of {', '.join(METHODS)}")
+    if feedback(o.method) and "share" in strength_of(o): raise ValueError(f"the strength of {o.method} is a set-point: give --T, not --share")
     try: ods.make_steerer(o.method, **params)
     except TypeError as e: raise ValueError(f"--set: {e}") from None
     return params
@@ -558,7 +566,8 @@ def read_pairs(o):
 def layer_of(o) -> int:
     "The layer asked for, else one in the first half of the model, where steering is known to work best"
     n = count_layers(o.model, o.revision)
-    return int(.4*n) if o.layer is None else check_layer(o.layer, n)
+    if o.layer is not None: return check_layer(o.layer, n, o.method)
+    return None if feedback(o.method) else int(.4*n)
 
 def strength_of(o) -> dict:
     "The one unit of strength that was given, or nothing"
@@ -632,7 +641,7 @@ def _columns(c):
     c.add_argument("--config", help="configuration of a data set"); c.add_argument("--split", default="train", help="split of a data set (default train)")
 
 def _method(c):
-    c.add_argument("--method", default="odesteer", metavar="NAME", help="one of " + ", ".join(ods.steerer_names()))
+    c.add_argument("--method", default="odesteer", metavar="NAME", help="one of " + ", ".join(METHODS))
     c.add_argument("--layer", type=int, metavar="N", help="block whose output is read and steered, from 0; negative counts from the end")
     c.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="hyper-parameter of the method, such as gamma=10; may be repeated")
 
@@ -655,6 +664,7 @@ def _sampling(c, new_tokens=None):
 # %% ../nbs/12_cli.ipynb #214cf97b
 DEMO = """odesteer demo
 odesteer demo --axis toxicity --method caa
+odesteer demo --method alqr --T 2
 odesteer demo --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --prompts prompts.txt --share 0.3"""
 FIT = """odesteer fit --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --columns pos,neg --layer 6 --out steerer
 odesteer fit --model MODEL --pairs TruthfulQA.csv --columns "Correct Answers,Incorrect Answers" --sep ";" --question Question --out steerer"""
