@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .barrier import AllOf, Barrier, ascent
-from .density import DensityRatioBarrier, IdentityFeatures, PolynomialCountSketch, RandomFourierFeatures, choose
+from .density import DensityRatioBarrier, IdentityFeatures, PolynomialCountSketch, RandomFourierFeatures, choose, route
 from .euler import Steerer, per_row
 
 # %% ../nbs/03_ode.ipynb #c0a088a2
@@ -63,9 +63,9 @@ def integrate(
     if not (isinstance(steps, int) and steps >= 1): raise ValueError(f"steps must be a positive integer; got {steps!r}")
     T = per_row(T, a)[..., None]
     if solver in ADAPTIVE: return _adaptive(f, a, T, steps, solver, path, tol)
-    step, states = step_function(solver), [a]
+    step, dt, states = step_function(solver), T / steps, [a]
     for _ in range(steps):
-        a = step(f, a, T / steps)
+        a = step(f, a, dt)
         if path: states.append(a)
     return torch.stack(states) if path else a
 
@@ -100,17 +100,19 @@ class ODESteer(Steerer):
         retract=False,  # stay on the sphere |a| = const
         max_T=None,  # longest way to a barrier level; default: the median norm of the fitted activations
         barrier=None,  # a Barrier to climb instead of the density ratio fitted here
+        method="auto",  # the fastest exact route, or "spectral", "dense" or "fft"
+        rank=None,  # not exact: keep so many directions of the quadratic form; `rank_error_` says what it costs
         seed=0,  # of the feature tables
     ):
         super().__init__(n_components=n_components, degree=degree, gamma=gamma, coef0=coef0, C=C, solver=solver, steps=steps, metric=metric, power=power,
-                         features=features, normalize=normalize, retract=retract, max_T=max_T, barrier=barrier, seed=seed)
+                         features=features, normalize=normalize, retract=retract, max_T=max_T, barrier=barrier, method=method, rank=rank, seed=seed)
         self._validate()
 
 # %% ../nbs/03_ode.ipynb #8dc328eb
 @patch
 def _validate(self: ODESteer):
     "One clear error for a hyper-parameter that cannot work."
-    for name, allowed in dict(metric=("euclidean", "covariance"), features=("count-sketch", "rff", "linear")).items():
+    for name, allowed in dict(metric=("euclidean", "covariance"), features=("count-sketch", "rff", "linear"), method=("auto", "spectral", "dense", "fft")).items():
         if getattr(self, name) not in allowed: raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
     if not (isinstance(self.steps, int) and self.steps >= 1): raise ValueError(f"steps must be a positive integer; got {self.steps!r}")
     if not 0 <= self.power <= 1: raise ValueError(f"power must lie in [0, 1]; got {self.power!r}")
@@ -122,7 +124,19 @@ def _validate(self: ODESteer):
         if v != "cv" and not (isinstance(v, (int, float)) and v > 0): raise ValueError(f"{name} must be a positive number or 'cv'; got {v!r}")
     if self.gamma == "cv" and self.features != "count-sketch": raise ValueError(f"gamma belongs to the count sketch: gamma='cv' does nothing for features={self.features!r}")
     if not isinstance(self.barrier, (Barrier, type(None))): raise TypeError(f"barrier must be a Barrier; got {type(self.barrier).__name__}: wrap a differentiable score in ScoreBarrier(score, threshold)")
+    if not (self.rank is None or isinstance(self.rank, int) and self.rank >= 0): raise ValueError(f"rank must be a whole number of directions, or None to be exact; got {self.rank!r}")
+    if self.rank is not None and self.method not in ("auto", "spectral"): raise ValueError(f"rank= is for the spectral route; got method={self.method!r}")
+    if self.barrier is None: self._must_have_route(self.features == "count-sketch", self.degree, self.normalize)  # else when its kind is known
     if isinstance(self.barrier, AllOf) and (self.metric != "euclidean" or self.retract): raise ValueError("AllOf raises every barrier along its own direction, which metric='covariance' and retract=True would turn: leave both at their defaults")
+
+# %% ../nbs/03_ode.ipynb #294e3b16
+@patch
+def _must_have_route(self: ODESteer, sketch, degree, normalize):
+    "An error where the route asked for does not exist."
+    wants, rotates = self.method if self.rank is None else "rank", self.metric == "euclidean" and (normalize or not self.retract)
+    if wants == "auto" or sketch and (wants == "fft" or degree == 2 and (wants == "dense" or rotates)): return
+    needs = {"fft": "features='count-sketch'", "dense": "features='count-sketch' with degree=2"}.get(wants, "features='count-sketch' with degree=2, metric='euclidean', and normalize=True if retract=True")
+    raise ValueError(f"{'rank=' if wants == 'rank' else f'method={wants!r}'} needs {needs}; method='auto' takes the fastest route there is")
 
 # %% ../nbs/03_ode.ipynb #eabe5029
 GRID = dict(C=[0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4], gamma=[0.1, 1.0, 10.0])  # what "cv" tries
@@ -133,7 +147,7 @@ def _new_barrier(self: ODESteer, C=None, gamma=None):
     C, gamma = C or self.chosen.get("C", self.C), gamma or self.chosen.get("gamma", self.gamma)
     if self.features == "count-sketch": phi = PolynomialCountSketch(self.n_components, self.degree, gamma, self.coef0)
     else: phi = RandomFourierFeatures(self.n_components) if self.features == "rff" else IdentityFeatures()
-    return DensityRatioBarrier(phi, C, self.normalize)
+    return DensityRatioBarrier(phi, C, self.normalize, self.method if self.method in ("dense", "fft") else "auto")
 
 @patch
 def _fit(self: ODESteer, data):
@@ -141,9 +155,26 @@ def _fit(self: ODESteer, data):
     if given is None and grid: self.chosen = choose(self._new_barrier, grid, data.pos, data.neg, data.groups, seed=self.seed)[0]
     self.barrier = self._new_barrier() if given is None else copy.deepcopy(given).to(data.pos)  # a copy: the one given stays as it is
     if isinstance(self.barrier, DensityRatioBarrier) and not hasattr(self.barrier, "coef_"): self.barrier.fit(data.pos, data.neg, seed=self.seed)
+    self._choose_route(data)
     if isinstance(self.barrier, AllOf): self.barrier.must_agree(data.neg)
     if self.metric == "covariance": self._store(metric_=metric_root(data, self.power).to(data.pos))
     self._warned = False
+
+# %% ../nbs/03_ode.ipynb #5e3cce25
+@patch
+def _choose_route(self: ODESteer, data):
+    "Refuse a route that the barrier does not have; measure what `rank=` leaves out."
+    b, phi = self.barrier, getattr(self.barrier, "features", None)
+    sketched = isinstance(b, DensityRatioBarrier) and isinstance(phi, PolynomialCountSketch)
+    self._must_have_route(sketched, sketched and phi.degree, sketched and b.normalize)
+    if sketched and self.method in ("dense", "fft"): b.method = self.method
+    if self.rank is None: return
+    s, x = b.spectral(self.rank), data.X
+    y = s.enter(x)
+    self._store(rank_error_=(s.leave(x, y, y + s.direction(y)) - x - ascent(b.grad(x))).norm(dim=-1).max())
+
+@patch
+def __repr__(self: ODESteer): return super(ODESteer, self).__repr__() + (f", unit field off by up to {self.rank_error_:.2g}" if hasattr(self, "rank_error_") else "")
 
 # %% ../nbs/03_ode.ipynb #b0c81094
 def _tangent(x):
@@ -159,6 +190,24 @@ def _field(self: ODESteer, x):
     if self.metric == "covariance": v = project(ascent(v) @ self.metric_)
     return ascent(v)
 
+# %% ../nbs/03_ode.ipynb #2894b4ca
+@patch
+def _route(self: ODESteer, x, evaluations):
+    "The route that `method=` names, or the fastest exact one; None where there is no choice."
+    phi = getattr(self.barrier, "features", None)
+    if not (isinstance(self.barrier, DensityRatioBarrier) and isinstance(phi, PolynomialCountSketch)): return None
+    asked = "spectral" if self.rank is not None else self.method if self.method != "auto" else self.barrier.method
+    rotates = self.metric == "euclidean" and (self.barrier.normalize or not self.retract)
+    return route(phi.degree, x.shape[-1], phi.n_components, evaluations, x.device, rotates) if asked == "auto" else asked
+
+@patch
+def _coordinates(self: ODESteer, x, evaluations):
+    "The barrier in the coordinates to work in; None where activations themselves are best."
+    return self.barrier.spectral(self.rank) if self._route(x, evaluations) == "spectral" else None
+
+@patch
+def _evaluations(self: ODESteer): return 100 if self.solver in ADAPTIVE else self.steps * getattr(step_function(self.solver), "order", 4)
+
 # %% ../nbs/03_ode.ipynb #3e744cae
 @patch
 def _step(self: ODESteer, x):
@@ -167,8 +216,19 @@ def _step(self: ODESteer, x):
     r, step = x.norm(dim=-1, keepdim=True), step_function(self.solver)
     return lambda f, a, dt: r * ascent(step(f, a, dt))
 
+def _euler_along(f, y, dt):
+    "An Euler step in the direction of `f`, whatever its length."
+    g = f(y)
+    return torch.addcmul(y, g, dt / torch.linalg.vector_norm(g, dim=-1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny))
+
 @patch
-def _flow(self: ODESteer, x, T, path=False): return integrate(self._field, x, T, self.steps, self._step(x), path)
+def _flow(self: ODESteer, x, T, path=False):
+    s = self._coordinates(x, self._evaluations())
+    if s is None: return integrate(self._field, x, T, self.steps, self._step(x), path)
+    y0 = s.enter(x)
+    field, step = (s.slope, _euler_along) if self._step(y0) == "euler" else (s.direction, self._step(y0))
+    y = integrate(field, y0, T, self.steps, step, path)
+    return torch.stack([s.leave(x, y0, state) for state in y]) if path else s.leave(x, y0, y)
 
 @patch
 def trajectory(self: ODESteer,
@@ -212,14 +272,14 @@ def climb(
     h,  # barrier value, (..., d) -> (...)
     a: Tensor,  # (..., d)
     level,  # value to reach, a number or one per row
-    max_T,  # longest time, a number or one per row
+    max_T,  # longest time, a number or one per row, not negative
     steps=10,  # of max_T / steps each; the last one is cut to end on the level
     solver="euler",
 ) -> Stop:
     "Walk until `h` reaches `level`. Rows already there stay; rows that cannot reach it stop at their best."
     if solver in ADAPTIVE: raise ValueError(f"stopping at a level needs a fixed-step solver ({', '.join(SOLVERS)}); got {solver!r}")
     step, dt, level = step_function(solver), per_row(max_T, a, "max_T") / steps, per_row(level, a, "level")
-    if (dt < 0).any(): raise ValueError("the longest time to a barrier level cannot be negative")
+    dt = dt.clamp_min(0)  # to look for negative times would make the host wait for a GPU
     def state(x, T): hx = h(x); return Stop(x, T, hx, hx >= level)
     start = below = now = best = state(a, torch.zeros_like(dt))
     for _ in range(steps):
@@ -261,17 +321,27 @@ def stop_at(self: ODESteer,
 @patch
 @torch.no_grad()
 def _stop(self: ODESteer, x, cap, nats, until):
-    cap = per_row(self.max_T or self.median_norm_, x) if cap is None else cap
-    level = per_row(until, x, "until") if nats is None else self.barrier.value(x) + per_row(nats, x, "nats")
+    cap, h = per_row(self.max_T or self.median_norm_, x) if cap is None else cap, self.barrier.value(x)
+    level = per_row(until, x, "until") if nats is None else h + per_row(nats, x, "nats")
     sign = torch.ones_like(level) if nats is None else torch.where(per_row(nats, x) < 0, -1.0, 1.0).to(level)
-    s = climb(lambda z: sign[..., None] * self._field(z), lambda z: sign * self.barrier.value(z), x, sign * level, cap, self.steps, self._step(x))
-    return Stop(s.a, sign * s.T, sign * s.h, s.reached)
+    s, there, goal = self._coordinates(x, 2 * self._evaluations() + 12), sign * h >= sign * level, sign * level
+    y, field, value = (x, self._field, self.barrier.value) if s is None else (s.enter(x), s.direction, s.value)
+    if s is not None: goal = goal + s.rounding(level)  # no row may end below its level by the way back
+    stop = climb(lambda z: sign[..., None] * field(z), lambda z: sign * value(z), y, torch.where(there, -torch.inf, goal), cap, self.steps, self._step(y))
+    end = stop.a if s is None else s.leave(x, y, stop.a)
+    return Stop(torch.where(there[..., None], x, end), sign * stop.T, torch.where(there, h, sign * stop.h), stop.reached)
+
+@patch
+def _time(self: ODESteer, x, T, share, nats, until):
+    if until is not None and any(isinstance(v, (int, float)) and v < 0 for v in (T, share)): raise ValueError("the longest way to a barrier level cannot be negative")
+    return Steerer._time(self, x, T, share, nats, until)
 
 # %% ../nbs/03_ode.ipynb #f540143c
 @patch
 def _climb(self: ODESteer, x, cap, nats, until, a):
     s = self._stop(x, cap, nats, until)
-    if not self._warned and not s.reached.all():
+    looks = s.reached.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU is not waited for
+    if looks and not self._warned and not s.reached.all():
         self._warned = True
         warnings.warn(f"{(~s.reached).sum().item()} of {s.reached.numel()} rows could not reach the barrier level within max_T and stopped at their best h: "
                       "ask for less, allow a longer max_T, or see stop_at for the rows (said once per steerer)", stacklevel=3)
@@ -288,3 +358,12 @@ def metric_root(
     C = torch.as_tensor(ledoit_wolf(X.cpu().numpy(), assume_centered=True)[0], device=X.device)
     lam, Q = torch.linalg.eigh(C)
     return (Q * lam.clamp_min(0) ** power) @ Q.T
+
+# %% ../nbs/03_ode.ipynb #71c5a7a0
+@patch
+def route(self: ODESteer,
+    a: Tensor,  # activations, (..., d)
+) -> str:  # "spectral", "dense", "fft"; None for barriers that have one way only
+    "How `steer` will follow the field from `a`."
+    _, x, me = self._ready(a)
+    return me._route(x, me._evaluations())

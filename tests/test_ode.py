@@ -508,7 +508,10 @@ class NoHostSync(TorchDispatchMode):
 def test_plain_steering_never_waits_for_the_device(kw):
     s, T = fitted(**kw), torch.tensor(1.5)
     rows = torch.linspace(0, 2, len(NEW))
-    with NoHostSync(): s.steer(NEW.bfloat16(), T), s.steer(NEW, rows), s.steer(NEW, 2.0), s.steer(NEW, share=.2)
+    s.steer(NEW, 1.)  # the first call prepares the route
+    with NoHostSync():
+        s.steer(NEW.bfloat16(), T), s.steer(NEW, rows), s.steer(NEW, 2.0), s.steer(NEW, share=.2)
+        s.stop_at(NEW, until=0.5), s.stop_at(NEW, nats=rows), s.stop_at(NEW, until=T, T=rows)
     with pytest.raises(AssertionError, match="waits"), NoHostSync(): (rows > 1).any().item()  # the check itself works
 
 

@@ -1,0 +1,294 @@
+"All routes of one field are the same field: beside float64 by plain convolution, through every unit of strength, compiled and copied."
+import copy
+import functools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import odesteer as ods
+from odesteer.barrier import Barrier, ascent
+from odesteer.density import DensityRatioBarrier, PolynomialCountSketch, RandomFourierFeatures, diagonal, route
+from odesteer.ode import ODESteer
+
+from .test_density import reference_sketch
+from .test_ode import NoHostSync
+
+D = 20
+ROUTES = "spectral", "dense", "fft"
+
+
+def draw(n, shift, seed):
+    x = torch.randn(n, D, generator=torch.Generator().manual_seed(seed)) * torch.linspace(.4, 1.6, D) + 1
+    x[:, :3] += shift * (1 + .5 * x[:, 3:6]**2)
+    return x
+
+
+POS, NEG, NEW = draw(90, .5, 0), draw(70, -.5, 1), draw(30, -.5, 2)
+FORMS = [dict(), dict(n_components=6), dict(coef0=0.), dict(normalize=False, gamma=.1), dict(gamma=.1, C=1., n_components=1000)]  # six buckets: a matrix of low rank
+
+
+def fresh(**kw): return ODESteer(**{**dict(n_components=128, gamma=1., C=100.), **kw}).fit(POS, NEG)
+
+fitted = functools.cache(fresh)  # for tests that change nothing
+
+
+def closest(x, y): return ((x.double() - y.double()).norm(dim=-1) / y.double().norm(dim=-1)).max().item()
+
+
+def by_definition(s, x):
+    "h in float64 from the tables: bucket loops and circular convolution"
+    b, f = s.barrier, s.barrier.features
+    u = x.double().numpy()
+    if b.normalize: u = u / np.linalg.norm(u, axis=1, keepdims=True)
+    psi = np.stack([reference_sketch(r, f.indexHash_, f.bitHash_, f.gamma, f.coef0, f.n_components) for r in u])
+    return torch.tensor(psi) @ b.coef_.double() + b.intercept_.double() + b.log_prior_.double()
+
+
+# ---- one barrier, three ways
+
+@pytest.mark.parametrize("kw", FORMS, ids=str)
+def test_values_and_gradients_by_every_route(kw):
+    s = fresh(**kw)
+    h, gold = by_definition(s, NEW), Barrier.grad(copy.deepcopy(s.barrier), NEW.double())
+    size = max(1., h.abs().max().item())
+    for dtype, tol in (torch.float32, 1e-5), (torch.float64, 1e-11):
+        x, b = NEW.to(dtype), s._on(NEW.to(dtype)).barrier
+        for method in "dense", "fft":
+            b.method = method
+            assert (b.value(x).double() - h).abs().max() <= tol * size
+            assert (b.grad(x).double() - gold).norm() <= tol * gold.norm()
+        way = b.spectral()
+        y = way.enter(x)
+        assert (way.value(y).double() - h).abs().max() <= tol * size
+        torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+        moved = way.leave(x, y, y + 1e-2 * way.direction(y))
+        assert closest(moved, NEW.double() + 1e-2 * ascent(gold)) <= tol
+        torch.testing.assert_close(way.grad(y).norm(dim=-1).double(), gold.norm(dim=-1), rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=0)
+
+
+@pytest.mark.parametrize("degree,n,coef0", [(D, n, c) for D in (1, 2, 3, 4) for n in (16, 17) for c in (1., 0.)])
+def test_score_is_the_inner_product_with_the_sketch(degree, n, coef0):
+    g = torch.Generator().manual_seed(3)
+    x, w = torch.randn(2, 3, 9, generator=g, dtype=torch.float64), torch.randn(n, generator=g, dtype=torch.float64)
+    f = PolynomialCountSketch(n, degree, .7, coef0).fit(x)
+    expected = torch.tensor([[reference_sketch(r, f.indexHash_, f.bitHash_, .7, coef0, n) @ w.numpy() for r in rows] for rows in x.numpy()])
+    torch.testing.assert_close(f.score(x, w), expected, rtol=1e-10, atol=1e-10)
+    W, read = f.spectrum(w)
+    assert torch.equal(f.score(x, w, read), f.score(x, w)) and torch.equal(f.vjp(x, w, W), f.vjp(x, w)) and f.score(x[:0], w).shape == (0, 3)
+
+
+@pytest.mark.parametrize("coef0", [1., 0., .3])
+def test_quadratic_form_is_the_score(coef0):
+    g = torch.Generator().manual_seed(4)
+    x, w = torch.randn(5, 9, generator=g, dtype=torch.float64), torch.randn(33, generator=g, dtype=torch.float64)
+    f = PolynomialCountSketch(33, 2, .7, coef0).fit(x)
+    A, c, k = f.quadratic_form(w)
+    assert torch.equal(A, A.T)
+    torch.testing.assert_close((x @ A * x).sum(1) / 2 + x @ c + k, torch.tensor([reference_sketch(r, f.indexHash_, f.bitHash_, .7, coef0, 33) @ w.numpy() for r in x.numpy()]))
+    with pytest.raises(ValueError, match="degree 2"): PolynomialCountSketch(33, 3).fit(x).quadratic_form(w)
+
+
+# ---- the flow
+
+STRENGTHS = dict(T=2.), dict(T=-1.), dict(share=.2), dict(until=1.), dict(nats=2.), dict(nats=-1.5), dict(until=.5, T=.4)
+
+
+@pytest.mark.filterwarnings("ignore:.*could not reach")
+@pytest.mark.parametrize("kw", FORMS + [dict(solver="midpoint"), dict(solver="rk4", retract=True), dict(steps=1), dict(steps=40)], ids=str)
+def test_every_strength_by_every_route_beside_float64(kw):
+    gold = fitted(**kw, method="fft")
+    for strength in STRENGTHS:
+        end = gold.steer(NEW.double(), **strength)
+        for method in ROUTES:
+            s = fitted(**kw, method=method)
+            assert s.route(NEW) == method
+            assert closest(s.steer(NEW, **strength), end) < 1e-5, (method, strength)
+            assert closest(s.steer(NEW.double(), **strength), end) < (1e-9 if "T" in strength and len(strength) == 1 else 1e-6), (method, strength)
+    assert closest(fitted(**kw).steer(NEW, 2.), gold.steer(NEW.double(), 2.)) < 1e-5
+
+
+@pytest.mark.parametrize("kw", [dict(degree=3), dict(metric="covariance"), dict(normalize=False, retract=True)], ids=str)
+def test_where_coordinates_cannot_turn_the_other_routes_are_taken(kw):
+    s = fitted(**kw)
+    assert s.route(NEW) != "spectral"
+    with pytest.raises(ValueError, match="method='spectral' needs"): fitted(**kw, method="spectral")
+    with pytest.raises(ValueError, match="rank= needs"): fitted(**kw, rank=3)
+    assert closest(s.steer(NEW, 2.), fitted(**kw, method="fft").steer(NEW.double(), 2.)) < 1e-5
+
+
+def test_trajectory_and_steer_take_one_route():
+    for method in ROUTES:
+        s = fitted(method=method)
+        path = s.trajectory(NEW, 2.)
+        assert torch.equal(path[0], NEW) and torch.equal(path[-1], s.steer(NEW, 2.))
+
+
+def test_no_row_ends_below_its_level():
+    s = fitted(method="spectral")
+    for dtype in torch.float32, torch.float64:
+        x = torch.cat([NEW, POS]).to(dtype)
+        for level in -1., 0., 1.7:
+            stop, h = s.stop_at(x, until=level), s.barrier.value(x) if dtype == torch.float32 else s._on(x).barrier.value(x)
+            good = h >= level
+            assert stop.reached.all() and (stop.h >= level).all() and (s._on(x).barrier.value(stop.a) >= level).all()
+            assert torch.equal(stop.a[good], x[good]) and torch.equal(stop.h[good], h[good])
+
+
+@pytest.mark.parametrize("method", ROUTES)
+def test_rows_of_zeros_and_odd_rows_do_not_spoil_others(method):
+    s = fitted(method=method)
+    x = NEW[:5].clone()
+    x[1], x[2], x[3] = 0, torch.nan, 1e-20
+    out = s.steer(x, 1.)
+    torch.testing.assert_close(out[[0, 4]], s.steer(NEW[[0, 4]], 1.), rtol=1e-5, atol=1e-5)
+    assert torch.isfinite(out[[1, 3]]).all() and out[2].isnan().any() and torch.equal(s.steer(x, 0.)[[0, 1, 3, 4]], x[[0, 1, 3, 4]])
+
+
+def test_gradients_pass_through_every_route():
+    x = NEW[:3].double()
+    def jacobian(s): return torch.autograd.functional.jacobian(lambda a: s.steer(a, 1.5).sum(0), x)
+    for method in "spectral", "dense": torch.testing.assert_close(jacobian(fitted(method=method)), jacobian(fitted(method="fft")), rtol=1e-6, atol=1e-8)
+    low = NEW[:3].double().requires_grad_()
+    fitted(n_components=6).steer(low, 1.5).sum().backward()
+    assert torch.isfinite(low.grad).all() and (low.grad != 0).any()
+
+
+# ---- low rank: exact where eigenvalues are equal, said where they are not
+
+@pytest.mark.parametrize("equal", [0., -1.3])
+def test_equal_eigenvalues_are_left_out_exactly(equal):
+    g = torch.Generator().manual_seed(5)
+    Q = torch.linalg.qr(torch.randn(30, 30, generator=g, dtype=torch.float64)).Q
+    l = torch.cat([torch.randn(5, generator=g, dtype=torch.float64), torch.full((25,), equal, dtype=torch.float64)])
+    A = (Q * l) @ Q.T
+    for c in torch.randn(30, generator=g, dtype=torch.float64), Q[:, 2], Q[:, 20], torch.zeros(30, dtype=torch.float64):  # outside, inside, in the rest, none
+        kept, V, cV, rest, error = diagonal((A + A.T) / 2, c)
+        assert V.shape == (30, 6) and error < 1e-12
+        torch.testing.assert_close((V * kept) @ V.T + rest * (torch.eye(30) - V @ V.T), A, rtol=0, atol=1e-9)
+        torch.testing.assert_close(V @ cV, c, rtol=0, atol=1e-9)
+    assert diagonal(torch.diag(torch.arange(30.).double()), c)[3] is None
+
+
+def test_a_narrow_sketch_works_in_few_coordinates():
+    g = torch.Generator().manual_seed(6)
+    pos, neg = torch.randn(2, 50, 120, generator=g) + torch.tensor([[[.3]], [[-.3]]])
+    s = ODESteer(n_components=10).fit(pos, neg)
+    assert s.barrier.spectral().V.shape[1] <= 21 and s.barrier.spectral().error < 1e-12
+    slow = ODESteer(n_components=10, method="fft").fit(pos, neg)
+    for strength in dict(T=20.), dict(until=.3), dict(nats=-.2): assert closest(s.steer(neg, **strength), slow.steer(neg.double(), **strength)) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5, 12, D - 3, D, 50])
+def test_rank_is_off_by_no_more_than_it_says(rank):
+    s, exact = fitted(rank=rank), fitted()
+    way, b = s._on(NEW.double()).barrier.spectral(rank), exact._on(NEW.double()).barrier
+    x = torch.nn.functional.normalize(torch.cat([NEW, POS, NEG]), dim=-1).double()
+    y = way.enter(x)
+    tangent = (way.leave(x, y, y + way.grad(y)) - x)
+    assert (tangent - b.grad(x)).norm(dim=-1).max() <= way.error + 1e-9  # on the unit sphere
+    measured = (s.vector_field(torch.cat([POS, NEG])), s.steer(torch.cat([POS, NEG]), 1e-3))
+    off = ((s._on(x).steer(torch.cat([POS, NEG]).double(), 1e-4) - torch.cat([POS, NEG]).double()) / 1e-4 - b_field(exact)).norm(dim=-1).max()
+    assert off == pytest.approx(s.rank_error_.item(), abs=2e-3)
+    if rank >= D: assert s.rank_error_ < 1e-5 and closest(s.steer(NEW, 2.), exact.steer(NEW, 2.)) < 1e-5
+
+
+def b_field(s): return s.vector_field(torch.cat([POS, NEG]).double())
+
+
+def test_error_of_rank_falls_is_shown_and_saved(tmp_path):
+    off = [fitted(rank=r).rank_error_.item() for r in (0, 4, 8, 12, 16)]
+    assert off == sorted(off, reverse=True) and off[-1] > 0
+    s = fitted(rank=4)
+    assert "rank=4" in repr(s) and f"{s.rank_error_.item():.2g}" in repr(s) and "rank" not in repr(fitted())
+    s.save_pretrained(tmp_path)
+    again = ods.load_steerer(tmp_path)
+    assert torch.equal(again.rank_error_, s.rank_error_) and torch.equal(again.steer(NEW, 2.), s.steer(NEW, 2.)) and repr(again) == repr(s)
+    assert not hasattr(fitted(), "rank_error_")
+
+
+# ---- the rule
+
+def test_the_rule():
+    assert [route(2, d, 8000, 10) for d in (64, 1024, 2048, 4096)] == ["spectral", "spectral", "spectral", "fft"]
+    assert [route(2, d, 8000) for d in (64, 1024, 2048, 4096)] == ["dense", "dense", "fft", "fft"]
+    assert [route(2, d, 8000, 10, diagonal=False) for d in (64, 1024, 2048)] == ["dense", "dense", "fft"]
+    assert {route(D, d, 8000, e, dev) for D in (1, 3) for d in (64, 4096) for e in (1, 10) for dev in ("cpu", "cuda")} == {"fft"}
+    assert [route(2, d, 8000, 10, "cuda") for d in (64, 4096, 16384)] == ["spectral", "spectral", "fft"] and route(2, 4096, 8000, 1, "cuda") == "dense"
+
+
+def test_which_route_is_said():
+    assert fitted().route(NEW) == "spectral" and fitted(steps=1).route(NEW) == "dense" and fitted(degree=3).route(NEW) == "fft" and fitted(metric="covariance").route(NEW) == "dense"
+    assert fitted(features="rff").route(NEW) is None and ods.StepODESteer(n_components=64).fit(POS, NEG).route(NEW) == "dense"
+    own = DensityRatioBarrier(PolynomialCountSketch(64), method="fft")
+    assert ODESteer(barrier=own).fit(POS, NEG).route(NEW) == "fft" and ODESteer(barrier=own, method="spectral").fit(POS, NEG).route(NEW) == "spectral"
+
+
+@pytest.mark.parametrize("kw,said", [(dict(method="fast"), "method must be one of auto, spectral, dense, fft; got 'fast'"), (dict(method="dense", degree=3), "method='dense' needs features='count-sketch' with degree=2"),
+                                     (dict(method="fft", features="rff"), "method='fft' needs features='count-sketch'"), (dict(rank=-1), "rank must be a whole number"), (dict(rank=2.5), "rank must be"), (dict(rank=3, method="fft"), "rank= is for the spectral route")])
+def test_routes_that_do_not_exist(kw, said):
+    with pytest.raises(ValueError, match=said): ODESteer(**kw)
+
+
+def test_a_given_barrier_must_have_the_route():
+    for h in ods.LinearBarrier(torch.ones(D)), DensityRatioBarrier(RandomFourierFeatures(20)):
+        for kw in dict(method="spectral"), dict(rank=2):
+            with pytest.raises(ValueError, match="needs features='count-sketch'"): ODESteer(barrier=h, **kw).fit(POS, NEG)
+    with pytest.raises(ValueError, match="method must be 'auto', 'dense' or 'fft'"): DensityRatioBarrier(PolynomialCountSketch(8), method="spectral")
+
+
+# ---- what is kept must never be stale, saved or copied
+
+def test_what_was_made_from_old_weights_is_made_anew():
+    for method in ROUTES:
+        s = fresh(method=method)
+        before = s.steer(NEW, 1.)
+        s.fit(NEG, POS)
+        assert torch.equal(s.steer(NEW, 1.), fresh(method=method).fit(NEG, POS).steer(NEW, 1.)) and not torch.allclose(s.steer(NEW, 1.), before)
+        there = s.steer(NEW, -1.)
+        s.barrier.coef_.mul_(-1)  # weights changed in place
+        torch.testing.assert_close(s.steer(NEW, 1.), there, rtol=1e-4, atol=1e-5)
+
+
+def test_copies_and_files_leave_it_out(tmp_path):
+    s = fresh()
+    keys = set(s.state_dict())
+    s.steer(NEW, 1.), s.steer(NEW.double(), 1.), s.barrier.value(NEW)
+    assert s.barrier._kept and set(s.state_dict()) == keys
+    for twin in copy.deepcopy(s), pickle.loads(pickle.dumps(s)):
+        assert not twin.barrier._kept and not twin.barrier.features._kept and torch.equal(twin.steer(NEW, 1.), s.steer(NEW, 1.))
+
+
+def test_a_card_without_the_new_names_still_loads(tmp_path):
+    import json
+    s = fresh()
+    s.save_pretrained(tmp_path)
+    card = json.loads((tmp_path/"card.json").read_text())
+    for name in "method", "rank": del card["params"][name]
+    (tmp_path/"card.json").write_text(json.dumps(card))
+    assert torch.equal(ods.load_steerer(tmp_path).steer(NEW, 1.), s.steer(NEW, 1.))
+
+
+def test_what_is_made_in_inference_mode_serves_later():
+    s = fresh()
+    with torch.inference_mode(): inside = s.steer(NEW.clone(), 1.)
+    x = NEW.clone().requires_grad_()
+    s.steer(x, 1.).sum().backward()
+    assert torch.equal(inside, s.steer(NEW, 1.)) and (x.grad != 0).any()
+
+
+# ---- compiled and captured: no wait for the device, no break in the graph
+
+@pytest.mark.parametrize("kw", [dict(), dict(degree=3), dict(metric="covariance"), dict(n_components=6, solver="midpoint", retract=True)], ids=str)
+def test_one_graph_and_no_wait(kw):
+    s, t, rows = fitted(**kw, steps=2), torch.tensor(.7), torch.linspace(-1, 1, len(NEW))
+    s.steer(NEW, 1.), s.stop_at(NEW, nats=1.)  # makes what the route needs
+    for unit, value in ("T", rows), ("until", t), ("nats", rows):
+        def f(a, v): return s.steer(a, **{unit: v})
+        torch._dynamo.reset()
+        with torch.no_grad():
+            expected, compiled = f(NEW, value), torch.compile(f, backend="eager", fullgraph=True)
+            torch.testing.assert_close(compiled(NEW, value), expected)
+            torch.testing.assert_close(compiled(NEW + .1, value), f(NEW + .1, value))
+            with NoHostSync(): (s.steer if unit in ("T", "share") else s.stop_at)(NEW, **{unit: value})
