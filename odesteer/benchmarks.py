@@ -2027,16 +2027,17 @@ def main_table(
     p, watch, rows = scope["primary"], scope["watch"], ranked(scope)
     extra = [m for m in ("perplexity", "dist1", "dist2", "kl") if any(m in r["metrics"] for r in rows)]
     derived = [k for k in ("true x info", "reward P90", "win") if any(k in r for r in rows)]
-    columns = ["arm", p, f"change of {p}", "p (Holm)", "made worse", *(f"change of {m}" for m in watch), *derived, *extra, "speed", "layer", "strength"]
+    pushed = any(r.get("effort") is not None for r in rows)
+    columns = ["arm", p, f"change of {p}", "p (Holm)", "made worse", *(f"change of {m}" for m in watch), *derived, *extra, *["effort"]*pushed, "speed", "layer", "strength"]
     def cells(r):
         safe, ms = r["off"] < len(r["chosen"]), r["metrics"]
         first = lambda m: (ms.get(m) or [None])[0]
         if not safe: return [_named(r)] + [None]*(len(columns) - 2) + ["no safe strength"]
         settings = ["/".join(dict.fromkeys("off" if c[1] is None else "all" if c[0] is None and k == 0 else str(c[0]) if k == 0 else place(c[1]).replace("share ", "") for c in r["chosen"] if c)) or None for k in (0, 1)]
         return [_named(r), ms[p][:3], ms[p][3:6] or None, r["holm"], ms[p][6:9] or None, *(ms[m][3:6] or None if m in ms else None for m in watch), *(r.get(k) for k in derived),
-                *map(first, extra), r["speed"] and r["speed"][0], *settings]
+                *map(first, extra), *[r.get("effort")]*pushed, r["speed"] and r["speed"][0], *settings]
     best = next((i for i, r in enumerate(rows) if r["method"] in steering_methods(scope)), None)
-    note = f"{scope['n']} answers about {scope['groups']} questions; in brackets 95 % intervals by question; change: paired difference to unsteered; made worse: share of answers; strength: share of the median norm, of controllers the set-point (T); speed: of unsteered, " + ("measured side by side." if any(r.get("timed") for r in scope["rows"]) else "as it came.")
+    note = f"{scope['n']} answers about {scope['groups']} questions; in brackets 95 % intervals by question; change: paired difference to unsteered; made worse: share of answers; strength: share of the median norm, of controllers the set-point (T); {'effort: what is added over the activation, mean over all blocks and tokens; ' * pushed}speed: of unsteered, " + ("measured side by side." if any(r.get("timed") for r in scope["rows"]) else "as it came.")
     settings = [r["arm"] for r in rows if r["arm"] != r["method"]]
     if settings: note += f" Settings: {'; '.join(settings)}."
     return Table(f"{scope['task']}, {_title(scope)}", columns, [cells(r) for r in rows], best, tuple(c for c in columns if c.startswith("change")), note)
@@ -2247,20 +2248,22 @@ def strength_figure(scope: dict):  # matplotlib figure
     import matplotlib.pyplot as plt
     from odesteer.plots import style, sweep_plot
     curves = {a: c["chosen"] for a, c in scope["curves"].items() if "chosen" in c}
-    columns = min(4, len(curves))
-    rows = -(-len(curves) // columns)
-    with style(**{"figure.figsize": (1 + 2.1*columns, .6 + 1.75*rows), "font.size": 9}):
-        fig, axes = plt.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    columns = min(4 if len(curves) < 9 else 6, len(curves))
+    rows, named, widest = -(-len(curves) // columns), {r["arm"]: r for r in scope["rows"]}, defaultdict(float)
+    for arm, points in curves.items(): widest[feedback(named[arm]["method"])] = max(widest[feedback(named[arm]["method"])], *(p[0] for p in points))
+    with style(**{"figure.figsize": (.8 + 1.45*columns, .6 + 1.35*rows), "font.size": 9}):
+        fig, axes = plt.subplots(rows, columns, sharey=True, squeeze=False)
         for ax, (arm, points) in zip(axes.flat, curves.items()):
-            row = next(r for r in scope["rows"] if r["arm"] == arm)
+            row = named[arm]
             unit = "T" if feedback(row["method"]) else "share"
+            ax.set_xlim(0, 1.06*widest[unit == "T"])
             if scope["unsteered"] is not None: ax.axhline(scope["unsteered"], color="#999999", ls="--", lw=.9, zorder=0)
             sweep_plot(ax, *np.array(points, float)[:, :4].T, color=color_of(row["method"]))
             strengths = [c[1][unit] for c in row["chosen"] if c and c[1] and unit in c[1]]
             for s in set(strengths): ax.axvline(s, color="black", ls=":", lw=1)
-            ax.set_title(_named(row) + ("" if strengths else ": off"), fontsize=9)
+            ax.set_title(row["method"] + ", set-point"*(unit == "T") + ("" if strengths else ": off"), fontsize=8.5)
         for ax in axes.flat[len(curves):]: ax.set_visible(False)
-        fig.supxlabel("strength, share of the median norm (dotted: chosen)", fontsize=9)
+        fig.supxlabel("strength, share of the median norm (dotted: chosen)" + ("; of controllers the set-point" if True in widest else ""), fontsize=9)
         fig.supylabel(f"{scope['primary']}, validation", fontsize=9)
     return fig
 
@@ -2297,13 +2300,13 @@ def layer_figure(scope: dict):  # matplotlib figure
     from odesteer.plots import direct_label, spread_labels, style
     way, found = scope["better"][scope["primary"]], {}
     for arm, layers in scope["curves"].items():
-        found[arm] = {int(k): way*max(way*p[1] for p in points) for k, points in layers.items() if k != "chosen"}
-    with style():
+        found[arm] = {int(k): way*max(way*p[1] for p in points) for k, points in layers.items() if k.isdigit()}  # controllers act on all layers
+    with style(**{"figure.figsize": (5.4, 1.6 + .14*len(found))}):
         fig, ax = plt.subplots()
-        for arm, best in found.items():
+        for arm, best in ((a, b) for a, b in found.items() if b):
             method = next(r["method"] for r in scope["rows"] if r["arm"] == arm)
             ax.plot(list(best), list(best.values()), marker="o", color=color_of(method), lw=1.2)
-            if best: direct_label(ax, max(best), best[max(best)], method, color_of(method)).set(fontsize=8)
+            direct_label(ax, max(best), best[max(best)], method, color_of(method)).set(fontsize=8)
         ax.set(xlabel="layer (block, from 0)", ylabel=f"best {scope['primary']} on validation", xticks=sorted({k for b in found.values() for k in b}))
         spread_labels(ax, 9)
     return fig
@@ -2351,7 +2354,7 @@ def figures(results: dict):  # yields (name, matplotlib figure)
     for s in results["scopes"]:
         name = f"{s['task']}, {s['name']}"
         if any("chosen" in c for c in s.get("curves", {}).values()): yield f"{name}, strength", strength_figure(s)
-        if any(set(c) - {"chosen"} for c in s.get("curves", {}).values()): yield f"{name}, layers", layer_figure(s)
+        if any(k.isdigit() for c in s.get("curves", {}).values() for k in c): yield f"{name}, layers", layer_figure(s)
         if not s["part"]: yield f"{name}, pareto", pareto_figure(s)
         for study in s.get("studies", {}): yield f"{name}, {study}", study_figure(s, study)
 
