@@ -328,7 +328,7 @@ class Controller(Fitted):
     def _fit(self, data: Rollouts): raise NotImplementedError
     def _control(self, t, x, y, value, state): raise NotImplementedError  # (rows, d): what to add to the output y of block t
 
-# %% ../nbs/08_control.ipynb #8b576a6e
+# %% ../nbs/08_control.ipynb #9479e75d
 @patch
 def fit(self: Controller,
     model,  # a causal language model that is not being steered
@@ -346,11 +346,12 @@ def fit(self: Controller,
     self.width, self._copies = None, {}
     if _watch(model).users: raise ValueError("this model is being steered, so its states are not its own: fit before steering, or after its `with` block")
     if also and not self.several: raise ValueError(f"{type(self).__name__} holds one set-point: leave out also=, or use ALQR")
+    if any(isinstance(a, str) or len(a) != 3 for a in also): raise ValueError("also must hold (pos_texts, neg_texts, ratio) for each further set-point; the ratio is that of its strength to the first, such as 1.0")
     if jacobians is not None and jacobian_texts is not None: raise ValueError("jacobians= are there already: leave out jacobian_texts=")
     pos_texts, neg_texts = self._draw(pos_texts, "pos_texts"), self._draw(neg_texts, "neg_texts")
     def states(texts, name): return _finite(block_inputs(model, tokenizer, texts, batch_size, progress), name)
     pos, neg = states(pos_texts, "pos_texts"), states(neg_texts, "neg_texts")
-    also = tuple((states(self._draw(p, f"also[{i}]"), f"also[{i}]"), states(self._draw(n, f"also[{i}]"), f"also[{i}]"), float(ratio)) for i, (p, n, ratio) in enumerate(also))
+    also = tuple((*(states(self._draw(x, f"also[{i}]"), f"also[{i}]") for x in pair), float(ratio)) for i, (*pair, ratio) in enumerate(also))
     if jacobians is None:
         texts = self._draw(pos_texts if jacobian_texts is None else jacobian_texts, "jacobian_texts", "n_jacobian")
         jacobians = Jacobians(model, tokenizer, texts, self.params.get("max_tokens"), cache_dir=cache_dir, progress=progress)
@@ -453,7 +454,7 @@ class FeatureController(Controller):
         goal = value*self.mu_[t] if self.mu_.ndim == 1 else value[..., None]*self.mu_[t]
         return self.offset_[t] + goal - torch.nn.functional.linear(x, self.V_[t])
 
-# %% ../nbs/08_control.ipynb #4b079c6b
+# %% ../nbs/08_control.ipynb #e5308a24
 class ALQR(FeatureController):
     "Activation LQR: at every block, the feature's distance from its set-point times the cheapest correction of it."
     several = True
@@ -472,6 +473,7 @@ class ALQR(FeatureController):
         _check_weights(q, r, qf)
         if setpoint not in ("uncentred", "centred", "angular"): raise ValueError(f"setpoint must be 'uncentred', 'centred' or 'angular'; got {setpoint!r}")
         if jacobian not in ("mean", "identity"): raise ValueError(f"jacobian must be 'mean' or 'identity'; got {jacobian!r}")
+        if isinstance(angle, bool) or not math.isfinite(angle): raise ValueError(f"angle must be a number of degrees; got {angle!r}")
         super().__init__(q=q, r=r, qf=qf, setpoint=setpoint, jacobian=jacobian, angle=angle, n_texts=n_texts, n_jacobian=n_jacobian, max_tokens=max_tokens, seed=seed)
 
     def _fit(self, data):
@@ -482,20 +484,22 @@ class ALQR(FeatureController):
         alpha = self._alpha(t, x, value)
         return alpha[:, None] * self.W_[t] if alpha.ndim == 1 else alpha @ self.W_[t]
 
-# %% ../nbs/08_control.ipynb #7a20f720
+# %% ../nbs/08_control.ipynb #3cd2af70
 @patch
 def _linear(self: ALQR, data):
     "The blocks as matrices; a 1 x 1 matrix stands for a multiple of the identity"
     if self.jacobian == "mean": return data.jacobians
     return torch.ones(len(data.jacobians), 1, 1, dtype=torch.float64)
 
-def _times(Z, M): return Z * M if M.numel() == 1 else Z @ M
+def _times(Z, M, t):
+    if M.numel() > 1 and len(M) != Z.shape[-1]: raise ValueError(f"A[{t}] has width {len(M)}, but the states have {Z.shape[-1]}: are these the Jacobians of this model?")
+    return Z * M if M.numel() == 1 else Z @ M
 
 @patch
 def _gains(self: ALQR, A, V, E):
     "Gain times each row of E, made backwards while one K_t at a time is in memory"
     W = torch.empty_like(E)
-    for t, K, _ in riccati_steps(A, self.q, self.r, self.qf, torch.float64): W[t] = _times(E[t].to(K), K.T).to(W)
+    for t, K, _ in riccati_steps(A, self.q, self.r, self.qf, torch.float64): W[t] = _times(E[t].to(K), K.T, t).to(W)
     return W
 
 # %% ../nbs/08_control.ipynb #bd324ddf
@@ -582,7 +586,7 @@ class _FirstToken:
 @patch
 def edits(self: Tracker, model, layer=None, strength=1.0): return {t: _FirstToken(act) for t, act in Controller.edits(self, model, layer, strength).items()}
 
-# %% ../nbs/08_control.ipynb #6487ccd1
+# %% ../nbs/08_control.ipynb #95eeda31
 def feature_gains(
     A,  # sequence of L matrices (d, d), or an object with `jvp(t, Z)` = Z A_t^T and `vjp(t, Z)` = Z A_t such as `Jacobians`
     V: Tensor,  # features before each block and at the end, (L + 1, d), or (L + 1, m, d) for m of them
@@ -608,7 +612,7 @@ def feature_gains(
 def _probes(A):
     "jvp(t, Z) and vjp(t, Z) on rows"
     if hasattr(A, "jvp"): return (lambda t, Z: A.jvp(t, Z.float()).to(Z)), (lambda t, Z: A.vjp(t, Z.float()).to(Z))
-    return (lambda t, Z: _times(Z, _matrix_of(A, t, torch.float64).T.to(Z))), (lambda t, Z: _times(Z, _matrix_of(A, t, torch.float64).to(Z)))
+    return (lambda t, Z: _times(Z, _matrix_of(A, t, torch.float64).T.to(Z), t)), (lambda t, Z: _times(Z, _matrix_of(A, t, torch.float64).to(Z), t))
 
 # %% ../nbs/08_control.ipynb #b9bd5dd2
 class FeatureLQR(ALQR):
@@ -626,13 +630,14 @@ class FeatureLQR(ALQR):
 
     def _gains(self, A, V, E): return feature_gains(A, torch.cat([V, self.end_[None]]), self.q, self.r, self.qf, self.rank, E).to(V)
 
-# %% ../nbs/08_control.ipynb #32ebebd4
+# %% ../nbs/08_control.ipynb #efe681c8
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 from torch import nn
 
 from .barrier import ascent
-from .ode import ODESteer
+from .ode import ODESteer, climb
 
 # %% ../nbs/08_control.ipynb #23277a6a
 class SPID(FeatureController):
@@ -802,7 +807,7 @@ class BarrierLQR(Controller):
         e = newton_climb(barrier, x, self.low_[t] + value * (self.high_[t] - self.low_[t]), self.steps, self.leash_[t]) - x
         return K * e if K.numel() == 1 else e @ K.T
 
-# %% ../nbs/08_control.ipynb #da2d9f83
+# %% ../nbs/08_control.ipynb #db83cd17
 @patch
 def _new(self: BarrierLQR, L):
     "One unfitted ODESteer per block"
@@ -814,7 +819,7 @@ def _fit(self: BarrierLQR, data):
     self._new(L)
     for t, part in enumerate(self.parts): part.fit(data.pos[t], data.neg[t])
     low, high = (torch.stack([part.barrier.value(x).median() for part, x in zip(self.parts, X)]) for X in (data.neg, data.pos))
-    blind = high - low < 1e-2  # nats: these blocks cannot tell the classes apart, and have no say
+    blind = high - low < 0.1  # nats: these blocks cannot tell the classes apart, and have no say
     if blind.all(): raise ValueError("wanted and unwanted texts look the same to the barriers of all blocks: are the right texts in pos and neg?")
     A = torch.ones(L, 1, 1, dtype=torch.float64) if self.jacobian == "identity" else data.jacobians
     K = torch.stack([K_t.to(low) for _, K_t, _ in riccati_steps(A, self.q, self.r, self.qf, torch.float64)][::-1])
