@@ -28,14 +28,14 @@ class Study:
 
     def held(self): return dict(task="toy", data={"sha256": "d"}, model=self.about)
 
-    def run(self, arm="steer", method=None, params={}, layer=None, strength=None, split="test", seed=0, effect=0., noise=.1, scores=None, tps=100., answer="a", root=None):
+    def run(self, arm="steer", method=None, params={}, layer=None, strength=None, split="test", seed=0, effect=0., noise=.1, scores=None, tps=100., answer="a", root=None, more={}):
         config = self.held() | dict(arm=arm, method=method, params=params, layer=layer, strength=strength, split=split, seed=seed, decoding={"top_p": .9}, batch_size=8)
         path = Path(root or self.out)/run_key(config)
         path.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng(int(path.name, 16))
         if scores is None: scores = {"reward": self.luck + effect + noise*rng.normal(size=len(self.luck)), "info": np.ones(len(self.luck))}
         columns = {m: [None if np.isnan(v) else float(v) for v in x] for m, x in scores.items()}
-        summary = {"n": len(self.groups), "means": {}, "tokens_per_second": tps, "seconds": 2., "task": self.spec} | ({"moved": .1, "angle": 5.} if method else {})
+        summary = {"n": len(self.groups), "means": {}, "tokens_per_second": tps, "seconds": 2., "task": self.spec} | ({"moved": .1, "angle": 5.} if method else {}) | more
         for name, value in dict(config=config, scores=columns, environment={"device": "cpu"}, summary=summary).items(): (path/f"{name}.json").write_text(json.dumps(value))
         items = (dict(i=i, fold=0, group=str(g), prompt=f"q{g}", answer=answer, tokens=3) for i, g in enumerate(self.groups))
         (path/"answers.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
@@ -447,3 +447,25 @@ def test_guardrail_tasks_stand_in_the_report(tmp_path):
     assert [(r["arm"], r["task"], r["questions"]) for r in csv.DictReader(open(tmp_path/"r"/"tables"/"guardrail-tasks.csv"))] == [(r["method"], r["task"], str(r["n"])) for r in found["guardrails"]]
     assert r"\toprule" in (tmp_path/"r"/"tables"/"guardrail-tasks.tex").read_text()
     assert guardrail_rows(tmp_path/"a") == [r for r in found["guardrails"] if r["method"] == "unsteered"]
+
+
+# ---- controllers
+
+def test_controllers_stand_beside_steerers_with_their_own_strengths_and_their_effort(tmp_path):
+    s = Study(tmp_path/"runs").base().method("caa", .3, more={"effort": .05})
+    for T in (1., 4.): s.run("steer", "alqr", {}, None, {"T": T}, "val", effect=T/10)
+    s.choice("alqr", layer=None, strength={"T": 4.}, layers=(None,))
+    for seed in range(3): s.run("steer", "alqr", {}, None, {"T": 4.}, effect=.4, seed=seed, more={"moved": None, "angle": None, "effort": .1 + .01*seed})
+    found = quick(tmp_path/"runs")
+    scope, = found["scopes"]
+    table = main_table(scope)
+    shown = {row[0]: dict(zip(table.columns, row)) for row in table.cells()}
+    assert (shown["alqr"]["layer"], shown["alqr"]["strength"], shown["alqr"]["effort"]) == ("all", "T 4", "0.110") and (shown["caa"]["layer"], shown["caa"]["strength"], shown["caa"]["effort"]) == ("1", "0.4", "0.050")
+    assert shown["unsteered"]["effort"] == "" and "effort" in table.note and "set-point" in table.note
+    assert "effort" not in main_table(quick(Study(tmp_path/"old").base().method("caa", .3).out)["scopes"][0]).columns
+    drawn = dict(figures(found))
+    panels = {ax.get_title(loc="left"): ax for ax in drawn["toy, toy, strength"].axes}
+    assert panels["alqr, set-point"].get_xlim()[1] > 4 and panels["caa"].get_xlim()[1] < 1 and "set-point" in drawn["toy, toy, strength"].get_supxlabel()
+    assert [t.get_text() for t in drawn["toy, toy, layers"].axes[0].texts] == ["caa"]  # a controller has no layer to choose
+    report(found, tmp_path/"r")
+    assert "| alqr |" in (tmp_path/"r"/"report.md").read_text()
