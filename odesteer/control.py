@@ -294,10 +294,11 @@ def riccati(A, q: float = .1, r: float = 1., qf: float = .1) -> list:  # of L ga
     "All gains at once; see `riccati_steps`."
     return [K for _, K, _ in riccati_steps(A, q, r, qf)][::-1]
 
-# %% ../nbs/08_control.ipynb #057419fe
+# %% ../nbs/08_control.ipynb #0cb148d5
 def _check_weights(q, r, qf):
-    for name, w, fine in (("q", q, q >= 0), ("r", r, r > 0), ("qf", qf, qf >= 0)):
-        if isinstance(w, bool) or not fine or not math.isfinite(w): raise ValueError(f"{name}={w!r} is no weight: q and qf must be 0 or more, r more than 0 (a correction that costs nothing has no best size)")
+    for name, w in (("q", q), ("r", r), ("qf", qf)):
+        fine = isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w) and (w > 0 if name == "r" else w >= 0)
+        if not fine: raise ValueError(f"{name}={w!r} is no weight: q and qf must be numbers from 0 on, r more than 0 (a correction that costs nothing has no best size)")
 
 def _matrix_of(A, t, dtype=None):
     "A[t], checked; float64 is asked for where the device has it"
@@ -384,7 +385,7 @@ def _finite(states, name):
     if bad.any(): raise ValueError(f"the states of {int(bad.any(0).sum())} of {states.shape[1]} texts in {name} hold NaN or infinity (first before block {int(bad.any(1).float().argmax())}): load the model in a wider dtype such as bfloat16 or float32")
     return states
 
-# %% ../nbs/08_control.ipynb #b5831f18
+# %% ../nbs/08_control.ipynb #d6404059
 @patch
 def edits(self: Controller,
     model,  # the model to be steered
@@ -412,6 +413,7 @@ def resolve(self: Controller, strength) -> Tensor:
     self._must_be_fitted()
     if isinstance(strength, dict) and set(strength) == {"T"}: strength = strength["T"]
     if isinstance(strength, dict): raise ValueError(f"the strength of a controller is a number (a set-point), not {', '.join(strength)}: give strength= or T=")
+    if isinstance(strength, (str, type(None))): raise TypeError(f"strength must be a number, or one for every row; got {strength!r}")
     value = torch.as_tensor(strength, dtype=torch.float32)
     if not value.isfinite().all(): raise ValueError(f"strength must be finite; got {strength}")
     return value
@@ -699,7 +701,7 @@ class Recorder:
 
     def see(self, t, x, y, moved): self.seen.setdefault(t, []).append((x, y, moved))
 
-# %% ../nbs/08_control.ipynb #f786ab02
+# %% ../nbs/08_control.ipynb #73beb006
 class ActAddLFS(FeatureController):
     "Proportional feedback at chosen blocks: activation addition whose length follows the activation."
     def __init__(self,
@@ -723,7 +725,7 @@ class ActAddLFS(FeatureController):
         self.chosen = dict(layers=sorted({t % L for t in asked}))
 
     def _blocks(self): return self.chosen["layers"]
-    def _control(self, t, x, y, value, state): return self.kp * self._alpha(t, x, value)[:, None] * self.V_[t]
+    def _control(self, t, x, y, value, state): return self.kp * (self._alpha(t, x, value)[:, None] * self.V_[t])
 
 # %% ../nbs/08_control.ipynb #7471b6b3
 class PIDAcT(Controller):
