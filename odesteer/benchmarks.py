@@ -681,7 +681,7 @@ def _fill(text, words): return re.sub(r"\{(\w+)\}", lambda m: words.get(m[1], m[
 JUDGES["prevalence"] = ChatYesNoJudge, dict(model="meta-llama/Llama-3.1-8B-Instruct", metric="prevalence", template=[
     {"role": "system", "content": "Decide whether a text is about this concept: {concept}{definition}. The word itself need not occur. Say Yes or No and nothing else."}, {"role": "user", "content": "{answer}"}])
 
-# %% ../nbs/09_benchmarks.ipynb #ba5eb758
+# %% ../nbs/09_benchmarks.ipynb #d6c421d5
 def concept_sentences(
     path: str,  # file with columns concept and sentence
     target: str,  # the concept that is wanted
@@ -706,6 +706,7 @@ def concept(
     max_new_tokens: int = 100, seed: int = 42, limit: int = None, fluency=None,  # of `generate`, `concept_sentences`, `make_fold`, `real_task`
 ) -> Task:
     "Concepts: how many continuations of one beginning are about it?"
+    target = target if target is None else str(target)
     pos, neg = ([(s, s) for s in part] for part in concept_sentences(path, target, n_texts, seed))
     judge = judge or load_judge("prevalence")
     if hasattr(judge, "fill"): judge = judge.fill(concept=target, definition=definition and f" ({definition})")
@@ -1011,6 +1012,7 @@ def strength(self: Bench, method, layer, strength, params={}, fold=0) -> dict:
     n = len(self.task.folds[fold].texts.pos)
     return strength if set(strength) <= {"T", "share", "nats", "until"} else resolve_strength(strength, self.steerer(method, layer, params, fold), *self.acts(fold, layer).split([n, len(self.acts(fold, layer)) - n]))
 
+# %% ../nbs/09_benchmarks.ipynb #aa2990eb
 @patch
 def moved(self: Bench, method, layer, strength, params={}) -> dict:
     "How far the fitted unwanted activations move: median displacement over norm, and median angle in degrees; nothing for a controller, which moves every block"
@@ -1523,7 +1525,7 @@ def speed(self: Bench, arms: list, rounds=5, tokens=16) -> dict:
 _sketch = {"n_components": 2000}  # activations have 128 numbers: a narrower sketch is enough
 _curved = _sketch | {"gamma": 10.}  # the published 0.1 is nearly linear, and here no linear method can work
 #: world -> method -> hyper-parameters that differ from the published ones
-MICRO_PARAMS = {world: {m: own for m in ("odesteer", "step-odesteer")} | {"spid": {"kp": .3}} for world, own in (("speakers", _sketch), ("experts", _curved))}
+MICRO_PARAMS = {world: {m: own for m in ("odesteer", "step-odesteer")} | {"spid": {"kp": .3}, "barrier-lqr": {k: v for k, v in own.items() if k == "gamma"}} for world, own in (("speakers", _sketch), ("experts", _curved))}
 QUICK = dict(units=[("speakers", 0, axis) for axis in ("truth", "toxicity", "helpfulness")], strengths=(.15, .3, .6, 1.), refine=1, repeats=1, seeds=2, rounds=3)
 STUDIED = "closed loop",  # ablations for every axis; the others for truth alone
 FULL = dict(units=[*(("speakers", seed, axis) for seed in range(3) for axis in ("truth", "toxicity", "helpfulness")), *(("experts", seed, "truth") for seed in range(3))],

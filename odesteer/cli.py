@@ -479,6 +479,7 @@ def _real_plan(o, plan, tasks={}, judges={}, batch_size=None, decoding={}):
         return Bench(model, tokenizer, task, out, batch_size=batch_size or o.batch_size, revision=commit, hub=commit and o.model)
     return dict({"params": {}} | plan, units=[(t,) for t in o.tasks]), make
 
+# %% ../nbs/12_cli.ipynb #efd1a951
 #: Task -> names of its files, in the order of --data; the first is enough, where others have a default
 FILES_OF = {"ultrafeedback": ("path", "test"), "realtoxicityprompts": ("path", "comments"), "refusal": ("harmful", "harmless")}
 
@@ -500,6 +501,7 @@ def judge_of(text, cache):
     judges = [load_judge(name, **({"model": model} if model else {}), cache=cache) for name, _, model in (part.partition("=") for part in text.split("+"))]
     return judges[0] if len(judges) == 1 else Panel(*judges)
 
+# %% ../nbs/12_cli.ipynb #2b42bd40
 def _preset_plan(o):
     "What a published table did, and nothing else"
     print(show_preset(o.preset), flush=True)
