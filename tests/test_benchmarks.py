@@ -1,5 +1,6 @@
 "The engine of the benchmarks: runs that survive anything, keys, the stop rule, sweeps, flat memory"
 import json
+import math
 import os
 import random
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ import pytest
 import torch
 
 import odesteer as ods
-from odesteer.benchmarks import (Bench, Choice, Fold, Paused, Run, Task, canonical_params, find_runs, fit_on, micro_task, read_run, run_key, run_plan, stop_rule, write_batches)
+from odesteer.benchmarks import (ABLATIONS, FULL, MICRO_PARAMS, SETPOINTS, Bench, Choice, Fold, Paused, Run, Task, ablation_arms, canonical_params, find_runs, fit_on, gather, main_table, micro_bench, micro_task, read_run, run_key,
+                                 run_plan, stop_rule, strength_at, write_batches)
 from odesteer.benchmarks import _closer, auto_layers
 from odesteer.micro import ContrastTexts, Prompt
 
@@ -275,6 +278,135 @@ def test_layers_to_try():
         B.ods.decoder_layers = lambda m: range(m.n)
         assert auto_layers(model(4)) == [0, 1, 2, 3] and auto_layers(model(32)) == [4, 7, 10, 13, 15, 18, 21, 24]
     finally: B.ods.decoder_layers = real
+
+
+# ---- controllers: they act on all blocks, and are fitted on texts
+
+def test_keys_of_old_do_not_change(lm, tmp_path):
+    "The engine may grow, but must find again what was run before"
+    b = micro_bench("speakers", 0, "truth", tmp_path)
+    sketch = MICRO_PARAMS["speakers"]["odesteer"]
+    keys = {("caa", 1, (("share", .4),), "val", 0): "46666bcd89526261", ("odesteer", 1, (("share", .4),), "val", 0): "d59e637b31a0119f", ("step-odesteer", 1, (("angle", 10),), "test", 0): "0e043043e9443d32", (None, None, None, "test", 2): "cade43d1ef19290d"}
+    for (method, layer, strength, split, seed), key in keys.items():
+        assert run_key(b.config(method, layer, strength and dict(strength), sketch if method in MICRO_PARAMS["speakers"] else {}, split, seed)) == key
+
+
+def test_the_choice_of_a_sweep_keeps_its_name(lm, tmp_path, monkeypatch):
+    b = micro_bench("speakers", 0, "truth", tmp_path)
+    monkeypatch.setattr(b, "run", lambda method=None, *a, **k: fake(true_info=.2, info=1. if method is None else .1, wellformed=1.), raising=False)
+    for method, key in (("caa", "5254b5e7865cac0a"), ("odesteer", "1bce0b1ed279cba4")):
+        b.sweep(method, strengths=FULL["strengths"], params=MICRO_PARAMS["speakers"].get(method, {}), refine=2, repeats=2)
+        assert (tmp_path/"choices"/f"{key}.json").exists(), [p.name for p in (tmp_path/"choices").iterdir()]
+
+
+def test_a_run_of_a_controller(lm, tmp_path, monkeypatch):
+    b = bench(lm, tmp_path)
+    run = b.run("alqr", None, {"T": 2.}, split="test")
+    texts, items = b.task.folds[0].texts, [json.loads(line) for line in open(tmp_path/run.key/"answers.jsonl")]
+    ctl = ods.make_steerer("alqr").fit(lm.model, lm.tokenizer, texts.pos, texts.neg, progress=False)
+    with ods.steering(lm.model, ctl, strength=2.): by_hand = [a for s in (0, 4) for a in ods.generate_text(lm.model, lm.tokenizer, [i["prompt"] for i in items[s:s + 4]], seed=s, **b.task.decoding)]
+    assert [i["answer"] for i in items] == by_hand and run.config["layer"] is None and "layer None" not in repr(run)
+    assert "moved" not in run.summary and run.summary["effort"] == pytest.approx(effort_by_hand(lm, ctl.W_, items, lambda t, x: 2*ctl.mu_[t] - x @ ctl.V_[t]), rel=1e-3)
+    monkeypatch.setattr(type(ctl), "fit", lambda *_, **__: 1/0)
+    assert torch.equal(bench(lm, tmp_path).steerer("alqr", None, {}).W_, b.steerer("alqr", None, {}).W_)  # found on disk
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in lm.model.model.layers)
+
+
+def effort_by_hand(lm, W, items, alpha):
+    "Mean |u| / |x| over blocks and the tokens from the last of the prompt on, text by text and block by block, without hooks of ours"
+    shares = []
+    for i in items:
+        prompt, ids = (lm.tokenizer(text, return_tensors="pt").input_ids for text in (i["prompt"], i["prompt"] + i["answer"]))
+        n, at = prompt.shape[1], {}
+        def block(t):
+            def hook(module, args, out):
+                y = (out[0] if isinstance(out, tuple) else out).clone()
+                u = alpha(t, args[0][:, n - 1:])[..., None] * W[t]
+                y[:, n - 1:] += u
+                at[t] = (u.norm(dim=-1) / y[:, n - 1:].norm(dim=-1))[0]
+                return (y, *out[1:]) if isinstance(out, tuple) else y
+            return hook
+        handles = [layer.register_forward_hook(block(t)) for t, layer in enumerate(lm.model.model.layers)]
+        with torch.no_grad(): lm.model(ids)
+        for h in handles: h.remove()
+        shares += [torch.stack([at[t] for t in range(len(handles))]).mean(0)]
+    return torch.cat(shares).mean().item()
+
+
+def test_a_sweep_of_a_controller_has_no_layers_and_its_own_strengths(lm, tmp_path, monkeypatch):
+    b, asked = bench(lm, tmp_path), []
+    def run(method=None, layer=None, strength=None, params={}, **kw):
+        if method: asked.append((layer, *strength.items()))
+        x = strength["T"] if strength else 0.
+        r = fake(true_info=.2 + .1*min(x, 3.), info=1. if x < 3 else .5, wellformed=1.)
+        return Run("", {}, r.scores, r.groups, {"means": {"true_info": r.scores["true_info"].mean()}})
+    monkeypatch.setattr(b, "run", run, raising=False)
+    choice = b.sweep("alqr", strengths=(.1, .2), refine=1, repeats=1)
+    assert choice.layer is None and choice.strength == {"T": 2.83} and {a[0] for a in asked} == {None} and [a[1] for a in asked[:5]] == [("T", x) for x in SETPOINTS[:5]]
+    assert b.sweep("alqr", strengths=(.1, .2), refine=1, repeats=1) == choice and b.sweep("alqr", layers=[2], strengths=(.3,), refine=1, repeats=1) == choice
+    assert b.sweep("spid", strengths=[{"T": 1.}, {"T": 2.}], refine=0, repeats=1).strength == {"T": 2.}
+    monkeypatch.setattr(b, "run", lambda method=None, *a, **k: fake(true_info=.2, info=1. if method is None else .1, wellformed=1.), raising=False)
+    assert b.sweep("actadd-lfs", strengths=(.1,)).strength is None
+
+
+@pytest.mark.parametrize("usual, least", [(0., .02), (-1.3, .02), (2.2, .05), (.61, 0.)])
+@pytest.mark.parametrize("wanted", [.06, .1, .3])
+def test_strength_at_an_effort(usual, least, wanted):
+    asked = []
+    def measure(x): asked.append(x); return math.hypot(least, .1*(x - usual))
+    x = strength_at(measure, wanted, [-8., -4., -2., -1., 0., 1., 2., 4., 8., 16.])
+    assert x > usual and measure(x) == pytest.approx(wanted, rel=.02) and len(asked) < 40
+    with pytest.raises(ValueError, match="0.01 is not reached: the least is") if least else nullcontext(): strength_at(measure, .01, [-8., -4., -2., -1., 0., 1., 2., 4., 8.])
+    with pytest.raises(ValueError, match="5 is not reached: it is"): strength_at(measure, 5., [0., 1., 2.])
+
+
+def test_arms_of_equal_effort(lm, tmp_path, capsys):
+    b = bench(lm, tmp_path, n=8)
+    rows = [json.loads(line) for line in open(tmp_path/b.run().key/"answers.jsonl")]
+    for method, layer, unit in (("caa", 1, "share"), ("alqr", None, "T"), ("pid-act", None, "T")):
+        at = b.strength(method, layer, {"effort": .06})
+        assert list(at) == [unit] and b.effort(method, layer, at, {}, rows) == pytest.approx(.06, rel=.02)
+    ctl, lam = b.steerer("alqr", None, {}), b.strength("alqr", None, {"effort": .06})["T"]
+    assert effort_by_hand(lm, ctl.W_, rows, lambda t, x: lam*ctl.mu_[t] - x @ ctl.V_[t]) == pytest.approx(.06, rel=.021)
+    assert bench(lm, tmp_path, n=8).strength("alqr", None, {"effort": .06}, {"seed": 2}) == {"T": lam}  # once for all seeds, and from disk
+    with pytest.raises(ValueError, match="an effort of 0.6 is not reached"): b.strength("caa", 1, {"effort": .6})
+
+
+def test_a_study_of_controllers_beside_steerers(lm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(ABLATIONS["closed loop"], "arms", [a for a in ABLATIONS["closed loop"]["arms"] if a[1] in ("caa", "spid", "alqr")])
+    own = {"odesteer": {"n_components": 50}, "spid": {"kp": .3}}
+    kw = dict(layers=[1], strengths=(.2,), refine=0, repeats=1, allow=2.)
+    b = bench(lm, tmp_path)
+    run_plan([("truth",)], ["odesteer", "caa", "alqr", "spid"], lambda axis, out: b, out=tmp_path, params=own, seeds=1, studies=["Jacobian", "closed loop"], **kw)
+    found = gather(tmp_path, resamples=199)["scopes"][0]
+    rows = {r["method"]: r for r in found["rows"]}
+    assert rows["alqr"]["chosen"][0][0] is None and list(rows["alqr"]["chosen"][0][1]) == ["T"] and rows["alqr"]["effort"] > 0 and rows["spid"]["arm"] == "spid (kp=0.3)"
+    assert [p[0] for p in found["curves"]["alqr"]["chosen"]] == [*SETPOINTS][:len(found["curves"]["alqr"]["chosen"])]
+    met = {(arm, place) for arm, place, *_ in found["studies"]["closed loop"]}
+    assert {("one block (CAA)", "effort 0.05"), ("A-LQR", "effort 0.05"), ("PID (S-PID)", "best"), ("A-LQR", "best")} <= met
+    at = {(arm, place): v for arm, place, *v in found["studies"]["Jacobian"]}
+    assert at["A-LQR, A = I", "effort 0.05"][-1] == pytest.approx(.05, rel=.5)  # effort on test
+    table = main_table(found)
+    assert next(row for row in table.cells() if row[0] == "alqr")[table.columns.index("layer")] == "all"
+
+
+def test_folders_from_before_efforts_were_measured(lm, tmp_path):
+    b = bench(lm, tmp_path)
+    run = b.run("caa", 1, {"share": .3}, split="test"); b.run(split="test"); b.run()
+    b.sweep("caa", layers=[1], strengths=(.3,), refine=0, repeats=1, allow=2.)
+    path = tmp_path/run.key/"summary.json"
+    summary = json.loads(path.read_text()); assert summary.pop("effort") > 0
+    path.write_text(json.dumps(summary))
+    row = next(r for r in gather(tmp_path, resamples=199)["scopes"][0]["rows"] if r["method"] == "caa")
+    assert row["effort"] is None and row["moved"] > 0
+
+
+def test_speed_is_measured_where_it_is_not_known(lm, tmp_path):
+    b, one = bench(lm, tmp_path), ("caa", 1, {"share": .3}, {})
+    first = b.speed([one], rounds=2, tokens=2)
+    both = b.speed([one, ("alqr", None, {"T": 1.}, {})], rounds=2, tokens=2)
+    assert both["caa"] == first["caa"] and len(both["alqr"]) == 2 and len(list((tmp_path/"speed").iterdir())) == 2
+    assert b.speed([("caa", 1, {"share": .4}, {})], rounds=2, tokens=2)["caa"] != first["caa"]
 
 
 # ---- size
