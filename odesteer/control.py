@@ -271,7 +271,7 @@ def vjp(self: Jacobians, t: int, Z: Tensor) -> Tensor:
     "Z A_t, (k, d), without the matrix."
     return mean_vjp(self.model, self._bar(t), t, Z, self.chunk)
 
-# %% ../nbs/08_control.ipynb #903c08bb
+# %% ../nbs/08_control.ipynb #8bfb1458
 def riccati_steps(
     A,  # Jacobians, any sequence of L matrices (d, d): a list, a tensor (L, d, d), or `Jacobians`; each is asked for once
     q: float = .1,  # cost of a deviation before each block
@@ -285,7 +285,7 @@ def riccati_steps(
     for t in reversed(range(len(A))):
         A_t = _matrix_of(A, t, dtype)
         I = torch.eye(len(A_t)).to(A_t)
-        if S is None: S = qf/r * I
+        S = qf/r * I if S is None else S.to(I.device)  # the blocks of a large model may be spread over devices
         if S.shape != A_t.shape: raise ValueError(f"A[{t}] has shape {tuple(A_t.shape)}, but the matrix after it has {tuple(S.shape)}: all blocks must have one width")
         K = torch.cholesky_solve(S @ A_t, torch.linalg.cholesky(S + I))  # only the ratios q/r and qf/r matter, so r is 1 here
         S = q/r * I + A_t.T @ K
@@ -399,7 +399,7 @@ def _try(self: Controller):
     x, state = torch.ones(1, self.width), {}
     for t in self._blocks(): self._control(t, x, x, torch.ones(()), state)
 
-# %% ../nbs/08_control.ipynb #d6404059
+# %% ../nbs/08_control.ipynb #2b28fc82
 @patch
 def edits(self: Controller,
     model,  # the model to be steered
@@ -419,7 +419,7 @@ def _act(self: Controller, t, state, x, y, value):
     "One block: the correction, computed in float32 or better, added to the output"
     wide = y if y.dtype == torch.float64 else y.float()
     u = self._on(wide)._control(t, x.to(wide.dtype), wide, value, state)
-    return torch.where(u == 0, y, (wide + u).to(y.dtype))
+    return (wide - (0 - u)).to(y.dtype)  # wide + u, but -0. + 0. would be 0.
 
 @patch
 def resolve(self: Controller, strength) -> Tensor:
@@ -432,7 +432,7 @@ def resolve(self: Controller, strength) -> Tensor:
     if not value.isfinite().all(): raise ValueError(f"strength must be finite; got {strength}")
     return value
 
-# %% ../nbs/08_control.ipynb #2f9e41bf
+# %% ../nbs/08_control.ipynb #808f1775
 class FeatureController(Controller):
     "A controller whose error is the distance of a feature from its set-point: beta* = offset_ + strength * mu_."
     def _fit_features(self, data: Rollouts):
@@ -454,8 +454,9 @@ class FeatureController(Controller):
         return v, ratio*mu, offset, torch.where(mu > 0, (high - offset)/(ratio*mu), 0)
 
     def _alpha(self, t, x, value):  # (rows,), or (rows, m) for m set-points
-        goal = value*self.mu_[t] if self.mu_.ndim == 1 else value[..., None]*self.mu_[t]
-        return self.offset_[t] + goal - torch.nn.functional.linear(x, self.V_[t])
+        V, mu = self.V_[t], self.mu_[t]
+        goal = self.offset_[t] + (value if V.ndim == 1 else value[..., None])*mu
+        return torch.addmv(goal, x, V, alpha=-1) if V.ndim == 1 else torch.addmm(goal, x, V.T, alpha=-1)
 
 # %% ../nbs/08_control.ipynb #e5308a24
 class ALQR(FeatureController):
@@ -633,15 +634,6 @@ class FeatureLQR(ALQR):
         self.params["rank"] = self.rank = rank
 
     def _gains(self, A, V, E): return feature_gains(A, torch.cat([V, self.end_[None]]), self.q, self.r, self.qf, self.rank, E).to(V)
-
-# %% ../nbs/08_control.ipynb #efe681c8
-from contextlib import nullcontext
-from types import SimpleNamespace
-
-from torch import nn
-
-from .barrier import ascent
-from .ode import ODESteer, climb
 
 # %% ../nbs/08_control.ipynb #23277a6a
 class SPID(FeatureController):
