@@ -167,16 +167,17 @@ def _block_map(block, t, narrow, context):
         return (y if isinstance(y, Tensor) else y[0])[:, -1].to(x)
     return f
 
-# %% ../nbs/08_control.ipynb #1edaf545
+# %% ../nbs/08_control.ipynb #553ebac1
 def mean_vjp(
     model,  # a causal language model
     contexts: list,  # of Context
     t: int,  # block
     Z: Tensor,  # directions at the block's output, (k, d)
     chunk: int = 256,  # rows at once
+    progress: bool = False,  # show a bar
 ) -> Tensor:  # Z A_t, (k, d)
     "Rows times the Jacobian of block t, averaged over texts in float32 or better."
-    return _mean_product(_pull, model, contexts, t, Z, chunk)
+    return _mean_product(_pull, model, contexts, t, Z, chunk, progress)
 
 def mean_jvp(
     model,  # a causal language model
@@ -184,12 +185,14 @@ def mean_jvp(
     t: int,  # block
     Z: Tensor,  # directions at the block's input, (k, d)
     chunk: int = 256,  # rows at once
+    progress: bool = False,  # show a bar
 ) -> Tensor:  # Z A_t^T, (k, d)
     "The Jacobian of block t applied to rows, averaged over texts in float32 or better."
-    if not _twice(model, contexts, t): return Z.to(torch.promote_types(Z.dtype, torch.float32)) @ mean_jacobian(model, contexts, t, chunk).to(Z).T
-    return _mean_product(_push, model, contexts, t, Z, chunk)
+    if _twice(model, contexts, t): return _mean_product(_push, model, contexts, t, Z, chunk, progress)
+    A = mean_jacobian(model, contexts, t, chunk, progress)
+    return Z.to(A.device, torch.promote_types(Z.dtype, A.dtype)) @ A.to(Z.dtype if Z.dtype == torch.float64 else A.dtype).T
 
-# %% ../nbs/08_control.ipynb #f64c4e82
+# %% ../nbs/08_control.ipynb #3dbcc6f0
 def _pull(f, x, z): return torch.autograd.grad(f(x), x, z)[0]
 def _push(f, x, z):
     w = torch.zeros_like(z).requires_grad_()
@@ -197,40 +200,41 @@ def _push(f, x, z):
 
 def _twice(model, contexts, t):
     "Can the trick be used? Kernels for packed weights or experts may raise where they are differentiated twice, or drop out without a word; then z J^T . z J^T is not (z J^T J) . z"
-    one = [next(iter(contexts))]
-    z = torch.linspace(-1, 1, one[0].states.shape[1])[None].cos()
+    one = contexts[:1]
+    z = torch.linspace(-1, 1, _text_config(model).hidden_size)[None].cos()
     try: y = _mean_product(_push, model, one, t, z, 1)
     except (RuntimeError, NotImplementedError): return False
     return bool((y.square().sum() - (_mean_product(_pull, model, one, t, y, 1) * z.to(y)).sum()).abs() < .02 * y.square().sum())
 
-def _mean_product(product, model, contexts, t, Z, chunk):
+def _mean_product(product, model, contexts, t, Z, chunk, progress=False):
     "One of the two products, text by text and chunk by chunk"
     from torch.nn.attention import SDPBackend, sdpa_kernel
+    from tqdm.auto import tqdm
     if len(contexts) == 0: raise ValueError("contexts is empty: a mean Jacobian needs at least one text")
     computing = _computing(decoder_layers(_unsteered(model)), t)
     with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
         Z = Z.clone().to(_device(computing[0]), torch.promote_types(Z.dtype, torch.float32))
         mean = torch.zeros_like(Z)
-        for context in contexts:
+        for context in tqdm(contexts, desc=f"block {computing[1]}", unit="text", leave=False, disable=not progress):
             f, x = _block_map(*computing, context), context.states[computing[1]].to(Z)
             for i in range(0, len(Z), chunk):
                 z = Z[i:i + chunk]
                 mean[i:i + chunk] += product(f, x.expand(len(z), -1).clone().requires_grad_(), z) / len(contexts)
         return mean
 
-# %% ../nbs/08_control.ipynb #4d6a7b9e
+# %% ../nbs/08_control.ipynb #4d1efc90
 def mean_jacobian(
     model,  # a causal language model
     contexts: list,  # of Context
     t: int,  # block
-    chunk: int = 256,  # rows at once: less memory, more time
+    chunk: int = 256,  # rows at once: fewer take less memory and more time
+    progress: bool = False,  # show a bar
 ) -> Tensor:  # A_t, (d, d), float32 (float64 where the states are): A_t[i, j] = d y_i / d x_j
     "The Jacobian of block t at the last token, averaged over texts."
-    if len(contexts) == 0: raise ValueError("contexts is empty: a mean Jacobian needs at least one text")
-    like = next(iter(contexts)).states
-    return mean_vjp(model, contexts, t, torch.eye(like.shape[1], dtype=like.dtype), chunk)
+    unit = torch.eye(_text_config(model).hidden_size, dtype=contexts[0].states.dtype if contexts else None)
+    return mean_vjp(model, contexts, t, unit, chunk, progress)
 
-# %% ../nbs/08_control.ipynb #03fcc2ea
+# %% ../nbs/08_control.ipynb #f6f3bc9f
 class Jacobians(Sequence):
     "The mean Jacobians A_0, ..., A_{L-1}, each made when asked for, or read from its file."
     def __init__(self,
@@ -248,28 +252,25 @@ class Jacobians(Sequence):
     def _cache(self): return _Cache(self.cache_dir, self.model, self._coded, "last", "mean Jacobian")
     @cached_property
     def contexts(self): return _contexts(_unsteered(self.model), self._coded)
-    def _bar(self, t):
-        from tqdm.auto import tqdm
-        return tqdm(self.contexts, desc=f"Jacobian of block {t}", unit="text", leave=False, disable=not self.progress)
     def __len__(self): return len(decoder_layers(self.model))
     def __repr__(self): return f"Jacobians({len(self)} blocks, mean over {len(self._coded)} texts)"
     def __getitem__(self, t: int) -> Tensor:
         if isinstance(t, int) and not -len(self) <= t < len(self): raise IndexError(f"block {t} of {len(self)}")  # which ends a loop
         t = _layer_index(decoder_layers(self.model), t)
         A = self._cache.load(t)
-        if A is None: self._cache.save(t, A := mean_jacobian(self.model, self._bar(t), t, self.chunk).cpu())
+        if A is None: self._cache.save(t, A := mean_jacobian(self.model, self.contexts, t, self.chunk, self.progress).cpu())
         return A.to(_device(decoder_layers(self.model)[t]))
 
-# %% ../nbs/08_control.ipynb #21dba01c
+# %% ../nbs/08_control.ipynb #3adb4db6
 @patch
 def jvp(self: Jacobians, t: int, Z: Tensor) -> Tensor:
     "Z A_t^T, (k, d), without the matrix."
-    return mean_jvp(self.model, self._bar(t), t, Z, self.chunk)
+    return mean_jvp(self.model, self.contexts, t, Z, self.chunk, self.progress)
 
 @patch
 def vjp(self: Jacobians, t: int, Z: Tensor) -> Tensor:
     "Z A_t, (k, d), without the matrix."
-    return mean_vjp(self.model, self._bar(t), t, Z, self.chunk)
+    return mean_vjp(self.model, self.contexts, t, Z, self.chunk, self.progress)
 
 # %% ../nbs/08_control.ipynb #8bfb1458
 def riccati_steps(
