@@ -248,7 +248,7 @@ def test_a_sequence_made_when_asked(tok):
 def test_files_are_found_again_and_only_for_the_same_weights_and_texts(tok, tmp_path, monkeypatch):
     model, made = tiny_model("llama"), []
     import odesteer.control as control
-    monkeypatch.setattr(control, "mean_jacobian", lambda m, c, t, chunk, real=control.mean_jacobian: made.append(t) or real(m, c, t, chunk))
+    monkeypatch.setattr(control, "mean_jacobian", lambda m, c, t, *rest, real=control.mean_jacobian: made.append(t) or real(m, c, t, *rest))
     def ask(*blocks, model=model, texts=TEXTS, **kw):
         jacobians = Jacobians(model, tok, texts, cache_dir=tmp_path, progress=False, **kw)
         return [jacobians[t] for t in blocks]
@@ -263,9 +263,9 @@ def test_files_are_found_again_and_only_for_the_same_weights_and_texts(tok, tmp_
 def test_a_kill_leaves_only_whole_files(tok, tmp_path, monkeypatch):
     import odesteer.control as control
     model, real = tiny_model("llama"), control.mean_jacobian
-    def dies(m, c, t, chunk):
+    def dies(m, c, t, *rest):
         if t == 1: raise KeyboardInterrupt
-        return real(m, c, t, chunk)
+        return real(m, c, t, *rest)
     monkeypatch.setattr(control, "mean_jacobian", dies)
     with pytest.raises(KeyboardInterrupt): list(reversed(Jacobians(model, tok, TEXTS, cache_dir=tmp_path, progress=False)))
     kept = {f: f.stat().st_mtime_ns for f in files(tmp_path)}
@@ -292,7 +292,7 @@ def test_the_bar_is_on_stderr_and_can_be_off(tok, capfd):
     assert capfd.readouterr() == ("", "")
     Jacobians(model, tok, TEXTS)[1]
     out, err = capfd.readouterr()
-    assert out == "" and "Jacobian of block 1" in err
+    assert out == "" and "block 1:" in err and "/3 [" in err
 
 
 def test_micro_model_is_differentiated(tok):
