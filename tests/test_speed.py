@@ -1,0 +1,209 @@
+"Speed: what is timed is what it says, counts are right, the yardstick is the published recipe, and the whole table runs"
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import odesteer as ods
+from odesteer import speed
+from odesteer.speed import (PARTS, TARGETS, Decoding, EmptyEdit, RecipeEdit, activations, attached, count, fitted_methods, goals, keep, measure, measure_collect, measure_decode, measure_fit,
+                            measure_steer, objective, pick, plain_collect, random_llama, ratio, recipe_flow, recipe_vjp, results, show, tables, trials)
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def llama(): return random_llama("tiny")
+
+
+# The clock
+
+def test_candidates_take_turns():
+    "With a clock that only the candidates move: exact times, one turn each per round, in changing order"
+    now, calls = [0.], []
+    def arm(name, takes):
+        def f(): calls.append(name); now[0] += takes
+        return f
+    arms = {name: arm(name, takes) for name, takes in dict(a=1., b=2., c=.25).items()}
+    seconds = trials(arms, rounds=20, least=.5, clock=lambda: now[0])
+    assert {k: set(v) for k, v in seconds.items()} == {"a": {1.}, "b": {2.}, "c": {.25}}
+    warm, rest = calls[:-80], calls[-80:]
+    assert warm.count("a") == warm.count("b") == 1 and warm.count("c") == 3  # a second of warm-up, or three calls
+    turns = [rest[i:i + 4] for i in range(0, 80, 4)]  # c is called twice in a row: half a second
+    assert all(sorted(t) == ["a", "b", "c", "c"] and "".join(t).count("cc") == 1 for t in turns) and len(set(map(tuple, turns))) > 3
+
+
+def test_ratio_is_that_of_the_rounds():
+    "A slow minute that hits both candidates changes nothing"
+    r = ratio([2., 20., 2.2, 200., 4.], [1., 10., 1., 100., 1.])
+    assert (r.value, r.lo, r.hi) == (2., 2., 2.2) and str(r) == "2 (2 to 2.2)"
+
+
+# Counted work
+
+def test_work_is_counted():
+    a, B = torch.ones(3, 50), torch.ones(50, 70)
+    w = count(lambda: a @ B)
+    assert (w.kernels, w.flops, w.bytes) == (1, 2 * 3 * 50 * 70, 4 * (3 * 50 + 50 * 70 + 3 * 70))
+    assert count(lambda: (a.T, a.view(50, 3)[:, 1:], a.expand(7, 3, 50))).kernels == 0  # views move nothing
+    w = count(lambda: a + a.expand(7, 3, 50))
+    assert (w.kernels, w.flops, w.bytes) == (1, 1050, 4 * (150 + 150 + 1050))  # what is repeated is read once
+    x = torch.ones(4, 1024)
+    z = x.to(torch.complex64)
+    assert count(lambda: torch.fft.rfft(x)).flops == 2.5 * 4 * 1024 * 10 and count(lambda: torch.fft.fft(z)).flops == 5 * 4 * 1024 * 10
+    assert count(lambda: torch.cat([x, x]).clone()).flops == 0
+    table = torch.ones(10_000, 8)
+    assert count(lambda: table[torch.tensor([1, 2])]).bytes < 1000 and count(lambda: torch.nn.functional.embedding(torch.tensor([1, 2]), table)).bytes < 1000
+
+
+@pytest.mark.parametrize("shape", ["1b", "8b"])
+def test_a_token_reads_every_weight_once(shape):
+    model = random_llama(shape, "meta", torch.bfloat16)
+    weights = sum(p.numel() for p in model.parameters()) - (0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel())
+    one, many = (Decoding(model, prompt=16, batch=b).count() for b in (1, 8))
+    assert 1 < one.flops / (2 * weights) < 1.02 and 1 < one.bytes / (2 * weights) < 1.05
+    assert 7.9 < many.flops / one.flops < 8.1 and many.bytes < 1.2 * one.bytes
+
+
+def test_the_shapes_are_those_of_the_models():
+    found = {s: sum(p.numel() for p in random_llama(s, "meta").parameters()) for s in ("1b", "8b")}
+    assert found == {"1b": 1_235_814_400, "8b": 8_030_261_248}
+
+
+# The yardstick
+
+@pytest.mark.parametrize("degree, coef0", [(1, 1.), (2, 1.), (3, .5), (2, 0.)])
+def test_the_recipe_is_the_gradient_of_the_score(degree, coef0):
+    "Against autograd, in float64"
+    g = torch.Generator().manual_seed(degree)
+    sketch = ods.PolynomialCountSketch(60, degree, .3, coef0).fit(torch.zeros(1, 9))
+    x, w = torch.randn(5, 9, generator=g, dtype=torch.float64).requires_grad_(), torch.randn(60, generator=g, dtype=torch.float64)
+    expected, = torch.autograd.grad((sketch(x) @ w).sum(), x)
+    torch.testing.assert_close(recipe_vjp(x.detach(), w, sketch.indexHash_, sketch.bitHash_.double(), .3, coef0, 60), expected)
+
+
+@pytest.mark.parametrize("degree", [2, 3])
+def test_the_recipe_is_odesteer(degree):
+    pos, neg = (x.double() for x in activations(40, 12))
+    s = ods.ODESteer(n_components=200, degree=degree, steps=7).fit(pos, neg)
+    torch.testing.assert_close(recipe_flow(neg, 2., **tables(s), steps=7), s.steer(neg, 2.), rtol=1e-7, atol=1e-7)
+
+
+# Tokens
+
+def test_decoding_says_what_generate_says(llama):
+    prompt = torch.arange(4, 20)[None]
+    expected = llama.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)[0, 16:].tolist()
+    for static in (False, True):
+        decoding, said = Decoding(llama, prompt=16, room=16, static=static), []
+        for i in range(6):
+            said.append(decoding.token.item())
+            if i == 2: assert decoding.count().kernels > 50  # a step that is counted is forgotten
+            decoding.step()
+        assert said == expected or static and said[:3] == expected[:3]
+
+
+def test_controls_and_the_recipe_in_a_hook(llama):
+    ids = torch.arange(4, 20)[None]
+    def logits():
+        with torch.no_grad(): return llama(ids).logits
+    before, s = logits(), ods.ODESteer(n_components=300).fit(*activations(40, 64))
+    with attached(llama, (EmptyEdit(), None), 2): assert torch.equal(logits(), before)
+    with attached(llama, (s, None), 2): ours = logits()
+    with attached(llama, (RecipeEdit(s), None), 2): theirs = logits()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ours, before, atol=1e-3)
+    with attached(llama, None, 2): assert torch.equal(logits(), before)
+
+
+def test_every_method_is_measured(llama):
+    lm = ods.load_micro()
+    truth = lm.world.contrast("truth")
+    methods = fitted_methods(lm.model, lm.tokenizer, n_components=100, texts=(truth.pos[:8], truth.neg[:8]))
+    assert set(methods) == {*ods.steerer_names("steerer"), *ods.steerer_names("controller")}
+    assert all(m.width == 128 for m, _ in methods.values()) and methods["barrier-lqr"][0].K_.shape[-2:] == (128, 128)
+    rows = measure_decode(lm.model, methods, rounds=1, prompt=8)
+    work = {r["method"]: r["kernels"] for r in rows}
+    assert work["unsteered"] == work["unsteered again"] == work["empty edit"] < min(work[m] for m in methods)
+    assert all(r["seconds"] > 0 and r["ratio"][1] <= r["ratio"][0] <= r["ratio"][2] for r in rows)
+    assert "generate" not in vars(lm.model) and not any(m._forward_hooks for m in lm.model.modules())
+
+
+def test_compiled_decoding(llama):
+    "The arm of a GPU, with a compiler that changes nothing"
+    compiled = []
+    def backend(graph, inputs): compiled.append(1); return graph
+    rows = measure_decode(llama, {"caa": (ods.CAA().fit(*activations(8, 64)), None)}, rounds=1, prompt=8, static=True, compiled=dict(backend=backend))
+    assert [r["method"] for r in rows] == ["unsteered", "unsteered again", "empty edit", "caa"] and all(r["compiled"] and r["static"] for r in rows) and compiled
+
+
+# Before
+
+def test_the_plain_loop_collects_the_same():
+    lm = ods.load_micro()
+    texts = lm.world.contrast("truth").neg[:9]
+    expected = ods.collect_activations(lm.model, lm.tokenizer, texts, layers=[0, 2], progress=False)
+    for layer, a in expected.items(): torch.testing.assert_close(plain_collect(lm.model, lm.tokenizer, texts, layer, 4), a, rtol=1e-4, atol=1e-4)
+    rows = measure_collect(lm.model, lm.tokenizer, texts, rounds=1)
+    assert [r["layer"] for r in rows] == ["plain", 0, 1, 2, 3] and all(r["error"] < 1e-4 for r in rows)
+
+
+def test_the_objective_is_that_of_the_regression():
+    pos, neg = activations(15, 6)
+    b = ods.DensityRatioBarrier(ods.PolynomialCountSketch(40), C=.5).fit(pos, neg)
+    Z, y = b.phi(torch.cat([pos, neg])).double().numpy(), np.repeat([1, -1], 15)
+    w, c = b.coef_.double().numpy(), float(b.intercept_)
+    expected = np.log1p(np.exp(-y * (Z @ w + c))).sum() + (w @ w) / (2 * .5)
+    assert math.isclose(objective(b, torch.cat([pos, neg]), np.repeat([1, 0], 15), w, c), expected, rel_tol=1e-9)
+    rows = {r["solver"]: r for r in measure_fit(60, 8, 50, rounds=1)}
+    assert rows["ours"]["objective"] <= rows["scikit-learn"]["objective"] * (1 + 1e-6)
+
+
+# All of it
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    out = tmp_path_factory.mktemp("speed")/"speed.json"
+    return measure(tiny=True, rounds=1, out=out, say=lambda line: None), out
+
+
+def test_the_whole_table_at_tiny_sizes(found):
+    found, out = found
+    assert set(found) == {"machine", *PARTS} and all(found[p] for p in PARTS)
+    for part in PARTS:
+        for r in found[part]: assert r["seconds"] > 0 and 0 < r["ratio"][1] <= r["ratio"][0] <= r["ratio"][2] < math.inf, r
+    assert {(r["width"], r["batch"], r["steps"], r["route"]) for r in found["steer"]} == {(d, b, n, m) for d in (16, 32) for b in (1, 2) for n in (1, 2) for m in ("recipe", *speed.ROUTES)}
+    assert all(r["error"] < 1e-4 for r in found["steer"] + found["collect"])
+    assert {r["shape"] for r in found["decode"]} == {r["shape"] for r in found["collect"]} == {"micro", "tiny"}
+    text = show(found)
+    assert all(f"\n{part}\n" in text for part in PARTS) and "published recipe" in text and len(text.splitlines()) > 60
+
+
+def test_results_are_kept_part_by_part(found, tmp_path):
+    whole, out = found
+    kept = json.loads(out.read_text())
+    assert {k: len(v) for k, v in kept.items()} == {k: len(v) for k, v in whole.items()}
+    assert show(kept).count("\n") == show(whole).count("\n")
+    keep({"machine": kept["machine"], "import": []}, out)
+    assert json.loads(out.read_text()) == kept | {"import": []}
+
+
+def test_the_committed_results_hold_every_row_that_the_page_reads():
+    kept = results()
+    assert set(kept) == {"machine", *PARTS}
+    assert all(len(pick(part, **where)) == 1 for _, _, part, *wheres in TARGETS.values() for where in wheres) and len(goals(kept).splitlines()) == len(TARGETS)
+    names = {r["method"] for r in pick("decode", shape="1b")}
+    assert names >= {*ods.steerer_names("steerer"), *ods.steerer_names("controller"), "unsteered again", "empty edit", "published recipe"}
+    for part in PARTS:
+        for r in kept[part]: assert r["seconds"] > 0 and r["ratio"][1] <= r["ratio"][0] <= r["ratio"][2]
+
+
+@gpu
+def test_on_a_gpu():
+    rows = measure_steer(256, (1, 4), (10,), 1000, device="cuda", rounds=2)
+    assert all(r["error"] < 1e-3 for r in rows)
+    model = random_llama("tiny", "cuda", torch.bfloat16)
+    methods = fitted_methods(model, names=ods.steerer_names("steerer"), n_components=500)
+    for how in (dict(), dict(static=True), dict(static=True, compiled=dict(mode="reduce-overhead"))): assert len(measure_decode(model, methods, rounds=1, prompt=8, **how)) == 3 + len(methods)
