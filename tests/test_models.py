@@ -405,9 +405,10 @@ def test_a_changed_strength_is_not_compiled_again():
     handle.remove()
 
 
-def test_compiled_generation_with_a_static_cache():
+@pytest.mark.parametrize("method", ["CAA", "ODESteer"])
+def test_compiled_generation_with_a_static_cache(method):
     "As transformers does on a GPU: decoding steps run as one compiled graph, made once for all prompts and strengths"
-    model, graphs, caa = tiny_model("llama", num_hidden_layers=2), [], fitted()
+    model, graphs, caa = tiny_model("llama", num_hidden_layers=2), [], fitted(method=method, **(dict(n_components=64) if method == "ODESteer" else {}))
     def backend(graph, inputs): graphs.append(graph); return graph
     def answer(ids, **kw): return model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, **kw)[:, ids.shape[1]:]
     fast = dict(cache_implementation="static", compile_config=transformers.CompileConfig(backend=backend, fullgraph=True, mode=None, dynamic=False))
