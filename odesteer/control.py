@@ -722,7 +722,7 @@ class ActAddLFS(FeatureController):
     def _blocks(self): return self.chosen["layers"]
     def _control(self, t, x, y, value, state): return self.kp * (self._alpha(t, x, value)[:, None] * self.V_[t])
 
-# %% ../nbs/08_control.ipynb #7471b6b3
+# %% ../nbs/08_control.ipynb #41e1bb32
 class PIDAcT(Controller):
     "Constant pushes at every block, each fitted with the ones before it in place. Strength scales the pushes."
     def __init__(self,
@@ -746,7 +746,7 @@ class PIDAcT(Controller):
         if not sum(r.norm() for r in errors) > 1e-6 * len(errors[0])**0.5: raise ValueError("wanted and unwanted texts have the same mean states behind every block: there is nothing to push; are the right texts in pos and neg?")
         self._store(errors_=torch.stack(errors), push_=torch.stack(pushes))
 
-    def _control(self, t, x, y, value, state): return value.expand(len(y))[:, None] * self.push_[t]
+    def _control(self, t, x, y, value, state): return value[..., None] * self.push_[t].expand_as(y)
 
 # %% ../nbs/08_control.ipynb #553ace85
 @patch
