@@ -190,7 +190,7 @@ def _field(self: ODESteer, x):
     if self.metric == "covariance": v = project(ascent(v) @ self.metric_)
     return ascent(v)
 
-# %% ../nbs/03_ode.ipynb #2894b4ca
+# %% ../nbs/03_ode.ipynb #ab5696ed
 @patch
 def _route(self: ODESteer, x, evaluations):
     "The route that `method=` names, or the fastest exact one; None where there is no choice."
@@ -198,7 +198,7 @@ def _route(self: ODESteer, x, evaluations):
     if not (isinstance(self.barrier, DensityRatioBarrier) and isinstance(phi, PolynomialCountSketch)): return None
     asked = "spectral" if self.rank is not None else self.method if self.method != "auto" else self.barrier.method
     rotates = self.metric == "euclidean" and (self.barrier.normalize or not self.retract)
-    return route(phi.degree, x.shape[-1], phi.n_components, evaluations, x.device, rotates) if asked == "auto" else asked
+    return route(phi.degree, x.shape[-1], phi.n_components, evaluations, x.device, x.shape[:-1].numel(), rotates) if asked == "auto" else asked
 
 @patch
 def _coordinates(self: ODESteer, x, evaluations):

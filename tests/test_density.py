@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from sklearn.kernel_approximation import PolynomialCountSketch as SklearnSketch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 
 from odesteer.barrier import Barrier, GaussianBarrier
-from odesteer.density import (DensityRatioBarrier, IdentityFeatures, PolynomialCountSketch, RandomFourierFeatures,
-                              barrier_quality, choose, grouped_folds, held_out_values, quality)
+from odesteer.density import (DensityRatioBarrier, IdentityFeatures, PolynomialCountSketch, RandomFourierFeatures, Streamed,
+                              barrier_quality, choose, conjugate_gradients, grouped_folds, held_out_values, logistic_newton, quality)
+from odesteer.euler import logistic_regression
 
 SHAPES = list(itertools.product((1, 2, 3, 4), (16, 17), (1.0, 0.0)))  # degree, width, constant
 
@@ -228,6 +230,86 @@ def test_the_fit_is_the_optimum_of_ridge_logistic_regression():
     np.testing.assert_allclose(barrier.coef_.numpy(), best[:-1], atol=1e-5 * abs(best).max())
     assert barrier.intercept_.item() == pytest.approx(best[-1], rel=1e-4, abs=1e-4)
     assert barrier.log_prior_.item() == pytest.approx(math.log(len(neg) / len(pos)))
+
+
+# ---- the fit of many activations with many features
+
+def problem(N=700, n=90, seed=40, dtype=torch.float32):
+    "Features with a large common part, as sketches have, and labels."
+    g = torch.Generator().manual_seed(seed)
+    Z = (torch.randn(N, n, generator=g) * torch.linspace(.01, .3, n) + 1).to(dtype)
+    score = Z.float() @ torch.randn(n, generator=g) + torch.randn(N, generator=g)
+    return Z, (score > score.median()).float()
+
+
+def penalised_loss(Z, y, C, w, b):
+    sign = np.where(y.numpy() == 1, 1., -1.)
+    m = sign * (Z.double().numpy() @ w + b)
+    r = -sign / (1 + np.exp(m)) / len(m)
+    return np.logaddexp(0, -m).mean() + w @ w / (2 * C * len(m)), np.append(Z.double().numpy().T @ r + w / (C * len(m)), r.sum())
+
+
+@pytest.mark.parametrize("C", [.01, 1., 100.])
+@pytest.mark.parametrize("shape", [(700, 90), (60, 200)])
+def test_newton_ends_within_its_gap_of_the_optimum(C, shape):
+    from scipy.optimize import minimize
+    Z, y = problem(*shape)
+    best = minimize(lambda t: penalised_loss(Z, y, C, t[:-1], t[-1]), np.zeros(shape[1] + 1), jac=True, method="L-BFGS-B", options=dict(maxiter=50000, maxfun=50000, ftol=1e-16, gtol=1e-11))
+    for gap in 1e-6, 1e-9, 1e-13:
+        w, b, size = logistic_newton(Z, y, C, gap)
+        loss, g = penalised_loss(Z, y, C, w.numpy(), b.item())
+        assert w.dtype == b.dtype == torch.float64 and loss <= best.fun + gap
+        g[:-1] -= Z.double().mean(0).numpy() * g[-1]  # features are taken relative to their mean
+        assert size <= math.sqrt(2 * gap / (C * len(y))) and np.linalg.norm(g) <= size * 1.01 + 2e-8
+    np.testing.assert_allclose(w.numpy(), best.x[:-1], atol=1e-4 * abs(best.x).max())
+    theirs = LogisticRegression(C=C).fit(Z.numpy(), y.numpy())
+    assert loss <= penalised_loss(Z, y, C, theirs.coef_[0].astype(float), float(theirs.intercept_[0]))[0]
+
+
+def test_the_two_solvers_agree_and_blocks_do_not_matter():
+    Z, y = problem(dtype=torch.float64)
+    (w, b), (w2, b2, _) = logistic_regression(Z, y, 3.), logistic_newton(Z, y, 3., 1e-15)
+    torch.testing.assert_close(w2, w, rtol=1e-5, atol=1e-6); torch.testing.assert_close(b2, b, rtol=1e-5, atol=1e-6)
+    asked = []
+    class Table(Streamed):
+        def split(self, rows):
+            for z in super().split(rows): asked.append(len(z)); yield z
+    w3, b3, _ = logistic_newton(Table(lambda x: x + 0, Z.float(), Z.shape[1]), y, 3.)
+    w4, b4, _ = logistic_newton(Z.float(), y, 3.)
+    assert max(asked) <= 32
+    torch.testing.assert_close(w3, w4, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 12))
+def test_conjugate_gradients_solve(seed, n):
+    g = torch.Generator().manual_seed(seed)
+    R, b = torch.randn(n, n, generator=g, dtype=torch.float64), torch.randn(n, generator=g, dtype=torch.float64)
+    H = R @ R.T + torch.eye(n)
+    torch.testing.assert_close(H @ conjugate_gradients(lambda v: H @ v, b, 1e-10), b, rtol=1e-8, atol=1e-8)
+    assert (conjugate_gradients(lambda v: H @ v, 0 * b, 1e-10) == 0).all()
+
+
+@pytest.mark.parametrize("features", [lambda: PolynomialCountSketch(150, gamma=1.), lambda: PolynomialCountSketch(60, 3), lambda: RandomFourierFeatures(80), IdentityFeatures])
+def test_a_large_fit_is_the_small_one_whatever_the_memory(features, monkeypatch):
+    pos, neg = rows(41)
+    def fitted(**kw): return DensityRatioBarrier(features(), C=10.).fit(pos, neg, **kw)
+    small, a = fitted(), rows(42)[1]
+    assert small.optimality_ <= 1e-9
+    monkeypatch.setattr("odesteer.density.SMALL", 20)
+    held, streamed = fitted(), fitted(memory=0)
+    for large in held, streamed:
+        torch.testing.assert_close(large.value(a), small.value(a), rtol=1e-3, atol=2e-3)
+        assert large.optimality_ <= math.sqrt(2e-9 / (10 * (len(pos) + len(neg)))) and large.state_dict().keys() == small.state_dict().keys()
+
+
+def test_held_out_values_of_large_fits(monkeypatch):
+    pos, neg = rows(43, n=160)
+    make = lambda: [DensityRatioBarrier(PolynomialCountSketch(100), C) for C in (.1, 10.)]
+    small = held_out_values(make(), pos, neg)
+    monkeypatch.setattr("odesteer.density.SMALL", 20)
+    for (p, n), (p2, n2) in zip(small, held_out_values(make(), pos, neg)):
+        torch.testing.assert_close(p2, p, rtol=1e-3, atol=2e-3); torch.testing.assert_close(n2, n, rtol=1e-3, atol=2e-3)
 
 
 def test_swapping_the_classes_negates_h_and_labels_give_the_same_fit():

@@ -212,6 +212,7 @@ def test_error_of_rank_falls_is_shown_and_saved(tmp_path):
 
 def test_the_rule():
     assert [route(2, d, 8000, 10) for d in (64, 1024, 2048, 4096)] == ["spectral", "spectral", "spectral", "fft"]
+    assert route(2, 4096, 8000, 10, rows=64) == route(2, 4096, 8000, 100) == "spectral" and route(2, 5000, 8000, 100, rows=64) == "fft"
     assert [route(2, d, 8000) for d in (64, 1024, 2048, 4096)] == ["dense", "dense", "fft", "fft"]
     assert [route(2, d, 8000, 10, diagonal=False) for d in (64, 1024, 2048)] == ["dense", "dense", "fft"]
     assert {route(D, d, 8000, e, dev) for D in (1, 3) for d in (64, 4096) for e in (1, 10) for dev in ("cpu", "cuda")} == {"fft"}
