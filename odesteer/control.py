@@ -62,9 +62,8 @@ def contexts(
     model = _unsteered(model)
     return _contexts(model, _coded(model, tokenizer, texts, max_tokens))
 
-# %% ../nbs/08_control.ipynb #9fd205d2
+# %% ../nbs/08_control.ipynb #af967926
 def _unsteered(model):
-    if "flash" in str(getattr(_text_config(_plain(model)), "_attn_implementation", "")): raise ValueError("flash attention has no derivatives in float32: load the model with attn_implementation='sdpa'")
     if _watch(_plain(model)).users: raise ValueError("this model is being steered, so its Jacobians would be those of the steered model: take them before steering, or after its `with` block")
     return _plain(model)
 
@@ -86,9 +85,10 @@ def _one_pass(model, ids, start=0, **kwargs):
     finally:
         for h in handles: h.remove()
 
-# %% ../nbs/08_control.ipynb #bbe6e35a
+# %% ../nbs/08_control.ipynb #33dbe5b8
 def _contexts(model, coded) -> list:
     "By keys and values if they are the whole memory of the blocks, which is tried on the longest text; else by the states of all tokens"
+    if "flash" in str(getattr(_text_config(model), "_attn_implementation", "")): raise ValueError("flash attention has no derivatives in float32: load the model with attn_implementation='sdpa'")
     longest = _by_cache(model, max((c.ids for c in coded), key=len))
     fast = longest is not None and _reproduces(model, longest)
     return [(fast and _by_cache(model, c.ids)) or _by_states(model, c.ids) for c in coded]

@@ -226,6 +226,14 @@ def test_errors_say_what_to_do(tok):
         assert block_inputs(model, tok, TEXTS).shape[0] == LAYERS + 1  # states of a steered model are what feedback reads
 
 
+def test_flash_attention_is_refused_where_derivatives_are_taken(tok):
+    model = tiny_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    jacobians = Jacobians(model, tok, TEXTS, progress=False)  # controllers that ask for none can be fitted
+    for call in (lambda: jacobians[0], lambda: contexts(model, tok, TEXTS)):
+        with pytest.raises(ValueError, match="attn_implementation='sdpa'"): call()
+
+
 def test_states_of_a_steered_model(tok):
     model, u = tiny_model("llama"), rows(1)[0]
     steerer = CAA().fit(u[None] + rows(8), rows(8))
