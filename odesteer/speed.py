@@ -207,7 +207,7 @@ def activations(n: int, d: int, seed: int = 0, device="cpu") -> tuple:  # wanted
     side = torch.randn(d, generator=g)
     return tuple((torch.randn(n, d, generator=g) + s * side + 1).to(device) for s in (.3, -.3))
 
-# %% ../nbs/10_speed.ipynb #f83a98f8
+# %% ../nbs/10_speed.ipynb #1861d46a
 def measure_steer(
     width: int,  # d of the activations
     batches: tuple, steps: tuple,  # numbers of rows and of Euler steps
@@ -224,10 +224,14 @@ def measure_steer(
         for s in routes.values(): s.steps = n
         arms = {"recipe": lambda: recipe_flow(a, T, **recipe, steps=n), **{m: lambda s=s: s.steer(a, T) for m, s in routes.items()}}
         with torch.no_grad():
-            ends = {name: f() for name, f in arms.items()}
+            ends, first = {}, {}
+            for name, f in arms.items():
+                start = time.perf_counter()
+                ends[name] = f()
+                first[name] = time.perf_counter() - start
             seconds, moved = trials(arms, device=device, **timing), (ends["recipe"] - a).norm(dim=-1)
         rows += [dict(width=width, batch=batch, steps=n, route=name, seconds=float(np.median(s)), ratio=spread(ratio(seconds["recipe"], s)), **vars(count(arms[name])),
-                      took=name if name == "recipe" else routes[name].route(a), error=((ends[name] - ends["recipe"]).norm(dim=-1) / moved).max().item()) for name, s in seconds.items()]
+                      first=first[name], took=name if name == "recipe" else routes[name].route(a), error=((ends[name] - ends["recipe"]).norm(dim=-1) / moved).max().item()) for name, s in seconds.items()]
     return rows
 
 ROUTES = "auto", "spectral", "dense", "fft"  # of ODESteer
