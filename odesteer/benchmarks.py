@@ -1173,6 +1173,7 @@ def stop_rule(
     task: Task,
     allow: float = .15,  # a guardrail may lose this much; its interval must exclude more
     resamples: int = 1999,
+    patient: bool = False,  # for set-points: one below what the model does anyway pulls the wrong way, and is passed over
 ) -> Stop:
     "The largest strength that no guardrail forbids, or the last before the primary metric degrades"
     def gain(metric, a, b): return paired_difference(*(task.better.get(metric, 1) * x.scores[metric] for x in (a, b)), base.groups, resamples=resamples)
@@ -1184,6 +1185,7 @@ def stop_rule(
                 last = f"the weakest strength tried, {strengths[0]:.3g}, already" if k == 0 else f"stopped at {strengths[k - 1]:.3g}: {strengths[k]:.3g}"
                 return Stop(k - 1, f"{last} changes {metric} by {_signed(d, task.better.get(metric, 1))}, which does not exclude a loss of {allow:g}")
         d = gain(task.primary, runs[best] if best >= 0 else base, run)
+        if d.hi < 0 and patient and best < 0: continue
         if d.hi < 0:
             last = f"stopped at {strengths[best]:.3g}: {strengths[k]:.3g}" if best >= 0 else f"nothing weaker raised {task.primary}, and {strengths[k]:.3g}"
             return Stop(best, f"{last} makes {task.primary} worse by {_signed(d, task.better[task.primary])}")
@@ -1204,7 +1206,7 @@ class Choice:
     trials: list  # (layer, strength, mean of the primary metric), in the order tried
 
 SHARES = (.1, .2, .3, .45, .6, .8, 1., 1.3)  # of the median activation norm
-SETPOINTS = (.25, .5, 1., 2., 4., 8.)  # of controllers: 1 is the mean of the wanted texts
+SETPOINTS = (.25, .5, 1., 2., 4., 8., 16., 32., 64.)  # of controllers: 1 is the mean of the wanted texts
 
 def strength_grid(method, strengths) -> list:
     "Strengths as dicts of one unit; a controller knows no shares and has a grid of its own"
@@ -1226,6 +1228,9 @@ def sweep(self: Bench, method,
     config = dict(**{k: v for k, v in self.config().items() if k not in VARIES}, method=method, params=params, layers=layers, strengths=strengths, allow=allow, refine=refine, repeats=repeats, **({} if rule == "stop" else {"rule": rule}))
     path, trials = self.out/"choices"/f"{run_key(config)}.json", []
     if path.exists(): saved = json.loads(path.read_text()); return Choice(*(saved[k] for k in ("layer", "strength", "why", "trials")))
+    if feedback(method):
+        try: self.steerer(method, None, params)
+        except ValueError as e: return self._settled(path, config, Choice(None, None, f"nothing to hold on to: {e}", []))
     climbs = {layer: self._climb(method, layer, strengths, params, allow, 1, rule, trials) for layer in layers}
     safe = {layer: c for layer, c in climbs.items() if c[0].index >= 0}
     choice = Choice(None, None, climbs[layers[0]][0].why if len(layers) == 1 else "no strength is safe in any layer", trials)
@@ -1236,11 +1241,16 @@ def sweep(self: Bench, method,
             stop = self._climb(method, layer, strengths, params, allow, repeats, rule, trials)[0]
             if look < refine: strengths = _closer(strengths, max(0, stop.index))
         choice = Choice(layer, strengths[stop.index], stop.why, trials) if stop.index >= 0 else Choice(None, None, stop.why, trials)
+    return self._settled(path, config, choice)
+
+# %% ../nbs/09_benchmarks.ipynb #fd7b8345
+@patch
+def _settled(self: Bench, path, config, choice):
+    "Keep a choice"
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, json.dumps({"config": config, **asdict(choice)}, indent=1).encode())
     return choice
 
-# %% ../nbs/09_benchmarks.ipynb #fd7b8345
 @patch
 def _climb(self: Bench, method, layer, strengths, params, allow, repeats, rule, trials):
     "Up the strengths until the rule stops: (`Stop`, runs, primary metric at the stop)"
@@ -1250,7 +1260,7 @@ def _climb(self: Bench, method, layer, strengths, params, allow, repeats, rule, 
         means.append(float(np.nanmean(runs[-1].scores[self.task.primary])))
         if [layer, strength] not in [t[:2] for t in trials]: trials.append([layer, strength, means[-1]])
         values = [next(iter(s.values())) for s in strengths[:len(runs)]]
-        stop = stop_rule(values, base, runs, self.task, allow) if rule == "stop" else best_of(values, means, self.task)
+        stop = stop_rule(values, base, runs, self.task, allow, patient=feedback(method)) if rule == "stop" else best_of(values, means, self.task)
         if stop.ended: break
     return stop, runs, means[stop.index] if stop.index >= 0 else math.nan
 
@@ -1259,6 +1269,7 @@ def best_of(strengths, means, task) -> Stop:
     k = int(np.argmax([-math.inf if math.isnan(m) else task.better[task.primary] * m for m in means]))
     return Stop(k, f"best {task.primary} of {len(means)} strengths, guardrails not asked", ended=False)
 
+# %% ../nbs/09_benchmarks.ipynb #d12649af
 @patch
 def repeated(self: Bench, repeats, *args, **kwargs) -> Run:
     "A run with several seeds: the scores of an item are their means"
@@ -1307,7 +1318,7 @@ def benchmark(self: Bench,
         for s in seeds: self.run(method, choice.layer, choice.strength, canonical_params(method, {"seed": s, **own}), "test", s)
         if lm_eval: self.guardrails(lm_eval, method, choice.layer, choice.strength, own)
         if curve:
-            for x in strength_grid(method, grid): self.run(method, choice.layer, x, canonical_params(method, {"seed": 0, **own}))
+            for x in (t[1] for t in choice.trials) if feedback(method) else strength_grid(method, grid): self.run(method, choice.layer, x, canonical_params(method, {"seed": 0, **own}))
 
 # %% ../nbs/09_benchmarks.ipynb #0ea4ad56
 @patch
@@ -1378,7 +1389,7 @@ def ablation_arms(
     shares: tuple = (.15, .3, .6),  # strengths of "share", of the median norm
     angles: tuple = (5, 10, 20),  # of "angle", in degrees
     levels: tuple = (.1, .25, .5, .75, .9),  # of "level", as quantiles of the barrier over the wanted fitted activations
-    efforts: tuple = (.05, .1),  # of "effort": what is added over the activation, mean over all blocks
+    efforts: tuple = (.05,),  # of "effort": what is added over the activation, mean over all blocks
 ) -> list:  # of dicts; "best" among the strengths stands for a sweep on validation
     "The runs of an ablation"
     if study not in ABLATIONS: raise ValueError(f"there is no ablation {study!r}: choose one of {', '.join(map(repr, ABLATIONS))}")
@@ -1525,7 +1536,7 @@ def speed(self: Bench, arms: list, rounds=5, tokens=16) -> dict:
 _sketch = {"n_components": 2000}  # activations have 128 numbers: a narrower sketch is enough
 _curved = _sketch | {"gamma": 10.}  # the published 0.1 is nearly linear, and here no linear method can work
 #: world -> method -> hyper-parameters that differ from the published ones
-MICRO_PARAMS = {world: {m: own for m in ("odesteer", "step-odesteer")} | {"spid": {"kp": .3}, "barrier-lqr": {k: v for k, v in own.items() if k == "gamma"}} for world, own in (("speakers", _sketch), ("experts", _curved))}
+MICRO_PARAMS = {world: {m: own for m in ("odesteer", "step-odesteer")} | {"spid": {"kp": .3}, "barrier-lqr": {"gamma": own.get("gamma", 1.)}} for world, own in (("speakers", _sketch), ("experts", _curved))}
 QUICK = dict(units=[("speakers", 0, axis) for axis in ("truth", "toxicity", "helpfulness")], strengths=(.15, .3, .6, 1.), refine=1, repeats=1, seeds=2, rounds=3)
 STUDIED = "closed loop",  # ablations for every axis; the others for truth alone
 FULL = dict(units=[*(("speakers", seed, axis) for seed in range(3) for axis in ("truth", "toxicity", "helpfulness")), *(("experts", seed, "truth") for seed in range(3))],
@@ -2182,12 +2193,12 @@ def setting_matters(scope, study, question) -> Verdict:
     said = "; ".join(f"{k} is {g.reading} {reference}" for k, g in clear.items())
     return Verdict(question, f"Yes: {said}" if clear else f"No clear difference from {reference}", _listed(gains, f"{{}} over {reference}"))
 
-# %% ../nbs/09_benchmarks.ipynb #f1856287
+# %% ../nbs/09_benchmarks.ipynb #63ef2a14
 def closed_loop(scope) -> Verdict:
     "Does it pay to close the loop? By the arms of that study, against pushing at one block"
     gains, reference = together({f"{arm}, {place}": g for (arm, place), g in study_gains(scope, "closed loop").items()}), ABLATIONS["closed loop"]["arms"][0][0]
-    if not gains: return None
     loops = {k: g for k, g in gains.items() if not k.startswith(("one block", "every block"))}
+    if not loops: return None
     said = {r: [k for k, g in loops.items() if g.reading == r] for r in ("better than", "worse than", "no clear difference from")}
     claim = "; ".join(f"{r} {reference}: {', '.join(names)}" for r, names in said.items() if names)
     return Verdict("Does it pay to close the loop?", ("Yes" if len(said["better than"]) == len(loops) else "No" if not said["better than"] else "Some of it") + f". {claim[:1].upper()}{claim[1:]}", _listed(gains, f"{{}}: over {reference}"))
@@ -2258,7 +2269,8 @@ def strength_figure(scope: dict):  # matplotlib figure
         for ax, (arm, points) in zip(axes.flat, curves.items()):
             row = named[arm]
             unit = "T" if feedback(row["method"]) else "share"
-            ax.set_xlim(0, 1.06*widest[unit == "T"])
+            if unit == "T": ax.set_xscale("log")
+            else: ax.set_xlim(0, 1.06*widest[False])
             if scope["unsteered"] is not None: ax.axhline(scope["unsteered"], color="#999999", ls="--", lw=.9, zorder=0)
             sweep_plot(ax, *np.array(points, float)[:, :4].T, color=color_of(row["method"]))
             strengths = [c[1][unit] for c in row["chosen"] if c and c[1] and unit in c[1]]

@@ -250,6 +250,18 @@ def test_the_rule_for_a_metric_that_should_fall(lm):
     assert stop_rule([.1, .2, .4], run(.5, 1.), [run(.4, 1.), run(.1, 1.), run(.4, 1.)], task).index == 1
 
 
+def test_a_set_point_that_pulls_the_wrong_way_is_passed_over(lm):
+    task, base = small(lm), fake(true_info=.3, info=1., wellformed=1.)
+    at = lambda t, i=1.: fake(true_info=t, info=i, wellformed=1.)
+    runs = [at(.1), at(.2), at(.5), at(.6), at(.2)]
+    assert stop_rule([.25, .5, 1, 2, 4], base, runs, task).index == -1
+    stop = stop_rule([.25, .5, 1, 2, 4], base, runs, task, patient=True)
+    assert stop.index == 3 and stop.ended and "stopped at 2: 4 makes true_info worse" in stop.why
+    assert stop_rule([.25, .5, 1], base, [at(.1), at(.1, .5), at(.9)], task, patient=True).index <= 0  # guardrails are not passed over
+    never = stop_rule([.25, .5], base, [at(.1), at(.1)], task, patient=True)
+    assert never.index == -1 and not never.ended and "no steering at all" in never.why
+
+
 def test_closer_strengths_are_half_way():
     points = [{"share": s} for s in (.1, .2, .4)]
     assert [p["share"] for p in _closer(points, 1)] == pytest.approx([.1, .141, .2, .283, .4], abs=1e-3)
