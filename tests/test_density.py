@@ -249,6 +249,7 @@ def penalised_loss(Z, y, C, w, b):
     return np.logaddexp(0, -m).mean() + w @ w / (2 * C * len(m)), np.append(Z.double().numpy().T @ r + w / (C * len(m)), r.sum())
 
 
+@pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
 @pytest.mark.parametrize("C", [.01, 1., 100.])
 @pytest.mark.parametrize("shape", [(700, 90), (60, 200)])
 def test_newton_ends_within_its_gap_of_the_optimum(C, shape):
@@ -260,7 +261,7 @@ def test_newton_ends_within_its_gap_of_the_optimum(C, shape):
         loss, g = penalised_loss(Z, y, C, w.numpy(), b.item())
         assert w.dtype == b.dtype == torch.float64 and loss <= best.fun + gap
         g[:-1] -= Z.double().mean(0).numpy() * g[-1]  # features are taken relative to their mean
-        assert size <= math.sqrt(2 * gap / (C * len(y))) and np.linalg.norm(g) <= size * 1.01 + 2e-8
+        assert size <= math.sqrt(2 * gap / (max(C, 1) * C * len(y))) and np.linalg.norm(g) <= size * 1.01 + 2e-8
     np.testing.assert_allclose(w.numpy(), best.x[:-1], atol=1e-4 * abs(best.x).max())
     theirs = LogisticRegression(C=C).fit(Z.numpy(), y.numpy())
     assert loss <= penalised_loss(Z, y, C, theirs.coef_[0].astype(float), float(theirs.intercept_[0]))[0]
@@ -296,18 +297,18 @@ def test_a_large_fit_is_the_small_one_whatever_the_memory(features, monkeypatch)
     def fitted(**kw): return DensityRatioBarrier(features(), C=10.).fit(pos, neg, **kw)
     small, a = fitted(), rows(42)[1]
     assert small.optimality_ <= 1e-9
-    monkeypatch.setattr("odesteer.density.SMALL", 20)
+    monkeypatch.setattr("odesteer.density.SMALL", 20); monkeypatch.setattr("odesteer.density.FEW", 20)
     held, streamed = fitted(), fitted(memory=0)
     for large in held, streamed:
         torch.testing.assert_close(large.value(a), small.value(a), rtol=1e-3, atol=2e-3)
-        assert large.optimality_ <= math.sqrt(2e-9 / (10 * (len(pos) + len(neg)))) and large.state_dict().keys() == small.state_dict().keys()
+        assert large.optimality_ <= math.sqrt(2e-10 / (10 * (len(pos) + len(neg)))) and large.state_dict().keys() == small.state_dict().keys()
 
 
 def test_held_out_values_of_large_fits(monkeypatch):
     pos, neg = rows(43, n=160)
     make = lambda: [DensityRatioBarrier(PolynomialCountSketch(100), C) for C in (.1, 10.)]
     small = held_out_values(make(), pos, neg)
-    monkeypatch.setattr("odesteer.density.SMALL", 20)
+    monkeypatch.setattr("odesteer.density.SMALL", 20); monkeypatch.setattr("odesteer.density.FEW", 20)
     for (p, n), (p2, n2) in zip(small, held_out_values(make(), pos, neg)):
         torch.testing.assert_close(p2, p, rtol=1e-3, atol=2e-3); torch.testing.assert_close(n2, n, rtol=1e-3, atol=2e-3)
 
