@@ -330,7 +330,7 @@ class Controller(Fitted):
     def _fit(self, data: Rollouts): raise NotImplementedError
     def _control(self, t, x, y, value, state): raise NotImplementedError  # (rows, d): what to add to the output y of block t
 
-# %% ../nbs/08_control.ipynb #9479e75d
+# %% ../nbs/08_control.ipynb #a7f67df3
 @patch
 def fit(self: Controller,
     model,  # a causal language model that is not being steered
@@ -338,7 +338,7 @@ def fit(self: Controller,
     pos_texts,  # wanted texts: str, chats, or (prompt, answer) pairs; the last token is read
     neg_texts,  # unwanted texts
     also=(),  # further set-points to hold at the same time: (pos_texts, neg_texts, ratio of its strength to the first) each
-    jacobian_texts=None,  # texts at which blocks are linearised; default: the wanted ones (a seeded sample of them when many)
+    jacobian_texts=None,  # texts at whose ends blocks are linearised, best such as end where you steer; default: the wanted ones (a seeded sample when many)
     jacobians=None,  # instead: matrices that are there already, any sequence of L (d, d)
     batch_size: int = 32,
     cache_dir=None,  # folder that keeps Jacobians: found again by weights and texts, and a killed fit goes on from there
@@ -347,6 +347,9 @@ def fit(self: Controller,
     "Fit on wanted and unwanted texts; returns the controller itself."
     self.width, self._copies = None, {}
     if _watch(model).users: raise ValueError("this model is being steered, so its states are not its own: fit before steering, or after its `with` block")
+    for name in ("n_texts", "n_jacobian", "max_tokens"):
+        if (n := self.params.get(name)) is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1): raise ValueError(f"{name} must be a positive whole number or None; got {n!r}")
+    if any(isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(ratio) for *_, ratio in also): raise ValueError(f"also= takes (pos_texts, neg_texts, ratio) with a finite number as ratio; got {[ratio for *_, ratio in also]!r}")
     if also and not self.several: raise ValueError(f"{type(self).__name__} holds one set-point: leave out also=, or use ALQR")
     if any(isinstance(a, str) or len(a) != 3 for a in also): raise ValueError("also must hold (pos_texts, neg_texts, ratio) for each further set-point; the ratio is that of its strength to the first, such as 1.0")
     if jacobians is not None and jacobian_texts is not None: raise ValueError("jacobians= are there already: leave out jacobian_texts=")
@@ -431,13 +434,13 @@ def resolve(self: Controller, strength) -> Tensor:
     if not value.isfinite().all(): raise ValueError(f"strength must be finite; got {strength}")
     return value
 
-# %% ../nbs/08_control.ipynb #808f1775
+# %% ../nbs/08_control.ipynb #c21a5748
 class FeatureController(Controller):
     "A controller whose error is the distance of a feature from its set-point: beta* = offset_ + strength * mu_."
     def _fit_features(self, data: Rollouts):
         "Store unit features, their lengths, and the pieces of the set-point (no feature where the means agree); returns the features"
         tables = [self._feature(pos.double().mean(1), neg.double().mean(1), ratio) for pos, neg, ratio in ((data.pos, data.neg, 1.), *data.also)]
-        if not all((mu > 0).any() for _, mu, *_ in tables): raise ValueError("wanted and unwanted texts have the same mean states before every block: there is no feature between them; are the right texts in pos and neg?")
+        if not all(v.any() for v, *_ in tables): raise ValueError("wanted and unwanted texts have the same mean states before every block: there is no feature between them; are the right texts in pos and neg?")
         V, mu, offset, natural = (torch.stack(part, 1).to(data.pos) for part in zip(*tables))  # (L + 1, m, d), (L + 1, m), ...
         if len(tables) == 1: V, mu, offset, natural = (x[:, 0] for x in (V, mu, offset, natural))
         self._store(V_=V[:-1], end_=V[-1], mu_=mu[:-1], offset_=offset[:-1], natural_=natural[:-1])
@@ -450,14 +453,14 @@ class FeatureController(Controller):
         v = torch.where(mu > 0, 1/mu, 0)[:, None] * e
         low, high = (neg*v).sum(-1), (pos*v).sum(-1)
         offset = low if self.setpoint == "centred" else torch.zeros_like(low)
-        return v, ratio*mu, offset, torch.where(mu > 0, (high - offset)/(ratio*mu), 0)
+        return v, ratio*mu, offset, torch.where(ratio*mu != 0, (high - offset)/(ratio*mu), 0)
 
     def _alpha(self, t, x, value):  # (rows,), or (rows, m) for m set-points
         V, mu = self.V_[t], self.mu_[t]
         goal = self.offset_[t] + (value if V.ndim == 1 else value[..., None])*mu
         return torch.addmv(goal, x, V, alpha=-1) if V.ndim == 1 else torch.addmm(goal, x, V.T, alpha=-1)
 
-# %% ../nbs/08_control.ipynb #e5308a24
+# %% ../nbs/08_control.ipynb #fb85357f
 class ALQR(FeatureController):
     "Activation LQR: at every block, the feature's distance from its set-point times the cheapest correction of it."
     several = True
@@ -476,7 +479,7 @@ class ALQR(FeatureController):
         _check_weights(q, r, qf)
         if setpoint not in ("uncentred", "centred", "angular"): raise ValueError(f"setpoint must be 'uncentred', 'centred' or 'angular'; got {setpoint!r}")
         if jacobian not in ("mean", "identity"): raise ValueError(f"jacobian must be 'mean' or 'identity'; got {jacobian!r}")
-        if isinstance(angle, bool) or not math.isfinite(angle): raise ValueError(f"angle must be a number of degrees; got {angle!r}")
+        if isinstance(angle, bool) or not isinstance(angle, (int, float)) or not math.isfinite(angle): raise ValueError(f"angle must be a number of degrees; got {angle!r}")
         super().__init__(q=q, r=r, qf=qf, setpoint=setpoint, jacobian=jacobian, angle=angle, n_texts=n_texts, n_jacobian=n_jacobian, max_tokens=max_tokens, seed=seed)
 
     def _fit(self, data):
@@ -694,7 +697,7 @@ class Recorder:
 
     def see(self, t, x, y, moved): self.seen.setdefault(t, []).append((x, y, moved))
 
-# %% ../nbs/08_control.ipynb #73beb006
+# %% ../nbs/08_control.ipynb #835ebc1a
 class ActAddLFS(FeatureController):
     "Proportional feedback at chosen blocks: activation addition whose length follows the activation."
     def __init__(self,
@@ -706,6 +709,7 @@ class ActAddLFS(FeatureController):
     ):
         _numbers(kp=kp)
         _plane(setpoint)
+        if layers is not None and not isinstance(layers, (int, list, tuple, range)): raise ValueError(f"layers must be a list of blocks; got {layers!r}")
         if layers is not None: layers = [layers] if isinstance(layers, int) else list(layers)
         super().__init__(kp=kp, layers=layers, setpoint=setpoint, n_texts=n_texts, seed=seed)
 
@@ -720,7 +724,7 @@ class ActAddLFS(FeatureController):
     def _blocks(self): return self.chosen["layers"]
     def _control(self, t, x, y, value, state): return self.kp * (self._alpha(t, x, value)[:, None] * self.V_[t])
 
-# %% ../nbs/08_control.ipynb #41e1bb32
+# %% ../nbs/08_control.ipynb #66769e5a
 class PIDAcT(Controller):
     "Constant pushes at every block, each fitted with the ones before it in place. Strength scales the pushes."
     def __init__(self,
@@ -732,6 +736,7 @@ class PIDAcT(Controller):
         seed=0,  # of the choice of texts
     ):
         _numbers(kp=kp, ki=ki, kd=kd)
+        _counts(batch_size=batch_size)
         super().__init__(kp=kp, ki=ki, kd=kd, n_texts=n_texts, batch_size=batch_size, seed=seed)
 
     def _fit(self, data):
@@ -802,7 +807,7 @@ class BarrierLQR(Controller):
         e = newton_climb(barrier, x, self.low_[t] + value * (self.high_[t] - self.low_[t]), self.steps, self.leash_[t]) - x
         return K * e if K.numel() == 1 else e @ K.T
 
-# %% ../nbs/08_control.ipynb #db83cd17
+# %% ../nbs/08_control.ipynb #d9db713b
 @patch
 def _new(self: BarrierLQR, L):
     "One unfitted ODESteer per block"
@@ -818,6 +823,7 @@ def _fit(self: BarrierLQR, data):
     if blind.all(): raise ValueError("wanted and unwanted texts look the same to the barriers of all blocks: are the right texts in pos and neg?")
     A = torch.ones(L, 1, 1, dtype=torch.float64) if self.jacobian == "identity" else data.jacobians
     K = torch.stack([K_t.to(low) for _, K_t, _ in riccati_steps(A, self.q, self.r, self.qf, torch.float64)][::-1])
+    if K.shape[-1] not in (1, d): raise ValueError(f"the Jacobians have width {K.shape[-1]}, but the states have {d}: are these the Jacobians of this model?")
     K[blind] = 0
     self._store(low_=low, high_=high, leash_=self.leash * torch.cat([data.pos, data.neg], 1)[:-1].norm(dim=-1).median(1).values, K_=K)
 
@@ -916,7 +922,7 @@ def induced_norm(
     half = torch.linalg.solve_triangular(torch.linalg.cholesky(P_from), Phi.T, upper=False)  # C^-1 Phi^T, where P_from = C C^T
     return torch.linalg.eigvalsh(half @ P_to @ half.T)[-1].clamp_min(0).sqrt()
 
-# %% ../nbs/08_control.ipynb #2b715896
+# %% ../nbs/08_control.ipynb #729fee8b
 def curvature(
     closed,  # closed loops, L matrices (d, d)
     P: Tensor,  # their rulers, (L + 1, d, d)
@@ -924,7 +930,7 @@ def curvature(
 ) -> Tensor:  # c_t, (L,): the largest 2 |r_t| / |delta_t|^2
     "How curved each block was seen to be: the remainder behind it against the deviation before it, each in its own ruler."
     r = [metric_norm(after - before @ A.T, P_after) for A, before, after, P_after in zip(closed, deltas, deltas[1:], P[1:])]
-    return torch.stack([(2*r_t / metric_norm(before, P_t)**2).max() for r_t, before, P_t in zip(r, deltas, P)])
+    return torch.stack([(2*r_t / (metric_norm(before, P_t)**2).clamp_min(torch.finfo(P.dtype).tiny)).max() for r_t, before, P_t in zip(r, deltas, P)])  # no deviation, no remainder
 
 def error_bound(
     closed,  # closed loops, L matrices (d, d)
