@@ -330,7 +330,7 @@ class Controller(Fitted):
     def _fit(self, data: Rollouts): raise NotImplementedError
     def _control(self, t, x, y, value, state): raise NotImplementedError  # (rows, d): what to add to the output y of block t
 
-# %% ../nbs/08_control.ipynb #a7f67df3
+# %% ../nbs/08_control.ipynb #ee31344f
 @patch
 def fit(self: Controller,
     model,  # a causal language model that is not being steered
@@ -349,9 +349,9 @@ def fit(self: Controller,
     if _watch(model).users: raise ValueError("this model is being steered, so its states are not its own: fit before steering, or after its `with` block")
     for name in ("n_texts", "n_jacobian", "max_tokens"):
         if (n := self.params.get(name)) is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1): raise ValueError(f"{name} must be a positive whole number or None; got {n!r}")
-    if any(isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(ratio) for *_, ratio in also): raise ValueError(f"also= takes (pos_texts, neg_texts, ratio) with a finite number as ratio; got {[ratio for *_, ratio in also]!r}")
     if also and not self.several: raise ValueError(f"{type(self).__name__} holds one set-point: leave out also=, or use ALQR")
     if any(isinstance(a, str) or len(a) != 3 for a in also): raise ValueError("also must hold (pos_texts, neg_texts, ratio) for each further set-point; the ratio is that of its strength to the first, such as 1.0")
+    if any(isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(ratio) for *_, ratio in also): raise ValueError(f"also= takes (pos_texts, neg_texts, ratio) with a finite number as ratio; got {[ratio for *_, ratio in also]!r}")
     if jacobians is not None and jacobian_texts is not None: raise ValueError("jacobians= are there already: leave out jacobian_texts=")
     pos_texts, neg_texts = self._draw(pos_texts, "pos_texts"), self._draw(neg_texts, "neg_texts")
     def states(texts, name): return _finite(block_inputs(model, tokenizer, texts, batch_size, progress), name)
