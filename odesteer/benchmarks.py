@@ -2269,7 +2269,7 @@ def strength_figure(scope: dict):  # matplotlib figure
         for ax, (arm, points) in zip(axes.flat, curves.items()):
             row = named[arm]
             unit = "T" if feedback(row["method"]) else "share"
-            if unit == "T": ax.set_xscale("log")
+            if unit == "T": ax.set_xscale("log"); ax.tick_params(which="minor", labelbottom=False)
             else: ax.set_xlim(0, 1.06*widest[False])
             if scope["unsteered"] is not None: ax.axhline(scope["unsteered"], color="#999999", ls="--", lw=.9, zorder=0)
             sweep_plot(ax, *np.array(points, float)[:, :4].T, color=color_of(row["method"]))
