@@ -580,7 +580,7 @@ def steering(
     model,  # a causal language model
     obj,  # a steerer or controller, or {layer: steerer} for several layers at once
     layer: int = None,  # 0-based block whose output is edited, -1 is the last; default: the one on the steerer's card
-    strength=None,  # a number, or one per row of the batch; 0 changes nothing, bit for bit
+    strength=None,  # a number, or one per row of the batch; 0 changes nothing, bit for bit (but is a place like any other to a controller, whose strength is a set-point)
     T=None,  # another name for strength
     positions="last",  # "last": the last prompt token and every later one; "all": prompt tokens too; or (batch,) numbers of prompt tokens
     blocks: str = None,  # dotted name of the list of blocks, if the search for it fails
@@ -612,6 +612,7 @@ def _site(part, layer, stack):
 
 def _check_part(model, part, layer):
     "Does this steerer fit this model, and was it made for it?"
+    if isinstance(part, type): raise TypeError(f"{part.__name__} is a class: make one and fit it, as in {part.__name__}().fit(...)")
     if not hasattr(part, "edits"): raise TypeError(f"cannot steer with {type(part).__name__}: give a fitted steerer or controller, or {{layer: steerer}}")
     width, here = getattr(part, "width", None), _text_config(model).hidden_size
     if isinstance(part, Fitted) and width is None: raise RuntimeError(f"this {type(part).__name__} is not fitted: call .fit(pos, neg) or .from_pretrained(path) first")

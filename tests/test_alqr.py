@@ -431,7 +431,7 @@ def test_bad_rank(rank):
     (dict(jacobian_texts=[]), "jacobian_texts is empty"),
     (dict(also=[(POS, [], 1.)]), r"also\[0\] is empty"),
     (dict(also=[(POS, NEG)]), "also must hold"), (dict(also=["abc"]), "also must hold"),
-    (dict(also=[(POS, POS, 1.)]), "same mean states"),
+    (dict(also=[(POS, POS, 1.)]), "same mean states"), (dict(also=[(POS, NEG, "a")]), "finite number as ratio"),
 ], ids=str)
 def test_bad_fits(kw, message):
     with pytest.raises(ValueError, match=message): ALQR().fit(the_model(), TOK, POS, NEG, progress=False, **kw)
@@ -446,3 +446,18 @@ def test_tracker_errors():
     with pytest.raises(ValueError, match="text 0"): Tracker().fit(the_model(), TOK, ("a", ""), progress=False)
     with pytest.raises(RuntimeError, match="not fitted"): Tracker().edits(the_model())
     with pytest.raises(ValueError, match="r=0"): Tracker(r=0)
+
+
+@pytest.mark.parametrize("kw", [dict(n_texts=-3), dict(n_texts=0), dict(n_jacobian=1.5), dict(max_tokens=True)], ids=str)
+def test_impossible_numbers_of_texts(kw):
+    with pytest.raises(ValueError, match="must be a positive whole number"): ALQR(**kw).fit(the_model(), TOK, POS, NEG, progress=False)
+
+
+@pytest.mark.parametrize("ratio", [0., -1.])
+def test_a_second_set_point_at_or_beyond_the_unwanted_mean(ratio):
+    "Ratio 0 holds a feature at its unwanted mean, -1 as far on the other side"
+    other = OTHER
+    c = ALQR(setpoint="centred").fit(the_model(), TOK, POS, NEG, also=[(*other, ratio)], progress=False)
+    low, high = (block_inputs(the_model(), TOK, texts)[:-1].double().mean(1) for texts in other[::-1])
+    goal = c.offset_[:, 1] + c.mu_[:, 1]
+    torch.testing.assert_close(goal.double(), ((low + ratio*(high - low)) * c.V_[:, 1]).sum(-1), atol=1e-4, rtol=1e-4)

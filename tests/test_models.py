@@ -864,6 +864,7 @@ def test_wrong_strength(llama, tok):
         logits(llama, IDS[:2], MASK[:2])
     with pytest.raises(ValueError, match="positions must be"): steering(llama, fitted(), layer=0, positions="first")
     with pytest.raises(TypeError, match="cannot steer with str"): steering(llama, "caa", layer=0)
+    with pytest.raises(TypeError, match="CAA is a class: make one and fit it"): steering(llama, ods.CAA, layer=0)
     with pytest.raises(ValueError, match="at least one layer"): steering(llama, {}, T=1.)
 
 

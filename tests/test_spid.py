@@ -358,3 +358,8 @@ def test_the_meter_adds_up_and_compiles():
         for strength in (1.5, 3., 1.5): h.strength = strength; logits(the_model())
     np.testing.assert_allclose(again.read(LAYERS)["per_layer"], plain.read(LAYERS)["per_layer"], rtol=1e-4)
     assert again.read(LAYERS)["tokens"] == 9
+
+
+def test_barrier_gains_of_another_width():
+    with pytest.raises(ValueError, match="Jacobians have width 8, but the states have"):
+        ods.BarrierLQR(n_components=64).fit(the_model(), TOK, end(POS), end(NEG), jacobians=[torch.eye(8)] * 4, **SILENT)
