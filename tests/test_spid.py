@@ -362,4 +362,4 @@ def test_the_meter_adds_up_and_compiles():
 
 def test_barrier_gains_of_another_width():
     with pytest.raises(ValueError, match="Jacobians have width 8, but the states have"):
-        ods.BarrierLQR(n_components=64).fit(the_model(), TOK, end(POS), end(NEG), jacobians=[torch.eye(8)] * 4, **SILENT)
+        ods.BarrierLQR(n_components=64).fit(the_model(), TOK, POS, NEG, jacobians=[torch.eye(8)] * 4, **SILENT)
