@@ -456,12 +456,12 @@ def on_model(part, shape, sizes, rounds, device) -> list:
     if gpu and large: rows += measure_decode(model, methods, shape, tokens=64, rounds=3, static=True, compiled=dict(mode="reduce-overhead"))
     return rows
 
-# %% ../nbs/10_speed.ipynb #b03792fd
+# %% ../nbs/10_speed.ipynb #f5db5e5d
 def keep(found: dict, path):
     "Write results to a JSON file, a row a line, beside the parts that it holds already"
     path = Path(path)
     found = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}) | found
-    digits = lambda v: float(f"{v:.5g}") if isinstance(v, float) else [digits(x) for x in v] if isinstance(v, list) else v
+    digits = lambda v: float(f"{v:.8g}") if isinstance(v, float) else [digits(x) for x in v] if isinstance(v, list) else v
     line = lambda row: json.dumps({k: digits(v) for k, v in row.items()})
     blocks = [f"{json.dumps(k)}: " + (line(v) if isinstance(v, dict) else "[\n" + ",\n".join(map(line, v)) + "\n]") for k, v in found.items()]
     path.write_text("{" + ",\n".join(blocks) + "}\n", encoding="utf-8")
