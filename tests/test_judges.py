@@ -322,7 +322,6 @@ def test_a_panel_merges_and_multiplies():
 
 
 def test_judges_by_name_load_nothing_and_take_other_models(tmp_path):
-    import odesteer.benchmarks  # whose tasks bring two more
     assert {name: kw["model"] for name, (_, kw) in JUDGES.items()} == {
         "truth": "allenai/truthfulqa-truth-judge-llama2-7B", "info": "allenai/truthfulqa-info-judge-llama2-7B", "toxicity": "s-nlp/roberta_toxicity_classifier",
         "toxic-bert": "unitary/toxic-bert", "reward": "Skywork/Skywork-Reward-V2-Llama-3.1-8B", "harmful": "cais/HarmBench-Llama-2-13b-cls", "prevalence": "meta-llama/Llama-3.1-8B-Instruct"}

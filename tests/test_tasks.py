@@ -19,7 +19,7 @@ from hypothesis import given, settings, strategies as st
 
 import odesteer as ods
 from odesteer import benchmarks as b
-from odesteer.evaluation import YesNoJudge, Panel, perplexity, read_rows
+from odesteer.evaluation import JUDGES, ChatYesNoJudge, YesNoJudge, Panel, perplexity, read_rows
 from odesteer.micro import Prompt
 
 from .archs import tiny_model, tiny_tokenizer
@@ -596,7 +596,7 @@ def test_concept_sentences_take_turns_and_are_of_one_kind(tmp_path):
 def test_a_chat_judge_says_what_its_head_was_set_to_say():
     from .test_judges import LLAMA, truth
     model = truth()
-    usual = b.ChatYesNoJudge((model, LLAMA), "prevalence", template=[dict(role="user", content="{concept} is {answer}")])
+    usual = ChatYesNoJudge((model, LLAMA), "prevalence", template=[dict(role="user", content="{concept} is {answer}")])
     one, two = usual.fill(concept="a fish"), usual.fill(concept="a {answer}")
     scores = one(["x"] * 2, ["indeed red indeed", "the zib is red"])
     assert scores["prevalence"].tolist() == [1, 0] and usual.template[0]["content"] == "{concept} is {answer}" and one.about["template"] != two.about["template"] and one.about["judge"] == "chat-yes-no"
@@ -604,14 +604,14 @@ def test_a_chat_judge_says_what_its_head_was_set_to_say():
     x = torch.tensor([LLAMA("<s>user : a fish is indeed red indeed \n", add_special_tokens=False)["input_ids"]])
     with torch.no_grad(): logits = model(x).logits[0, -1].double()
     assert scores["prevalence_p"][0] == pytest.approx(torch.softmax(logits[[ids("yes"), ids("no")]], 0)[0].item(), rel=1e-5)
-    kind, settings = b.JUDGES["prevalence"]
+    kind, settings = JUDGES["prevalence"]
     text = json.loads(kind((model, LLAMA), **{k: v for k, v in settings.items() if k != "model"}).fill(concept="chess", definition=" (a game)")._item("Once", "upon {concept}"))
     assert "this concept: chess (a game)." in text[0]["content"] and text[1] == dict(role="user", content="upon {concept}")
 
 
 def test_concept_end_to_end_draws_anew_for_the_test(tiny, tmp_path):
     from .test_judges import LLAMA, truth
-    judge = b.ChatYesNoJudge((truth(), LLAMA), "prevalence", template=[dict(role="user", content="{concept} {answer}")])
+    judge = ChatYesNoJudge((truth(), LLAMA), "prevalence", template=[dict(role="user", content="{concept} {answer}")])
     task = b.concept(concept_file(tmp_path), "chess", "a game", judge, n_val=6, n_test=8, max_new_tokens=5)
     assert_disjoint(task)
     assert [p.text for _, p in task.prompts("test")] == ["Once upon a time"] * 8 and task.data["judge"]["template"][0]["content"] == "chess {answer}" and task.better["prevalence"] == 1
