@@ -330,7 +330,7 @@ class Controller(Fitted):
     def _fit(self, data: Rollouts): raise NotImplementedError
     def _control(self, t, x, y, value, state): raise NotImplementedError  # (rows, d): what to add to the output y of block t
 
-# %% ../nbs/08_control.ipynb #ee31344f
+# %% ../nbs/08_control.ipynb #28de3f39
 @patch
 def fit(self: Controller,
     model,  # a causal language model that is not being steered
@@ -354,9 +354,9 @@ def fit(self: Controller,
     if any(isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(ratio) for *_, ratio in also): raise ValueError(f"also= takes (pos_texts, neg_texts, ratio) with a finite number as ratio; got {[ratio for *_, ratio in also]!r}")
     if jacobians is not None and jacobian_texts is not None: raise ValueError("jacobians= are there already: leave out jacobian_texts=")
     pos_texts, neg_texts = self._draw(pos_texts, "pos_texts"), self._draw(neg_texts, "neg_texts")
-    def states(texts, name): return _finite(block_inputs(model, tokenizer, texts, batch_size, progress), name)
-    pos, neg = states(pos_texts, "pos_texts"), states(neg_texts, "neg_texts")
-    also = tuple((*(states(self._draw(x, f"also[{i}]"), f"also[{i}]") for x in pair), float(ratio)) for i, (*pair, ratio) in enumerate(also))
+    def states(texts): return block_inputs(model, tokenizer, texts, batch_size, progress)
+    pos, neg = states(pos_texts), states(neg_texts)
+    also = tuple((*(states(self._draw(x, f"also[{i}]")) for x in pair), float(ratio)) for i, (*pair, ratio) in enumerate(also))
     if jacobians is None:
         texts = self._draw(pos_texts if jacobian_texts is None else jacobian_texts, "jacobian_texts", "n_jacobian")
         jacobians = Jacobians(model, tokenizer, texts, self.params.get("max_tokens"), cache_dir=cache_dir, progress=progress)
@@ -365,7 +365,7 @@ def fit(self: Controller,
     self._made = dict(n_pos=len(pos_texts), n_neg=len(neg_texts), of="texts", data_sha256=_sha256(pos, neg))
     return self._finish(model, tokenizer, pos, pos_texts[0])
 
-# %% ../nbs/08_control.ipynb #d564d283
+# %% ../nbs/08_control.ipynb #3cc2e279
 @patch
 def _finish(self: Controller, model, tokenizer, states, example):
     "What is known of any controller: the size of states, where they come from, their width"
@@ -383,11 +383,6 @@ def _draw(self: Controller, texts, name, limit="n_texts"):
     if n is None or len(texts) <= n: return list(texts)
     rows = torch.randperm(len(texts), generator=torch.Generator().manual_seed(self.params.get("seed", 0)))[:n]
     return [texts[i] for i in sorted(rows.tolist())]
-
-def _finite(states, name):
-    bad = (~states.isfinite()).any(-1)
-    if bad.any(): raise ValueError(f"the states of {int(bad.any(0).sum())} of {states.shape[1]} texts in {name} hold NaN or infinity (first before block {int(bad.any(1).float().argmax())}): load the model in a wider dtype such as bfloat16 or float32")
-    return states
 
 @patch
 def _blocks(self: Controller): return range(len(self.median_norm_))
@@ -552,7 +547,7 @@ def _alpha(self: ALQR, t, x, value):
     p = torch.nn.functional.linear(x, self.V_[t])
     return value[..., None] * (p.norm(dim=-1, keepdim=True) * self.goal_ - p)
 
-# %% ../nbs/08_control.ipynb #af85b313
+# %% ../nbs/08_control.ipynb #e2fe87e0
 class Tracker(Controller):
     "Holds the token at which an answer begins on the path that it takes in another prompt."
     def __init__(self,
@@ -572,7 +567,7 @@ class Tracker(Controller):
     ):
         "Store the path of a prompt's last token and the gains along it; returns the tracker itself."
         self.width, self._copies = None, {}
-        states = _finite(block_inputs(model, tokenizer, [prompt]), "prompt")
+        states = block_inputs(model, tokenizer, [prompt])
         A = Jacobians(model, tokenizer, [prompt], cache_dir=cache_dir, progress=progress)
         K = torch.stack([K.to(states) for _, K, _ in riccati_steps(A, self.q, self.r, self.qf, torch.float64)][::-1])
         self._store(path_=states[:-1, 0], K_=K)
