@@ -216,18 +216,28 @@ def _step(self: ODESteer, x):
     r, step = x.norm(dim=-1, keepdim=True), step_function(self.solver)
     return lambda f, a, dt: r * ascent(step(f, a, dt))
 
-def _euler_along(f, y, dt):
-    "An Euler step in the direction of `f`, whatever its length."
-    g = f(y)
-    return torch.addcmul(y, g, dt / torch.linalg.vector_norm(g, dim=-1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny))
+@torch.no_grad()
+def _euler_in_place(s, y, T, steps, path):
+    "`integrate(s.direction, y, T, steps, path=path)` in tensors that are made once."
+    norm, dt = torch.linalg.vector_norm, (T / steps)[..., None]
+    u, g, ug, n = torch.empty_like(y), torch.empty_like(y), torch.empty_like(y), torch.empty_like(dt)
+    states, least = [y], torch.full_like(dt, torch.finfo(y.dtype).tiny)  # the second: no 0 / 0 where the gradient is zero
+    y = y.clone()
+    for _ in range(steps):
+        torch.div(y, norm(y, dim=-1, keepdim=True, out=n).add_(1e-12), out=u) if s.normalize else u.copy_(y)
+        torch.addcmul(s.c, s.l, u, out=g)
+        if s.normalize: g.addcmul_(u, torch.sum(torch.mul(u, g, out=ug), -1, keepdim=True, out=n), value=-1)
+        y.addcdiv_(g, torch.addcdiv(least, norm(g, dim=-1, keepdim=True, out=n), dt, out=n))
+        if path: states.append(y.clone())
+    return torch.stack(states) if path else y
 
 @patch
 def _flow(self: ODESteer, x, T, path=False):
     s = self._coordinates(x, self._evaluations())
     if s is None: return integrate(self._field, x, T, self.steps, self._step(x), path)
     y0 = s.enter(x)
-    field, step = (s.slope, _euler_along) if self._step(y0) == "euler" else (s.direction, self._step(y0))
-    y = integrate(field, y0, T, self.steps, step, path)
+    learns, step = torch.is_grad_enabled() and (y0.requires_grad or T.requires_grad), self._step(y0)
+    y = _euler_in_place(s, y0, T, self.steps, path) if step == "euler" and not learns else integrate(s.direction, y0, T, self.steps, step, path)
     return torch.stack([s.leave(x, y0, state) for state in y]) if path else s.leave(x, y0, y)
 
 @patch

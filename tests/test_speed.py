@@ -174,8 +174,9 @@ def test_the_whole_table_at_tiny_sizes(found):
     assert set(found) == {"machine", *PARTS} and all(found[p] for p in PARTS)
     for part in PARTS:
         for r in found[part]: assert r["seconds"] > 0 and 0 < r["ratio"][1] <= r["ratio"][0] <= r["ratio"][2] < math.inf, r
-    assert {(r["width"], r["batch"], r["steps"], r["route"]) for r in found["steer"]} == {(d, b, n, m) for d in (16, 32) for b in (1, 2) for n in (1, 2) for m in ("recipe", *speed.ROUTES)}
-    assert all(r["error"] < 1e-4 for r in found["steer"] + found["collect"])
+    assert {(r["width"], r["batch"], r["steps"], r["route"]) for r in found["steer"]} == {(d, b, n, m) for d in (16, 32) for b in (1, 2) for n in (1, 2) for m in ("recipe", *speed.ROUTES, speed.LOW)}
+    assert all(r["error"] < (1 if r.get("route") == speed.LOW else 1e-4) for r in found["steer"] + found["collect"])
+    assert {r["took"] for r in found["steer"] if r["route"] == speed.LOW} == {"spectral"}
     assert {r["shape"] for r in found["decode"]} == {r["shape"] for r in found["collect"]} == {"micro", "tiny"}
     text = show(found)
     assert all(f"\n{part}\n" in text for part in PARTS) and "published recipe" in text and len(text.splitlines()) > 60
@@ -203,7 +204,7 @@ def test_the_committed_results_hold_every_row_that_the_page_reads():
 @gpu
 def test_on_a_gpu():
     rows = measure_steer(256, (1, 4), (10,), 1000, device="cuda", rounds=2)
-    assert all(r["error"] < 1e-3 for r in rows)
+    assert all(r["error"] < 1e-3 for r in rows if r["route"] != speed.LOW)
     model = random_llama("tiny", "cuda", torch.bfloat16)
     methods = fitted_methods(model, names=ods.steerer_names("steerer"), n_components=500)
     for how in (dict(), dict(static=True), dict(static=True, compiled=dict(mode="reduce-overhead"))): assert len(measure_decode(model, methods, rounds=1, prompt=8, **how)) == 3 + len(methods)
