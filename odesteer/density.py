@@ -238,6 +238,7 @@ def rows_at_once(device):
 
 def in_chunks(f, X):
     "`f(X)`, a few rows at a time: a sketch works in a multiple of the memory of its result."
+    torch.empty(30 << 20, dtype=torch.uint8)  # freed at once: glibc now keeps what blocks of rows free for the next block, instead of asking the system anew
     whole, done = None, 0
     for x in X.split(rows_at_once(X.device)):
         part = f(x)
@@ -271,7 +272,7 @@ def logistic_newton(
     gap=1e-9,  # stop when the mean loss is this near to its optimum, nats; nearer, by 1 / C, where C > 1
 ) -> tuple:  # weights (n,), intercept (), both float64, and the norm of the gradient there
     "L2-penalised logistic regression for many activations and many features, by sweeps over blocks of rows."
-    (N, n), y, rows, theta = Z.shape, y.double(), rows_at_once(y.device), y.new_zeros(Z.shape[1] + 1, dtype=torch.float64)
+    (N, n), y, rows, theta = Z.shape, y.double(), 4 * rows_at_once(y.device), y.new_zeros(Z.shape[1] + 1, dtype=torch.float64)
     mean, m, lam = sum((z.T @ z.new_ones(len(z))).double() for z in Z.split(rows)) / N, torch.empty_like(y), 1 / (C * N)
     def sweep(v, f, double=False):
         "Z^T f(Z v) / N + lam v, for centred features and an intercept"
@@ -304,7 +305,7 @@ class Streamed:
     "`f(X)` as a table that is never held: its rows are made when they are read."
     def __init__(self, f, X, width): self.f, self.X, self.shape = f, X, (len(X), width)
     def split(self, rows):
-        for x in self.X.split(rows): yield self.f(x)
+        for x in self.X.split(rows): yield in_chunks(self.f, x)
 
 SMALL, FEW = 2048, 256  # features and rows up to which the small solver is quick
 
@@ -322,9 +323,9 @@ def fit(self: DensityRatioBarrier,
 ):
     "Draw the feature tables and fit the log-density ratio; returns the barrier itself."
     data = contrast(pos, neg)
-    X, y = data.X, data.y
-    self.features.fit(self._unit(X)[0], seed)
-    n = self.phi(X[:1]).shape[1]
+    X, y = self._unit(data.X)[0], data.y
+    self.features.fit(X, seed)
+    n = self.features(X[:1]).shape[1]
     place, phi = self._workplace(X, n, memory)
     X, y = X.to(place), y.to(place)
     Z = in_chunks(phi, X) if len(X) * n * X.element_size() <= memory else Streamed(phi, X, n)
@@ -335,9 +336,9 @@ def fit(self: DensityRatioBarrier,
 @patch
 def _workplace(self: DensityRatioBarrier, X, n, memory):
     "Where to fit, and the features there: a large fit goes to a GPU that has room for it."
-    if X.device.type != "cpu" or n <= SMALL or len(X) <= FEW or not torch.cuda.is_available(): return X.device, self.phi
-    if torch.cuda.mem_get_info()[0] < min(len(X) * n * X.element_size(), memory) + 2 * X.nbytes + 2**30: return X.device, self.phi
-    return torch.device("cuda"), copy.deepcopy(self).to("cuda").phi
+    if X.device.type != "cpu" or n <= SMALL or len(X) <= FEW or not torch.cuda.is_available(): return X.device, self.features
+    if torch.cuda.mem_get_info()[0] < min(len(X) * n * X.element_size(), memory) + 2 * X.nbytes + 2**30: return X.device, self.features
+    return torch.device("cuda"), copy.deepcopy(self.features).to("cuda")
 
 # %% ../nbs/02_density.ipynb #d871de21
 @patch

@@ -33,8 +33,9 @@ def _matrix(x, name):
     if not x.is_floating_point(): raise TypeError(f"{name} must hold floats; got {x.dtype}: convert it with .float() if these really are activations")
     if x.ndim != 2: raise ValueError(f"{name} must have shape (N, d), one row per activation; got {tuple(x.shape)}")
     if x.numel() == 0: raise ValueError(f"{name} is empty, shape {tuple(x.shape)}: a steerer needs at least one activation of each class")
-    bad = (~torch.isfinite(x)).any(-1).nonzero().flatten()
-    if len(bad): raise ValueError(f"{name} holds NaN or infinity in {len(bad)} of {len(x)} rows (first: row {bad[0].item()}): drop these rows or collect again in a wider dtype")
+    if not torch.stack(x.aminmax()).isfinite().all():
+        bad = (~x.isfinite()).any(-1).nonzero().flatten()
+        raise ValueError(f"{name} holds NaN or infinity in {len(bad)} of {len(x)} rows (first: row {bad[0].item()}): drop these rows or collect again in a wider dtype")
     return x.detach() if x.dtype == torch.float64 else x.detach().float()
 
 # %% ../nbs/00_euler.ipynb #7e939c00

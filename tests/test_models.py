@@ -454,10 +454,14 @@ def test_a_decoding_step_waits_for_nothing(llama, name):
     step(llama, steerer, layer=LAYER, T=.5)  # copies to another precision are made at the first use
     plain = step(llama)
     for strength in (.5, torch.tensor([0., .5, 1.]), {"share": .1}):
-        assert step(llama, steerer, layer=LAYER, strength=strength).waits == plain.waits
+        steered = step(llama, steerer, layer=LAYER, strength=strength)
+        assert steered.waits == plain.waits and not {"lift_fresh", "lift_fresh_copy", "copy_", "_to_copy"} & set(steered.ops - plain.ops)  # and none is sent to it: both would end the capture of a CUDA graph
     class Peek:
         def edits(self, model, layer, strength): return {layer: lambda x, y, T: y + float(T)}
-    assert step(llama, Peek(), layer=LAYER, T=1.).waits == plain.waits + 1  # what such a steerer would look like
+    assert step(llama, Peek(), layer=LAYER, T=1.).waits == plain.waits + 1  # what such steerers would look like
+    class Send:
+        def edits(self, model, layer, strength): return {layer: lambda x, y, T: y + torch.tensor([1.])}
+    assert "lift_fresh" in step(llama, Send(), layer=LAYER, T=1.).ops
 
 
 def test_a_decoding_step_copies_nothing(llama):
