@@ -1468,7 +1468,7 @@ def ablate(self: Bench,
 def speed(self: Bench, arms: list, rounds=5, tokens=16) -> dict:
     "Tokens per second over those of the unsteered model: for each arm (method, layer, strength, params) one ratio per round; kept in a file, and only measured where no file has them"
     asked = {arm_label(m, canonical_params(m, p)): [m, layer, strength, canonical_params(m, {"seed": 0, **p})] for m, layer, strength, p in arms}
-    held, known = dict(task=self.task.name, data=self.task.data, model=self.about, rounds=rounds, tokens=tokens), {}
+    held, known = dict(task=self.task.name, data=self.task.data, model=self.about, rounds=rounds, tokens=tokens, **({} if self.task.positions == "last" else {"positions": self.task.positions})), {}
     for old in (json.loads(p.read_text()) for p in sorted((self.out/"speed").glob("*.json"))):
         if {k: v for k, v in old["config"].items() if k != "arms"} == held: known |= {n: old["ratios"][n] for n, arm in old["config"]["arms"].items() if asked.get(n) == arm}
     named = {n: arm for n, arm in asked.items() if n not in known}
@@ -1476,7 +1476,7 @@ def speed(self: Bench, arms: list, rounds=5, tokens=16) -> dict:
     config = {**held, "arms": named}
     path, prompts = self.out/"speed"/f"{run_key(config)}.json", [p.text for _, p in self.task.prompts("test")[:self.batch_size]]
     def seconds(arm):
-        steered = nullcontext() if arm is None else ods.steering(self.model, self.steerer(*arm[:2], arm[3]), layer=arm[1], **self.strength(*arm))
+        steered = nullcontext() if arm is None else ods.steering(self.model, self.steerer(*arm[:2], arm[3]), layer=arm[1], positions=self.task.positions, **self.strength(*arm))
         start = time.perf_counter()
         with steered: ods.generate_text(self.model, self.tokenizer, prompts, len(prompts), do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, temperature=None, top_p=None, top_k=None)
         return time.perf_counter() - start

@@ -32,6 +32,7 @@ def decoder_layers(
 ) -> nn.ModuleList:  # the decoder blocks, first to last
     "The decoder blocks of a model: the list directly below the decoder that has one entry per hidden layer"
     model = _plain(model)
+    if not isinstance(model, nn.Module): raise TypeError(f"the model must be a transformers model; got {type(model).__name__}{' (are model and tokenizer swapped?)' if hasattr(model, 'decode') else ''}")
     if name is not None: return _named_blocks(model, name)
     if getattr(model.config, "is_encoder_decoder", False): raise ValueError(f"{type(model).__name__} has an encoder and a decoder; only decoder-only models can be read and steered")
     depth, decoder = _text_config(model).num_hidden_layers, _decoder(model)
@@ -83,6 +84,7 @@ def encode(
     texts,  # list of str, chats (lists of {"role", "content"}), or pairs (prompt, answer) whose prompt is either
 ) -> list[Encoded]:
     "Token ids of texts, with a single beginning-of-sequence token"
+    if isinstance(tokenizer, nn.Module) or not callable(tokenizer): raise TypeError(f"the tokenizer must be that of the model; got {type(tokenizer).__name__}{' (are model and tokenizer swapped?)' if isinstance(tokenizer, nn.Module) else ''}")
     if isinstance(texts, (str, dict)) or not hasattr(texts, "__len__"): raise TypeError(f"texts must be a list of texts; got {type(texts).__name__}: wrap a single text in [ ]")
     if len(texts) == 0: raise ValueError("texts is empty: give at least one text")
     coded = [_encode(tokenizer, t, i) for i, t in enumerate(texts)]
@@ -540,7 +542,7 @@ def _per_row(self: Steering, values, batch, name):
     "One value per row of the batch; beams and return sequences share the value of their prompt"
     rows, prompt = self._watch.rows, self._watch.prompt
     prompts = rows[1] if rows else prompt.batch if prompt else batch
-    if len(values) != prompts and (rows or prompt or batch % len(values)): raise ValueError(f"{name} has {len(values)} rows, but there are {prompts} in the batch: give one number for all, or one per row")
+    if len(values) != prompts: raise ValueError(f"{name} has {len(values)} rows, but there are {prompts} in the batch: give one number for all, or one per row")
     if rows: values = values[rows[0].to(values.device)]
     return values if len(values) == batch else values.repeat_interleave(batch // len(values), 0)
 

@@ -836,6 +836,14 @@ def test_unknown_layer(llama, tok):
     with pytest.raises(ValueError, match="no list of blocks named 'transformer.h': it has model.layers"): decoder_layers(llama, "transformer.h")
 
 
+def test_model_and_tokenizer_swapped(llama, tok):
+    for act in (lambda: collect_activations(tok, llama, ["x"]), lambda: generate_text(tok, llama, ["x"]), lambda: score_continuations(tok, llama, ["x"], ["y"]), lambda: describe_site(tok, llama, 1), lambda: steering(tok, TWIST, layer=1, T=1.)):
+        with pytest.raises(TypeError, match="swapped"): act()
+    for tokenizer in (None, "gpt2"):
+        with pytest.raises(TypeError, match="tokenizer must be that of the model"): collect_activations(llama, tokenizer, ["x"])
+    with pytest.raises(TypeError, match="must be a transformers model; got str"): decoder_layers("gpt2")
+
+
 def test_wrong_width(llama):
     with pytest.raises(ValueError, match="fitted on activations of width 16, but LlamaForCausalLM has width 32"): steering(llama, fitted(16), layer=0, T=1.)
     with pytest.raises(RuntimeError, match="not fitted"): steering(llama, ods.CAA(), layer=0, T=1.)
@@ -863,6 +871,7 @@ def test_wrong_strength(llama, tok):
     with pytest.raises(ValueError, match=r"got shape \(2, 2\)"): steering(llama, fitted(), layer=0, T=torch.ones(2, 2))
     with steering(llama, fitted(), layer=0, T=[1., 2.]):
         with pytest.raises(ValueError, match="strength has 2 rows, but there are 3"): logits(llama)
+        with pytest.raises(ValueError, match="strength has 2 rows, but there are 4"): logits(llama, IDS[:2].repeat(2, 1), MASK[:2].repeat(2, 1))
         with pytest.raises(ValueError, match="strength has 2 rows, but there are 1"): llama.generate(IDS[:1], num_beams=2, **GREEDY)
         with pytest.raises(ValueError, match="strength has 2 rows, but there are 4"): generate_text(llama, tok, ["a", "b", "c", "d"], **GREEDY)
         logits(llama, IDS[:2], MASK[:2])
