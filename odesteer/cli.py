@@ -721,7 +721,7 @@ def parser() -> Parser:
     c = command("report", make_report, "tables, figures and verdicts of finished runs", REPORT)
     c.add_argument("runs", nargs="+", metavar="RUNS", help="folders that bench wrote, of one machine or several")
     c.add_argument("--out", default="report", help="folder for report.md, tables and figures (default report)")
-    c = command("speed", speed, "what steering costs on this machine, side by side", SPEED)
+    c = command("speed", speed, "what steering costs on this machine, side by side: about ten minutes and 10 GB on two cores", SPEED)
     c.add_argument("--parts", default="all", metavar="NAME,...", help="some of " + ", ".join(PARTS) + " (default all)")
     c.add_argument("--tiny", action="store_true", help="small sizes, to see that everything runs")
     c.add_argument("--rounds", type=count, metavar="N", help="turns that each candidate takes (default 7)")

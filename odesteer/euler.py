@@ -14,7 +14,9 @@ import json
 import math
 import os
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,8 @@ def _matrix(x, name):
     "An (N, d) tensor in float32 or float64, or one clear error."
     try: x = torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"{name} must be an array or tensor of shape (N, d); got {type(x).__name__}") from e
-    if not x.is_floating_point(): raise TypeError(f"{name} must hold floats; got {x.dtype}: convert it with .float() if these really are activations")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64): raise TypeError(f"{name} must hold floats; got {x.dtype}: convert it with .float() if these really are activations")
+    if x.layout != torch.strided: raise TypeError(f"{name} must be a dense matrix; got layout {x.layout}: convert it with .to_dense()")
     if x.ndim != 2: raise ValueError(f"{name} must have shape (N, d), one row per activation; got {tuple(x.shape)}")
     if x.numel() == 0: raise ValueError(f"{name} is empty, shape {tuple(x.shape)}: a steerer needs at least one activation of each class")
     if not torch.stack(x.aminmax()).isfinite().all():
@@ -149,8 +152,9 @@ def fit(self: Steerer,
     "Fit on wanted and unwanted activations; returns the steerer itself."
     data = contrast(pos, neg, **kwargs)
     self.width, self._copies = None, {}  # not fitted, should anything below fail
-    self._fit(data)
-    self._store(median_norm_=data.X.norm(dim=-1).median(), displacement_=self._displacement(data.neg))
+    with _full_precision(data.pos):
+        self._fit(data)
+        self._store(median_norm_=data.X.norm(dim=-1).median(), displacement_=self._displacement(data.neg))
     self._made = dict(n_pos=len(data.pos), n_neg=len(data.neg), data_sha256=_sha256(data.pos, data.neg))
     self.width = data.pos.shape[1]
     return self
@@ -201,6 +205,18 @@ def _on(self: Fitted, x):
         with torch.inference_mode(False): self._copies = {**copies, key: copy.deepcopy(self).to(*key)}  # else a score's gradient could not pass
     return self._copies[key]
 
+def _full_precision(a):
+    "A block whose arithmetic autocast leaves alone."
+    kind = a.device.type if isinstance(a, Tensor) else "cpu"
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+def _in_full_precision(method):
+    "A method of activations, in `_full_precision`."
+    @wraps(method)
+    def f(self, a, *args, **kwargs):
+        with _full_precision(a): return method(self, a, *args, **kwargs)
+    return f
+
 @patch
 def _ready(self: Steerer, a):
     "The checked activation, the same in float32 or better, and this steerer beside it."
@@ -210,6 +226,7 @@ def _ready(self: Steerer, a):
 
 # %% ../nbs/00_euler.ipynb #d5291bb2
 @patch
+@_in_full_precision
 def vector_field(self: Steerer,
     a: Tensor,  # activations, (..., d), any float dtype
 ) -> Tensor:  # (..., d), dtype and device of `a`
@@ -226,7 +243,7 @@ def per_row(
     "A strength for every row of `a`."
     rows, like = a.shape[:-1], dict(device=a.device, dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
     if isinstance(T, (int, float)) and not isinstance(T, bool):
-        if not math.isfinite(T): raise ValueError(f"{name} must be finite; got {T}")
+        if not torch.compiler.is_compiling() and not math.isfinite(T): raise ValueError(f"{name} must be finite; got {T}")
         return torch.full(rows, T, **like)  # made on the device: no copy, no wait
     try: T = torch.as_tensor(T)
     except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"{name} must be a number or a float tensor; got {T!r}") from e
@@ -260,6 +277,7 @@ def _climb(self: Steerer, x, T, nats, until, a):
 
 # %% ../nbs/00_euler.ipynb #4d6479f7
 @patch
+@_in_full_precision
 def steer(self: Steerer,
     a: Tensor,  # activations, (..., d), any float dtype
     T=None,  # strength: a number, or one per row; 0 is the identity, bit for bit; negative steers away

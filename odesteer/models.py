@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .euler import Fitted, Steerer, _write
+from .euler import Fitted, Steerer, _full_precision, _write
 
 # %% ../nbs/04_models.ipynb #6b8ebe5b
 def decoder_layers(
@@ -513,8 +513,7 @@ def _steer(self: Steering, layer, module, args, kwargs, output):
     edit, value, old, kept = self._edits[layer], self._values[layer].to(y.device), _take(y, where), ()
     if len(old) == 0: return
     if value.ndim: value = _spread(self._per_row(value, len(y), "strength"), where, y.shape[1])
-    plain = torch.autocast(y.device.type, enabled=False) if torch.is_autocast_enabled(y.device.type) else nullcontext()
-    with plain:  # the steerer chooses its own precision
+    with _full_precision(y):  # the steerer chooses its own precision
         if hasattr(edit, "remember"): kept = (_spread(self._recall(layer, edit, y, where), where, y.shape[1]),)
         moved = edit(_take(x, where), old, value, *kept)
     if moved.shape != old.shape or moved.dtype != y.dtype: raise ValueError(f"the edit at layer {layer} was given {tuple(old.shape)} {y.dtype} and returned {tuple(moved.shape)} {moved.dtype}: both must be kept")
@@ -602,8 +601,10 @@ def steering(
     if isinstance(obj, dict) and (layer is not None or not obj): raise ValueError("give {layer: steerer} with at least one layer, and no layer= beside it")
     for i, part in parts:
         _check_part(model, part, i)
-        if isinstance(part, Steerer): _warm_up(part, _device(stack[i]), getattr(model, "dtype", torch.float32))
-    return Steering(model, parts, _strength(parts, T if strength is None else strength, units), positions, history, stack)
+    strength = _strength(parts, T if strength is None else strength, units)
+    for i, part in parts:
+        if isinstance(part, Steerer): _warm_up(part, _device(stack[i]), getattr(model, "dtype", torch.float32), strength)
+    return Steering(model, parts, strength, positions, history, stack)
 
 # %% ../nbs/04_models.ipynb #395e04c6
 def _site(part, layer, stack):
@@ -624,9 +625,11 @@ def _check_part(model, part, layer):
     if wrong: warnings.warn(f"this {type(part).__name__} was fitted on {' and '.join(wrong)}: its effect here is unknown", stacklevel=3)
 
 @torch.no_grad()
-def _warm_up(steerer, device, dtype):
+def _warm_up(steerer, device, dtype, strength):
     "What a steerer makes at its first use (a copy on this device, a decomposition) belongs before code is compiled or captured"
-    steerer.steer(torch.ones(1, steerer.width, dtype=dtype, device=device), T=1.)
+    one = torch.ones(1, steerer.width, dtype=dtype, device=device)
+    steerer.steer(one, T=1.)
+    if isinstance(strength, dict) and {"nats", "until"} & strength.keys(): steerer.steer(one, nats=0.)  # levels may be reached by another route
 
 def _strength(parts, strength, units):
     "One strength from the ways to give it"

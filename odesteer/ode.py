@@ -8,6 +8,7 @@ __all__ = ['SOLVERS', 'ADAPTIVE', 'GRID', 'euler', 'midpoint', 'rk4', 'step_func
 
 # %% ../nbs/03_ode.ipynb #0acd96b1
 import copy
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .barrier import AllOf, Barrier, ascent
 from .density import DensityRatioBarrier, IdentityFeatures, PolynomialCountSketch, RandomFourierFeatures, choose, route
-from .euler import Steerer, per_row
+from .euler import Steerer, _in_full_precision, per_row
 
 # %% ../nbs/03_ode.ipynb #c0a088a2
 SOLVERS = {}  # name -> step function
@@ -121,10 +122,10 @@ def _validate(self: ODESteer):
     elif self.retract: raise ValueError(f"retract needs a fixed-step solver ({', '.join(SOLVERS)}); got {self.solver!r}")
     for name in ("C", "gamma"):
         v = getattr(self, name)
-        if v != "cv" and not (isinstance(v, (int, float)) and v > 0): raise ValueError(f"{name} must be a positive number or 'cv'; got {v!r}")
+        if v != "cv" and (isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 < v < math.inf): raise ValueError(f"{name} must be a positive number or 'cv'; got {v!r}")
     if self.gamma == "cv" and self.features != "count-sketch": raise ValueError(f"gamma belongs to the count sketch: gamma='cv' does nothing for features={self.features!r}")
     if not isinstance(self.barrier, (Barrier, type(None))): raise TypeError(f"barrier must be a Barrier; got {type(self.barrier).__name__}: wrap a differentiable score in ScoreBarrier(score, threshold)")
-    if not (self.rank is None or isinstance(self.rank, int) and self.rank >= 0): raise ValueError(f"rank must be a whole number of directions, or None to be exact; got {self.rank!r}")
+    if not (self.rank is None or isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank >= 0): raise ValueError(f"rank must be a whole number of directions, or None to be exact; got {self.rank!r}")
     if self.rank is not None and self.method not in ("auto", "spectral"): raise ValueError(f"rank= is for the spectral route; got method={self.method!r}")
     if self.barrier is None: self._must_have_route(self.features == "count-sketch", self.degree, self.normalize)  # else when its kind is known
     if isinstance(self.barrier, AllOf) and (self.metric != "euclidean" or self.retract): raise ValueError("AllOf raises every barrier along its own direction, which metric='covariance' and retract=True would turn: leave both at their defaults")
@@ -198,7 +199,9 @@ def _route(self: ODESteer, x, evaluations):
     if not (isinstance(self.barrier, DensityRatioBarrier) and isinstance(phi, PolynomialCountSketch)): return None
     asked = "spectral" if self.rank is not None else self.method if self.method != "auto" else self.barrier.method
     rotates = self.metric == "euclidean" and (self.barrier.normalize or not self.retract)
-    return route(phi.degree, x.shape[-1], phi.n_components, evaluations, x.device, x.shape[:-1].numel(), rotates) if asked == "auto" else asked
+    if asked != "auto": return asked
+    how = route(phi.degree, x.shape[-1], phi.n_components, evaluations, x.device, x.shape[:-1].numel(), rotates)
+    return "fft" if how == "spectral" and not self.barrier._has(("spectral", None), x) else how
 
 @patch
 def _coordinates(self: ODESteer, x, evaluations):
@@ -216,31 +219,22 @@ def _step(self: ODESteer, x):
     r, step = x.norm(dim=-1, keepdim=True), step_function(self.solver)
     return lambda f, a, dt: r * ascent(step(f, a, dt))
 
-@torch.no_grad()
-def _euler_in_place(s, y, T, steps, path):
-    "`integrate(s.direction, y, T, steps, path=path)` in tensors that are made once."
-    norm, dt = torch.linalg.vector_norm, (T / steps)[..., None]
-    u, g, ug, n = torch.empty_like(y), torch.empty_like(y), torch.empty_like(y), torch.empty_like(dt)
-    states, least = [y], torch.full_like(dt, torch.finfo(y.dtype).tiny)  # the second: no 0 / 0 where the gradient is zero
-    y = y.clone()
-    for _ in range(steps):
-        torch.div(y, norm(y, dim=-1, keepdim=True, out=n).add_(1e-12), out=u) if s.normalize else u.copy_(y)
-        torch.addcmul(s.c, s.l, u, out=g)
-        if s.normalize: g.addcmul_(u, torch.sum(torch.mul(u, g, out=ug), -1, keepdim=True, out=n), value=-1)
-        y.addcdiv_(g, torch.addcdiv(least, norm(g, dim=-1, keepdim=True, out=n), dt, out=n))
-        if path: states.append(y.clone())
-    return torch.stack(states) if path else y
+def _euler_along(f, y, dt):
+    "An Euler step in the direction of `f`, whatever its length."
+    g = f(y)
+    return torch.addcmul(y, g, dt / torch.linalg.vector_norm(g, dim=-1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny))
 
 @patch
 def _flow(self: ODESteer, x, T, path=False):
     s = self._coordinates(x, self._evaluations())
     if s is None: return integrate(self._field, x, T, self.steps, self._step(x), path)
     y0 = s.enter(x)
-    learns, step = torch.is_grad_enabled() and (y0.requires_grad or T.requires_grad), self._step(y0)
-    y = _euler_in_place(s, y0, T, self.steps, path) if step == "euler" and not learns else integrate(s.direction, y0, T, self.steps, step, path)
+    field, step = (s.slope, _euler_along) if self._step(y0) == "euler" else (s.direction, self._step(y0))
+    y = integrate(field, y0, T, self.steps, step, path)
     return torch.stack([s.leave(x, y0, state) for state in y]) if path else s.leave(x, y0, y)
 
 @patch
+@_in_full_precision
 def trajectory(self: ODESteer,
     a: Tensor,  # activations, (..., d)
     T=None, *, share=None,  # strength, as for steer
@@ -317,6 +311,7 @@ def _land(state, below, above, level, rounds=12):
 
 # %% ../nbs/03_ode.ipynb #0ecb4197
 @patch
+@_in_full_precision
 def stop_at(self: ODESteer,
     a: Tensor,  # activations, (..., d)
     until=None,  # barrier value to reach; rows already above it stay
@@ -354,7 +349,7 @@ def _climb(self: ODESteer, x, cap, nats, until, a):
     if looks and not self._warned and not s.reached.all():
         self._warned = True
         warnings.warn(f"{(~s.reached).sum().item()} of {s.reached.numel()} rows could not reach the barrier level within max_T and stopped at their best h: "
-                      "ask for less, allow a longer max_T, or see stop_at for the rows (said once per steerer)", stacklevel=3)
+                      "ask for less, allow a longer max_T, or see stop_at for the rows (said once per steerer)", stacklevel=4)
     return torch.where((s.T != 0)[..., None], s.a.to(a.dtype), a)
 
 # %% ../nbs/03_ode.ipynb #767135b9

@@ -24,14 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import odesteer as ods
 from .benchmarks import committed
 from .density import in_chunks
+from .euler import _write
 from .models import _device, _evaluating, _pad_id, decoder_layers, encode, padded
 
 # %% auto #0
-__all__ = ['READ_ROWS', 'MOVES', 'SHAPES', 'ROUTES', 'LOW', 'FULL', 'TINY', 'PARTS', 'TARGETS', 'Ratio', 'ratio', 'once',
-           'trials', 'Work', 'count', 'random_llama', 'Decoding', 'recipe_vjp', 'recipe_flow', 'tables', 'activations',
-           'measure_steer', 'spread', 'results', 'pick', 'plain_collect', 'measure_collect', 'measure_fit', 'objective',
-           'EmptyEdit', 'RecipeEdit', 'fitted_methods', 'measure_decode', 'attached', 'measure_import',
-           'describe_machine', 'measure', 'on_model', 'keep', 'endings', 'show', 'goals', 'width_of']
+__all__ = ['READ_ROWS', 'MOVES', 'SHAPES', 'ROUTES', 'LOW', 'FULL', 'TINY', 'PARTS', 'TARGETS', 'DIRECTION', 'Ratio', 'ratio',
+           'once', 'trials', 'Work', 'count', 'random_llama', 'Decoding', 'recipe_vjp', 'recipe_flow', 'tables',
+           'activations', 'measure_steer', 'spread', 'results', 'pick', 'plain_collect', 'measure_collect',
+           'measure_fit', 'objective', 'EmptyEdit', 'RecipeEdit', 'fitted_methods', 'measure_decode', 'attached',
+           'measure_import', 'describe_machine', 'measure', 'on_model', 'keep', 'endings', 'show', 'goals', 'width_of']
 
 # %% ../nbs/10_speed.ipynb #c961bf8e
 @dataclass
@@ -86,7 +87,7 @@ class Work:
     def __sub__(self, other): return Work(self.kernels - other.kernels, self.bytes - other.bytes, self.flops - other.flops)
 
 READ_ROWS = "embedding", "gather", "index", "index_select", "index_add", "index_add_"  # look at as many entries of a table as they give or take
-MOVES = {*READ_ROWS[:4], "_to_copy", "clone", "copy_", "cat", "stack", "zeros", "ones", "full", "arange", "empty", "fill_"}  # bytes and no arithmetic
+MOVES = {*READ_ROWS[:4], "_to_copy", "clone", "copy_", "cat", "stack", "arange", "fill_", *(f"{new}{k}{like}" for k in ("zeros", "ones", "full") for new, like in (("", ""), ("new_", ""), ("", "_like")))}  # bytes and no arithmetic
 
 class _Counting(TorchDispatchMode):
     def __init__(self): super().__init__(); self.work = Work()
@@ -96,8 +97,8 @@ class _Counting(TorchDispatchMode):
         return out
 
     def _add(self, op, args, kwargs, out):
-        given, made = _tensors(args) + _tensors(list(kwargs.values())), _tensors([out])
-        if not given + made: return
+        given, made = _tensors(args) + _tensors([v for k, v in kwargs.items() if k != "out"]), _tensors([out])
+        if not given + made or "empty" in op.__name__: return  # room is made, nothing is done
         sizes = [_size(t) for t in given]
         if op.__name__ in READ_ROWS: sizes = [min(s, 2 * max(map(_size, made + given[-1:]))) for s in sizes]
         self.work.kernels += 1
@@ -218,7 +219,7 @@ def measure_steer(
 ) -> list:  # one row for each batch, number of steps and route
     "`ODESteer.steer` by each of its routes, the last not exact, against the published recipe: time, work, and how far the results are apart"
     pos, neg = activations(64, width, device=device)
-    ways, rows = {**{m: dict(method=m) for m in ROUTES}, LOW: dict(rank=width // 4)}, []
+    ways, rows, wait = {**{m: dict(method=m) for m in ROUTES}, LOW: dict(rank=width // 4)}, [], torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     routes = {m: ods.ODESteer(n_components=n_components, **way).fit(pos, neg) for m, way in ways.items()}
     recipe, T = tables(routes["auto"]), .3 * routes["auto"].median_norm_.item()
     for batch, n in itertools.product(batches, steps):
@@ -230,6 +231,7 @@ def measure_steer(
             for name, f in arms.items():
                 start = time.perf_counter()
                 ends[name] = f()
+                wait()
                 first[name] = time.perf_counter() - start
             seconds, moved = trials(arms, device=device, **timing), (ends["recipe"] - a).norm(dim=-1)
         rows += [dict(width=width, batch=batch, steps=n, route=name, seconds=float(np.median(s)), ratio=spread(ratio(seconds["recipe"], s)), **vars(count(arms[name])),
@@ -428,7 +430,11 @@ def measure(
     say=print,  # progress, a line at a time
 ) -> dict:
     "All tables of this page, part by part"
-    sizes, rounds, found = TINY if tiny else FULL, rounds or (2 if tiny else 7), {"machine": describe_machine(device, 512 if tiny else 8192)}
+    parts = [parts] if isinstance(parts, str) else list(parts)
+    if not parts or set(parts) - set(PARTS): raise ValueError(f"parts must be some of {', '.join(PARTS)}; got {', '.join(parts) or 'none'}")
+    _must_exist(device)
+    sizes, rounds, found = TINY if tiny else FULL, rounds or (2 if tiny else 7), {"machine": dict(describe_machine(device, 512 if tiny else 8192), sizes="tiny" if tiny else "full")}
+    if out: keep(found, out)  # now, so that a file which cannot be written costs nothing
     timing = dict(rounds=rounds, least=1e-3 if tiny else .02)
     for part in parts:
         start, found[part] = time.perf_counter(), []
@@ -440,6 +446,12 @@ def measure(
         say(f"{part}: {time.perf_counter() - start:.0f} s")
         if out: keep(found, out)
     return found
+
+# %% ../nbs/10_speed.ipynb #must_exist1
+def _must_exist(device):
+    try: kind = torch.device(device).type
+    except RuntimeError: kind = None
+    if not (kind == "cpu" or kind == "cuda" and torch.cuda.is_available()): raise ValueError(f"device must be 'cpu', or 'cuda' where PyTorch finds a GPU; got {device!r}")
 
 # %% ../nbs/10_speed.ipynb #abb01098
 def on_model(part, shape, sizes, rounds, device) -> list:
@@ -462,11 +474,21 @@ def on_model(part, shape, sizes, rounds, device) -> list:
 def keep(found: dict, path):
     "Write results to a JSON file, a row a line, beside the parts that it holds already"
     path = Path(path)
-    found = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}) | found
+    found = _earlier(path, found["machine"]) | found
     digits = lambda v: float(f"{v:.8g}") if isinstance(v, float) else [digits(x) for x in v] if isinstance(v, list) else v
     line = lambda row: json.dumps({k: digits(v) for k, v in row.items()})
     blocks = [f"{json.dumps(k)}: " + (line(v) if isinstance(v, dict) else "[\n" + ",\n".join(map(line, v)) + "\n]") for k, v in found.items()]
-    path.write_text("{" + ",\n".join(blocks) + "}\n", encoding="utf-8")
+    _write(path, ("{" + ",\n".join(blocks) + "}\n").encode())
+
+def _earlier(path, machine) -> dict:
+    "What a file of results holds already; an error where it is no such file, or of another machine"
+    if path.is_dir() or not path.parent.is_dir(): raise FileNotFoundError(f"{path} cannot be written: {'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'}")
+    if not path.exists(): return {}
+    try: found = json.loads(path.read_text(encoding="utf-8")); then = found["machine"]
+    except (ValueError, KeyError, TypeError): raise ValueError(f"{path} is no file of `odesteer speed`: give another name") from None
+    other = [f"{k} {then.get(k)!r}, not {v!r}" for k, v in machine.items() if k not in ("bandwidth", "flops") and then.get(k) != v]
+    if other: raise ValueError(f"{path} holds results of another run ({'; '.join(other)}), and ratios of two machines do not belong side by side: give another name")
+    return found
 
 def endings(texts) -> tuple:
     "Two classes that even a random model can tell apart at the last token"
@@ -484,14 +506,16 @@ TARGETS = {  # what -> (sign, aim, part, the row whose ratio is meant, or the tw
     "fit, 10,000 x 4096": (">=", 1, "fit", dict(n=10000, width=4096, solver="ours")),
     "a token with odesteer, 1b": ("<=", 1.05, "decode", dict(shape="1b", method="odesteer", compiled=False))}
 
+DIRECTION = {**dict.fromkeys(("steer", "collect", "fit"), "times as fast"), **dict.fromkeys(("decode", "import"), "times as long")}  # what a ratio means
+
 def show(found: dict) -> str:
     "The tables of a measurement as text"
     lines = ["machine: " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in found["machine"].items())]
     for part in PARTS:
         for k, r in enumerate(found.get(part, [])):
-            cells = {**r, "ratio": str(Ratio(*r["ratio"])), "ms": f"{1e3 * r['seconds']:.3f}"}
+            cells = {**r, "ratio": str(Ratio(*r["ratio"])), "ms": f"{1e3 * r['seconds']:.3f}", **({"objective": f"{r['objective']:.8g}"} if part == "fit" else {})}
             names = [n for n in cells if n != "seconds" and (n == "ms" or any(row[n] is not None for row in found[part]))]
-            if k == 0: lines += ["", part, "  ".join(n.rjust(width_of(found[part], n)) for n in names)]
+            if k == 0: lines += ["", part, "  ".join({"ratio": DIRECTION[part], "first": "first, s", "setup": "setup, s"}.get(n, n).rjust(width_of(found[part], n)) for n in names)]
             lines.append("  ".join((f"{cells[n]:.3g}" if isinstance(cells[n], float) else str(cells[n])).rjust(width_of(found[part], n)) for n in names))
     return "\n".join(lines)
 

@@ -297,7 +297,7 @@ def test_a_large_fit_is_the_small_one_whatever_the_memory(features, monkeypatch)
     def fitted(**kw): return DensityRatioBarrier(features(), C=10.).fit(pos, neg, **kw)
     small, a = fitted(), rows(42)[1]
     assert small.optimality_ <= 1e-9
-    monkeypatch.setattr("odesteer.density.SMALL", 20); monkeypatch.setattr("odesteer.density.FEW", 20)
+    monkeypatch.setattr("odesteer.density.SMALL", 20)
     held, streamed = fitted(), fitted(memory=0)
     for large in held, streamed:
         torch.testing.assert_close(large.value(a), small.value(a), rtol=1e-3, atol=2e-3)
@@ -308,9 +308,31 @@ def test_held_out_values_of_large_fits(monkeypatch):
     pos, neg = rows(43, n=160)
     make = lambda: [DensityRatioBarrier(PolynomialCountSketch(100), C) for C in (.1, 10.)]
     small = held_out_values(make(), pos, neg)
-    monkeypatch.setattr("odesteer.density.SMALL", 20); monkeypatch.setattr("odesteer.density.FEW", 20)
+    monkeypatch.setattr("odesteer.density.SMALL", 20)
     for (p, n), (p2, n2) in zip(small, held_out_values(make(), pos, neg)):
         torch.testing.assert_close(p2, p, rtol=1e-3, atol=2e-3); torch.testing.assert_close(n2, n, rtol=1e-3, atol=2e-3)
+
+
+def test_settings_that_no_fit_can_have():
+    for C in (float("inf"), float("nan"), True, "cv", 0):
+        with pytest.raises(ValueError, match="C must be positive"): DensityRatioBarrier(IdentityFeatures(), C=C)
+    for memory in (None, "1GB", -1, float("nan")):
+        with pytest.raises(ValueError, match="memory must be a number of bytes"): DensityRatioBarrier(IdentityFeatures()).fit(*rows(1), memory=memory)
+
+
+@pytest.mark.parametrize("limit", [0, 1e12])
+def test_the_stated_optimality_is_that_of_the_weights(limit, monkeypatch):
+    monkeypatch.setattr("odesteer.density.SMALL", limit)
+    pos, neg = (x.double() for x in rows(44))
+    b = DensityRatioBarrier(PolynomialCountSketch(40), C=3.).fit(pos, neg)
+    Z, y = b.phi(torch.cat([pos, neg])), torch.cat([torch.ones(len(pos)), torch.zeros(len(neg))]).double()
+    w, k = b.coef_.clone().requires_grad_(), b.intercept_.clone().requires_grad_()
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(Z @ w + k, y) + w.square().sum() / (2 * 3. * len(y))
+    g = torch.cat([x.reshape(-1) for x in torch.autograd.grad(loss, (w, k))])
+    if limit: torch.testing.assert_close(torch.tensor(b.optimality_).double(), g.norm(), rtol=1e-3, atol=1e-13)
+    else:  # taken relative to the mean of the features
+        g[:-1] -= Z.mean(0) * g[-1]
+        torch.testing.assert_close(torch.tensor(b.optimality_).double(), g.norm(), rtol=.01, atol=1e-7)  # float32 products
 
 
 def test_swapping_the_classes_negates_h_and_labels_give_the_same_fit():

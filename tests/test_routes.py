@@ -293,3 +293,62 @@ def test_one_graph_and_no_wait(kw):
             torch.testing.assert_close(compiled(NEW, value), expected)
             torch.testing.assert_close(compiled(NEW + .1, value), f(NEW + .1, value))
             with NoHostSync(): (s.steer if unit in ("T", "share") else s.stop_at)(NEW, **{unit: value})
+
+
+@pytest.mark.parametrize("method", ["spectral", "dense", "fft"])
+def test_autocast_does_not_lower_the_precision(method):
+    s = fitted(method=method)
+    def results(s): return s.steer(NEW, 1.), s.trajectory(NEW, 1.), s.stop_at(NEW, nats=1.).a, s.vector_field(NEW)
+    expected = results(s)
+    with torch.autocast("cpu", torch.bfloat16): cast, again = results(s), results(fitted(method=method))
+    for a, b, c in zip(expected, cast, again): assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("method", ["spectral", "dense", "fft"])
+def test_forward_derivatives_and_vmap(method):
+    s = fitted(method=method)
+    x, v = NEW[:3].double(), torch.randn(3, NEW.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    f = lambda a: s.steer(a, 1.)
+    slope = torch.func.jvp(f, (x,), (v,))[1]
+    torch.testing.assert_close(slope, (f(x + 1e-6 * v) - f(x - 1e-6 * v)) / 2e-6, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(torch.vmap(f)(x), f(x))
+
+
+@pytest.mark.parametrize("method", ["spectral", "dense", "fft"])
+def test_a_number_that_changes_does_not_break_the_graph(method):
+    s = fitted(method=method)
+    s.steer(NEW, 1.)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a, T: s.steer(a, T), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for T in (1., 2., -3.): torch.testing.assert_close(compiled(NEW, T), s.steer(NEW, T))
+
+
+@pytest.mark.parametrize("method", ["spectral", "dense", "fft"])
+def test_a_row_without_slope_stays_finite(method):
+    s, zero = fitted(method=method, coef0=0.), torch.zeros(2, NEW.shape[1])
+    for T in (0., 1., torch.tensor([0., 1.])): assert s.trajectory(zero, T).isfinite().all()
+
+
+@pytest.mark.parametrize("steps, unit", [(1, dict(nats=.5)), (2, dict(T=1.))], ids=str)
+def test_a_model_compiles_whatever_the_unit_and_the_batch(steps, unit):
+    "Levels, and batches of another size, may ask for a route that was not prepared when the steerer was attached"
+    from .archs import VOCAB, WIDTH, tiny_model
+    model, g = tiny_model("llama", num_hidden_layers=2), torch.Generator().manual_seed(0)
+    s = ods.ODESteer(n_components=2, steps=steps).fit(torch.randn(40, WIDTH, generator=g) + .5, torch.randn(40, WIDTH, generator=g))
+    for rows in (1, 70):
+        ids = torch.randint(4, VOCAB, (rows, 5), generator=g)
+        with torch.no_grad(), ods.steering(model, s, layer=1, **unit) as h:
+            torch._dynamo.reset()
+            compiled = torch.compile(model, backend="eager", fullgraph=True)(input_ids=ids, use_cache=False).logits
+            torch.testing.assert_close(compiled, model(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+        assert h.applied == 2 * rows
+
+
+def test_what_is_not_prepared_is_not_made_inside_a_graph():
+    s = fitted(steps=3)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(lambda a: s.steer(a, 1.), backend="eager", fullgraph=True)(NEW)
+        assert not s.barrier._kept
+        torch.testing.assert_close(compiled, s.steer(NEW, 1.), rtol=1e-5, atol=1e-5)

@@ -54,6 +54,8 @@ def test_work_is_counted():
     z = x.to(torch.complex64)
     assert count(lambda: torch.fft.rfft(x)).flops == 2.5 * 4 * 1024 * 10 and count(lambda: torch.fft.fft(z)).flops == 5 * 4 * 1024 * 10
     assert count(lambda: torch.cat([x, x]).clone()).flops == 0
+    assert count(lambda: torch.empty_like(x)) == speed.Work() and count(lambda: torch.zeros_like(x)).flops == 0  # room is no work
+    assert count(lambda: torch.mul(x, x, out=torch.empty_like(x))) == count(lambda: x * x)
     table = torch.ones(10_000, 8)
     assert count(lambda: table[torch.tensor([1, 2])]).bytes < 1000 and count(lambda: torch.nn.functional.embedding(torch.tensor([1, 2]), table)).bytes < 1000
 
@@ -189,6 +191,26 @@ def test_results_are_kept_part_by_part(found, tmp_path):
     assert show(kept).count("\n") == show(whole).count("\n")
     keep({"machine": kept["machine"], "import": []}, out)
     assert json.loads(out.read_text()) == kept | {"import": []}
+
+
+def test_results_of_two_machines_are_not_mixed(found, tmp_path):
+    kept, out = json.loads(found[1].read_text()), tmp_path/"speed.json"
+    keep({"machine": kept["machine"]}, out)
+    keep({"machine": kept["machine"] | {"flops": 1., "bandwidth": 2.}, "import": []}, out)  # these vary
+    before = out.read_text()
+    for other in {"name": "another"}, {"threads": 64}, {"sizes": "full"}:
+        with pytest.raises(ValueError, match="results of another run"): keep({"machine": kept["machine"] | other, "fit": []}, out)
+    assert out.read_text() == before
+    for broken in "[1]", "{", '{"fit": []}':
+        out.write_text(broken)
+        with pytest.raises(ValueError, match="is no file of"): keep({"machine": kept["machine"]}, out)
+
+
+def test_what_cannot_be_measured_is_refused_first(tmp_path):
+    for kw, said in (dict(parts="speed"), "parts must be some of"), (dict(parts=()), "got none"), (dict(device="banana"), "device must be"), (dict(device="meta"), "device must be"):
+        with pytest.raises(ValueError, match=said): measure(tiny=True, **kw)
+    for out in tmp_path, tmp_path/"none"/"x.json":
+        with pytest.raises(FileNotFoundError, match="cannot be written"): measure("steer", tiny=True, out=out, say=lambda line: pytest.fail("measured all the same"))
 
 
 def test_the_committed_results_hold_every_row_that_the_page_reads():
