@@ -160,7 +160,7 @@ def route(
     rows=1,  # activations at once
     diagonal=True,  # whether the way may be followed in other coordinates
 ) -> str:  # "spectral", "dense" or "fft"
-    "The fastest exact way to follow a sketched score, as measured."
+    "The fastest exact way to follow a sketched score, or one near it: as measured on CPUs, as reasoned for GPUs."
     if degree != 2: return "fft"
     spectral = diagonal and evaluations > 2
     if torch.device(device).type != "cpu": return "fft" if width > 8192 else "spectral" if spectral else "dense"
