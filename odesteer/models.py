@@ -139,6 +139,7 @@ def _pad_id(tokenizer):
 
 def _fit(coded, model, max_length):
     "Texts that are too long lose tokens after the first, if the caller gave a limit; else an error"
+    if max_length is not None and max_length < 2: raise ValueError(f"max_length must be 2 tokens or more; got {max_length!r}")
     limit = max_length or getattr(_text_config(model), "max_position_embeddings", None)
     long = [i for i, e in enumerate(coded) if limit and len(e.ids) > limit]
     if long and max_length is None:
@@ -281,6 +282,8 @@ def collect_activations(
 ) -> dict:  # {layer: (N, d) float32 on the CPU}; with positions="all" a list of (n_tokens, d)
     "Block outputs (or inputs) at chosen tokens: one pass for all layers, no logits, no work above the top layer"
     if site not in ("output", "input"): raise ValueError(f"site must be 'output' or 'input' of the blocks; got {site!r}")
+    if not (isinstance(batch_size, int) and batch_size >= 1): raise ValueError(f"batch_size must be 1 or more; got {batch_size!r}")
+    if isinstance(layers, (str, dict)) or not (layers is None or isinstance(layers, int) or hasattr(layers, "__iter__")): raise TypeError(f"layers must be a block's number, a list of them, or None for all; got {layers!r}")
     model = _plain(model)
     stack = decoder_layers(model, blocks)
     asked = range(len(stack)) if layers is None else [layers] if isinstance(layers, int) else list(layers)

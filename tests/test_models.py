@@ -836,6 +836,15 @@ def test_unknown_layer(llama, tok):
     with pytest.raises(ValueError, match="no list of blocks named 'transformer.h': it has model.layers"): decoder_layers(llama, "transformer.h")
 
 
+def test_batch_size_and_layers(llama, tok):
+    for n in (0, -1, 2.5, None):
+        with pytest.raises(ValueError, match="batch_size must be 1 or more"): collect_activations(llama, tok, ["x"], batch_size=n)
+    for layers in ("all", 1.0, {0: 1}):
+        with pytest.raises(TypeError, match="layers must be a block's number"): collect_activations(llama, tok, ["x"], layers=layers)
+    for layers in range(2), {0, 1}: assert list(collect_activations(llama, tok, ["x"], layers=layers)) == [0, 1]
+    with pytest.raises(ValueError, match="max_length must be 2"): collect_activations(llama, tok, ["x"], max_length=0)
+
+
 def test_model_and_tokenizer_swapped(llama, tok):
     for act in (lambda: collect_activations(tok, llama, ["x"]), lambda: generate_text(tok, llama, ["x"]), lambda: score_continuations(tok, llama, ["x"], ["y"]), lambda: describe_site(tok, llama, 1), lambda: steering(tok, TWIST, layer=1, T=1.)):
         with pytest.raises(TypeError, match="swapped"): act()
