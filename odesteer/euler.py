@@ -142,6 +142,18 @@ def _sha256(*tensors):
     return h.hexdigest()
 
 # %% ../nbs/00_euler.ipynb #7c5cc58a
+def _full_precision(a):
+    "A block whose arithmetic autocast leaves alone."
+    kind = a.device.type if isinstance(a, Tensor) else "cpu"
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+def _in_full_precision(method):
+    "A method of activations, in `_full_precision`."
+    @wraps(method)
+    def f(self, a, *args, **kwargs):
+        with _full_precision(a): return method(self, a, *args, **kwargs)
+    return f
+
 @patch
 @delegates(contrast)
 def fit(self: Steerer,
@@ -204,18 +216,6 @@ def _on(self: Fitted, x):
         copies, self._copies = self._copies, {}  # a copy carries no copies
         with torch.inference_mode(False): self._copies = {**copies, key: copy.deepcopy(self).to(*key)}  # else a score's gradient could not pass
     return self._copies[key]
-
-def _full_precision(a):
-    "A block whose arithmetic autocast leaves alone."
-    kind = a.device.type if isinstance(a, Tensor) else "cpu"
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-def _in_full_precision(method):
-    "A method of activations, in `_full_precision`."
-    @wraps(method)
-    def f(self, a, *args, **kwargs):
-        with _full_precision(a): return method(self, a, *args, **kwargs)
-    return f
 
 @patch
 def _ready(self: Steerer, a):
