@@ -145,7 +145,7 @@ def _sha256(*tensors):
 def _full_precision(a):
     "A block whose arithmetic autocast leaves alone."
     kind = a.device.type if isinstance(a, Tensor) else "cpu"
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else nullcontext()
 
 def _in_full_precision(method):
     "A method of activations, in `_full_precision`."

@@ -447,7 +447,6 @@ def measure(
         if out: keep(found, out)
     return found
 
-# %% ../nbs/10_speed.ipynb #must_exist1
 def _must_exist(device):
     try: kind = torch.device(device).type
     except RuntimeError: kind = None

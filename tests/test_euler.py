@@ -312,3 +312,8 @@ def test_steering_with_a_saved_constant_field_loads_no_heavy_library(tmp_path):
     heavy = ("sklearn", "scipy", "matplotlib", "transformers", "datasets", "torchdiffeq", "ipywidgets")
     code = f"import sys, torch, odesteer as ods; ods.load_steerer({str(tmp_path)!r}).steer(torch.ones(2)); print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_shapes_without_numbers_can_be_steered():
+    s = ods.CAA().fit(normal(3, 4) + 1, normal(2, 4))
+    assert s.steer(torch.empty(2, 4, device="meta"), T=1.).shape == (2, 4)
