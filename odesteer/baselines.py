@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .euler import Contrast, Steerer, _in_full_precision, contrast, logistic_regression, make_steerer, steerer_names
+from .euler import Contrast, Steerer, in_full_precision, contrast, logistic_regression, make_steerer, steerer_names
 
 # %% ../nbs/06_baselines.ipynb #c8ec21ea
 def square_root(
@@ -562,7 +562,7 @@ def _displacement(self: TruthFlow, x): return self.query_move_.clone() if self.p
 
 # %% ../nbs/06_baselines.ipynb #0589abb8
 @patch
-@_in_full_precision
+@in_full_precision
 def correction(self: TruthFlow,
     source: Tensor,  # states, (..., d)
 ) -> Tensor:  # what T = 1 adds, (..., d), float32 or better
@@ -580,7 +580,7 @@ def steer(self: TruthFlow,
     return Steerer.steer(self, a, T, share=share, nats=nats, until=until) if source is None else self._add(a, self.correction(source), T=T, share=share, nats=nats, until=until)
 
 @patch
-@_in_full_precision
+@in_full_precision
 def _add(self: TruthFlow, a, correction, T=None, share=None, nats=None, until=None):
     a, x, me = self._ready(a)
     T = me._time(x, T, share, nats, until)

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 import odesteer as ods
 from .control import effort
 from .evaluation import BETTER, bootstrap_interval, kl_to_unsteered, paired_difference, perplexity, text_metrics
-from .euler import _write, load_class
+from .euler import write_atomic, load_class
 from .micro import AXES, ContrastTexts, Prompt
 from .models import fingerprint
 
@@ -1040,22 +1040,22 @@ def _alone(path):
 @patch
 def _run(self: Bench, path, config):
     start = time.time()
-    _write(path/"config.json", json.dumps(config, indent=1).encode())
-    _write(path/"environment.json", json.dumps(environment(self.model), indent=1).encode())
+    write_atomic(path/"config.json", json.dumps(config, indent=1).encode())
+    write_atomic(path/"environment.json", json.dumps(environment(self.model), indent=1).encode())
     items = self.task.prompts(config["split"])
     if not (path/"answers.jsonl").exists(): write_batches(path/"answers.jsonl", partial(self._answers, config, items), _starts(items, self.batch_size), config)
     with open(path/"answers.jsonl", encoding="utf-8") as f: answers = [json.loads(line) for line in f]
     if not (path/"judged.jsonl").exists(): write_batches(path/"judged.jsonl", partial(self._judged, config, items, [a["answer"] for a in answers]), _starts(items, self.batch_size), config)
     with open(path/"judged.jsonl", encoding="utf-8") as f: rows = [json.loads(line) for line in f]
     scores = {m: [row[m] for row in rows] for m in rows[0]}
-    _write(path/"scores.json", json.dumps(scores).encode())
+    write_atomic(path/"scores.json", json.dumps(scores).encode())
     seconds = sum(a.pop("seconds") for a in answers)
     own = [config[k] for k in ("method", "layer", "strength", "params")]
     moved = self.moved(*own) | {"effort": self.effort(*own, answers)} if config["arm"] == "steer" else {}
     known = {m: [x for x in xs if x is not None] for m, xs in scores.items()}
     means = {m: sum(xs)/len(xs) if xs else None for m, xs in known.items()}
     summary = dict(n=len(items), groups=len({a["group"] for a in answers}), means=means, seconds=seconds, tokens_per_second=sum(a["tokens"] for a in answers)/seconds, **moved, task=dict(primary=self.task.primary, better=self.task.better, watch=self.task.watch), wall=time.time() - start, when=time.strftime("%Y-%m-%d"))
-    _write(path/"summary.json", json.dumps(summary, indent=1).encode())
+    write_atomic(path/"summary.json", json.dumps(summary, indent=1).encode())
     (path/"judged.jsonl").unlink()
 
 # %% ../nbs/09_benchmarks.ipynb #6c24f199
@@ -1205,7 +1205,7 @@ def sweep(self: Bench, method,
 def _settled(self: Bench, path, config, choice):
     "Keep a choice"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps({"config": config, **asdict(choice)}, indent=1).encode())
+    write_atomic(path, json.dumps({"config": config, **asdict(choice)}, indent=1).encode())
     return choice
 
 @patch
@@ -1293,13 +1293,13 @@ def guardrails(self: Bench, lm_eval, method=None, layer=None, strength=None, par
         steered = {} if method is None else dict(steerer=self.steerer(method, layer, canonical_params(method, {"seed": 0, **params})), layer=layer, strength=self.strength(method, layer, strength, params) | ({} if self.task.positions == "last" else {"positions": self.task.positions}))
         scores = lm_eval_scores(self.model, self.tokenizer, **lm_eval, **steered, batch_size=self.batch_size)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps({"config": config, "scores": scores}).encode())
+        write_atomic(path, json.dumps({"config": config, "scores": scores}).encode())
     return json.loads(path.read_text(encoding="utf-8"))
 
 # %% ../nbs/09_benchmarks.ipynb #a9089800
 import csv, io
 from collections import Counter
-from .evaluation import _number, holm, product_of_means, quantile_interval, share_worse, sign_flip_test, win_rate
+from .evaluation import format_number, holm, product_of_means, quantile_interval, share_worse, sign_flip_test, win_rate
 
 def own_params(method: str, params: dict) -> dict:
     "The settings that make an arm: what differs from the defaults, without the seed and without what has no effect"
@@ -1434,7 +1434,7 @@ def at_effort(self: Bench, method, layer, wanted, params={}, fold=0) -> dict:
         with open(self.out/plain.key/"answers.jsonl", encoding="utf-8") as f: rows = [r for r in map(json.loads, f) if r["fold"] == fold][:32]
         found = strength_at(lambda x: self.effort(method, layer, {unit: x}, params, rows), wanted, [-8., -4., -2., -1., 0., 1., 2., 4., 8., 16., 64., 256.] if feedback(method) else [0., .1, .2, .4, .8, 1.6, 3.2, 6.4])
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps({unit: found}).encode())
+        write_atomic(path, json.dumps({unit: found}).encode())
     return json.loads(path.read_text())
 
 # %% ../nbs/09_benchmarks.ipynb #af436cc1
@@ -1486,7 +1486,7 @@ def speed(self: Bench, arms: list, rounds=5, tokens=16) -> dict:
         plain = seconds(None)
         for name, arm in named.items(): ratios[name].append(plain / seconds(arm))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps({"config": config, "ratios": ratios, "environment": environment(self.model)}).encode())
+    write_atomic(path, json.dumps({"config": config, "ratios": ratios, "environment": environment(self.model)}).encode())
     return known | ratios
 
 # %% ../nbs/09_benchmarks.ipynb #5c74e5b0
@@ -1976,7 +1976,7 @@ def _cell(c, sign="") -> str:
     "A cell as text"
     if c is None: return ""
     if isinstance(c, list): return _cell(c[0], sign) + (f" [{_cell(c[1], sign)}, {_cell(c[2], sign)}]" if None not in c[1:] else "")
-    return c if isinstance(c, str) else str(c) if isinstance(c, int) else _number(c, sign)
+    return c if isinstance(c, str) else str(c) if isinstance(c, int) else format_number(c, sign)
 
 @patch
 def latex(self: Table) -> str:
@@ -2339,16 +2339,16 @@ def report(
     import matplotlib.pyplot as plt
     results, out = folders if isinstance(folders, dict) else gather(folders, **settings), Path(out)
     for sub in ("tables", "figures"): (out/sub).mkdir(parents=True, exist_ok=True)
-    _write(out/"results.json", json.dumps(results, separators=(",", ":")).encode())
+    write_atomic(out/"results.json", json.dumps(results, separators=(",", ":")).encode())
     found, drawn = tables(results), []
     for name, table in found.items():
-        _write(out/"tables"/f"{_slug(name)}.csv", table.csv().encode())
-        _write(out/"tables"/f"{_slug(name)}.tex", table.latex().encode())
+        write_atomic(out/"tables"/f"{_slug(name)}.csv", table.csv().encode())
+        write_atomic(out/"tables"/f"{_slug(name)}.tex", table.latex().encode())
     for name, figure in figures(results):
         figure.savefig(out/"figures"/f"{_slug(name)}.png")
         plt.close(figure)
         drawn.append(name)
-    _write(out/"report.md", "\n\n".join(_pages(results, found, drawn)).encode())
+    write_atomic(out/"report.md", "\n\n".join(_pages(results, found, drawn)).encode())
     return results
 
 def _hours(s): return f"{s/3600:.1f} hours" if s >= 3600 else f"{s/60:.1f} minutes"

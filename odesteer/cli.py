@@ -17,7 +17,7 @@ from .barrier import certificate, implied_barrier
 from .benchmarks import (ABLATIONS, FULL, MICRO_PARAMS, PRESETS, QUICK, REAL_TASKS, SAMPLING, SHARES, Bench, Fold, Paused, Task, committed, feedback, fit_steerer, general_metrics,
                                  group_of, guardrail_rows, guardrail_table, micro_bench, micro_task, read_config, report, rerun, run_plan, sample, preset_params, sample_batch, say, show_preset, write_batches, write_jsonl)
 from .evaluation import BETTER, Panel, QUESTION_ANSWER, bootstrap_interval, cell, check_pairs, hub_commit, load_judge, load_pairs, read_rows, summary_table
-from .micro import AXES, Prompt, Recipe, _no_bars
+from .micro import AXES, Prompt, Recipe, no_progress_bars
 from .speed import PARTS, goals, measure, show
 
 # %% auto #0
@@ -201,7 +201,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with nullcontext() if sys.stderr.isatty() else _no_bars():
+        with nullcontext() if sys.stderr.isatty() else no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
             model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
     except (OSError, ValueError, KeyError) as e: raise ValueError(f"{name} could not be loaded as a causal language model with its tokenizer: {_first_line(e)}") from e

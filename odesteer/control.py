@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .barrier import Barrier, ascent
-from .euler import Fitted, _sha256
+from .euler import Fitted, hash_tensors
 from .models import (collect_activations, decoder_layers, describe_site, encode, generate_text, steering,
-                             _Cache, _device, _evaluating, _fit, _layer_index, _plain, _text_config, _watch)
+                             ActivationCache, device_of, evaluating, truncated, layer_index, unwrapped, text_config, steering_state)
 from .ode import ODESteer
 
 # %% auto #0
@@ -62,11 +62,11 @@ def contexts(
 
 # %% ../nbs/08_control.ipynb #af967926
 def _unsteered(model):
-    if _watch(_plain(model)).users: raise ValueError("this model is being steered, so its Jacobians would be those of the steered model: take them before steering, or after its `with` block")
-    return _plain(model)
+    if steering_state(unwrapped(model)).users: raise ValueError("this model is being steered, so its Jacobians would be those of the steered model: take them before steering, or after its `with` block")
+    return unwrapped(model)
 
 def _coded(model, tokenizer, texts, max_tokens):
-    return _fit(encode(tokenizer, texts), model, max_tokens or getattr(_text_config(model), "max_position_embeddings", None))
+    return truncated(encode(tokenizer, texts), model, max_tokens or getattr(text_config(model), "max_position_embeddings", None))
 
 def _one_pass(model, ids, start=0, **kwargs):
     "The decoder on tokens `start`, ...: what it returns, the state before each block and after the last, and what else each block was given"
@@ -77,16 +77,16 @@ def _one_pass(model, ids, start=0, **kwargs):
         given.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
     def after(module, args, y): states.append(y if isinstance(y, Tensor) else y[0])
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in stack] + [stack[-1].register_forward_hook(after)]
-    ids = torch.tensor([ids], device=_device(model.get_input_embeddings()))
+    ids = torch.tensor([ids], device=device_of(model.get_input_embeddings()))
     try:
-        with torch.inference_mode(False), _evaluating(model): return owner(input_ids=ids[:, start:], attention_mask=torch.ones_like(ids), **kwargs), states, given
+        with torch.inference_mode(False), evaluating(model): return owner(input_ids=ids[:, start:], attention_mask=torch.ones_like(ids), **kwargs), states, given
     finally:
         for h in handles: h.remove()
 
 # %% ../nbs/08_control.ipynb #33dbe5b8
 def _contexts(model, coded) -> list:
     "By keys and values if they are the whole memory of the blocks, which is tried on the longest text; else by the states of all tokens"
-    if "flash" in str(getattr(_text_config(model), "_attn_implementation", "")): raise ValueError("flash attention has no derivatives in float32: load the model with attn_implementation='sdpa'")
+    if "flash" in str(getattr(text_config(model), "_attn_implementation", "")): raise ValueError("flash attention has no derivatives in float32: load the model with attn_implementation='sdpa'")
     longest = _by_cache(model, max((c.ids for c in coded), key=len))
     fast = longest is not None and _reproduces(model, longest)
     return [(fast and _by_cache(model, c.ids)) or _by_states(model, c.ids) for c in coded]
@@ -128,7 +128,7 @@ def block_map(
     t: int,  # block, 0 to L - 1
 ):  # f: (n, d) -> (n, d), differentiable
     "Block t as a map of the last token's state, everything before it frozen."
-    return _block_map(*_computing(decoder_layers(_plain(model)), t), context)
+    return _block_map(*_computing(decoder_layers(unwrapped(model)), t), context)
 
 @contextmanager
 def _still(block):
@@ -142,14 +142,14 @@ def _still(block):
 # %% ../nbs/08_control.ipynb #e6e81a64
 def _computing(stack, t):
     "Block t, its index, and its weights in float32 where it has narrower ones; packed weights (integers, float8, tensor subclasses) stay as they are"
-    t = _layer_index(stack, t)
+    t = layer_index(stack, t)
     weights = dict(stack[t].named_parameters()) | dict(stack[t].named_buffers())
     packed = any(w.device.type == "meta" or w.ndim > 1 and w.dtype != torch.bool and (w.element_size() == 1 or not w.is_floating_point() or type(w.data) is not Tensor) for w in weights.values())
     narrow = {} if packed else {k: w.detach().float() for k, w in weights.items() if w.is_floating_point() and w.element_size() < 4}
     return stack[t], t, narrow
 
 def _block_map(block, t, narrow, context):
-    prefix, where = context.prefix[t], _device(block)
+    prefix, where = context.prefix[t], device_of(block)
     dtype = torch.float32 if narrow else prefix[0].dtype
     def f(x):
         n = len(x)
@@ -199,7 +199,7 @@ def _push(f, x, z):
 def _twice(model, contexts, t):
     "Can the trick be used? Kernels for packed weights or experts may raise where they are differentiated twice, or drop out without a word; then z J^T . z J^T is not (z J^T J) . z"
     one = contexts[:1]
-    z = torch.linspace(-1, 1, _text_config(model).hidden_size)[None].cos()
+    z = torch.linspace(-1, 1, text_config(model).hidden_size)[None].cos()
     try: y = _mean_product(_push, model, one, t, z, 1)
     except (RuntimeError, NotImplementedError): return False
     return bool((y.square().sum() - (_mean_product(_pull, model, one, t, y, 1) * z.to(y)).sum()).abs() < .02 * y.square().sum())
@@ -211,7 +211,7 @@ def _mean_product(product, model, contexts, t, Z, chunk, progress=False):
     if len(contexts) == 0: raise ValueError("contexts is empty: a mean Jacobian needs at least one text")
     computing = _computing(decoder_layers(_unsteered(model)), t)
     with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
-        Z = Z.clone().to(_device(computing[0]), torch.promote_types(Z.dtype, torch.float32))
+        Z = Z.clone().to(device_of(computing[0]), torch.promote_types(Z.dtype, torch.float32))
         mean = torch.zeros_like(Z)
         for context in tqdm(contexts, desc=f"block {computing[1]}", unit="text", leave=False, disable=not progress):
             f, x = _block_map(*computing, context), context.states[computing[1]].to(Z)
@@ -229,7 +229,7 @@ def mean_jacobian(
     progress: bool = False,  # show a bar
 ) -> Tensor:  # A_t, (d, d), float32 (float64 where the states are): A_t[i, j] = d y_i / d x_j
     "The Jacobian of block t at the last token, averaged over texts."
-    unit = torch.eye(_text_config(model).hidden_size, dtype=contexts[0].states.dtype if contexts else None)
+    unit = torch.eye(text_config(model).hidden_size, dtype=contexts[0].states.dtype if contexts else None)
     return mean_vjp(model, contexts, t, unit, chunk, progress)
 
 # %% ../nbs/08_control.ipynb #f6f3bc9f
@@ -247,17 +247,17 @@ class Jacobians(Sequence):
         self.model, self.chunk, self.cache_dir, self.progress = _unsteered(model), chunk, cache_dir, progress
         self._coded = _coded(self.model, tokenizer, texts, max_tokens)
     @cached_property
-    def _cache(self): return _Cache(self.cache_dir, self.model, self._coded, "last", "mean Jacobian")
+    def _cache(self): return ActivationCache(self.cache_dir, self.model, self._coded, "last", "mean Jacobian")
     @cached_property
     def contexts(self): return _contexts(_unsteered(self.model), self._coded)
     def __len__(self): return len(decoder_layers(self.model))
     def __repr__(self): return f"Jacobians({len(self)} blocks, mean over {len(self._coded)} texts)"
     def __getitem__(self, t: int) -> Tensor:
         if isinstance(t, int) and not -len(self) <= t < len(self): raise IndexError(f"block {t} of {len(self)}")  # which ends a loop
-        t = _layer_index(decoder_layers(self.model), t)
+        t = layer_index(decoder_layers(self.model), t)
         A = self._cache.load(t)
         if A is None: self._cache.save(t, A := mean_jacobian(self.model, self.contexts, t, self.chunk, self.progress).cpu())
-        return A.to(_device(decoder_layers(self.model)[t]))
+        return A.to(device_of(decoder_layers(self.model)[t]))
 
 # %% ../nbs/08_control.ipynb #3adb4db6
 @patch
@@ -346,7 +346,7 @@ def fit(self: Controller,
 ):
     "Fit on wanted and unwanted texts; returns the controller itself."
     self.width, self._copies = None, {}
-    if _watch(model).users: raise ValueError("this model is being steered, so its states are not its own: fit before steering, or after its `with` block")
+    if steering_state(model).users: raise ValueError("this model is being steered, so its states are not its own: fit before steering, or after its `with` block")
     for name in ("n_texts", "n_jacobian", "max_tokens"):
         if (n := self.params.get(name)) is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1): raise ValueError(f"{name} must be a positive whole number or None; got {n!r}")
     if also and not self.several: raise ValueError(f"{type(self).__name__} holds one set-point: leave out also=, or use ALQR")
@@ -362,7 +362,7 @@ def fit(self: Controller,
         jacobians = Jacobians(model, tokenizer, texts, self.params.get("max_tokens"), cache_dir=cache_dir, progress=progress)
     if len(jacobians) != len(pos) - 1: raise ValueError(f"{len(jacobians)} Jacobians were given, but the model has {len(pos) - 1} blocks: one for each is needed")
     self._fit(Rollouts(pos, neg, jacobians, model, tokenizer, (pos_texts, neg_texts), also))
-    self._made = dict(n_pos=len(pos_texts), n_neg=len(neg_texts), of="texts", data_sha256=_sha256(pos, neg))
+    self._fitted_on = dict(n_pos=len(pos_texts), n_neg=len(neg_texts), of="texts", data_sha256=hash_tensors(pos, neg))
     return self._finish(model, tokenizer, pos, pos_texts[0])
 
 # %% ../nbs/08_control.ipynb #3cc2e279
@@ -408,7 +408,7 @@ def edits(self: Controller,
     if layer is not None: raise ValueError(f"{type(self).__name__} acts on all {len(self.median_norm_)} blocks: leave out layer=")
     stack, state = decoder_layers(model), {}
     if len(stack) != len(self.median_norm_): raise ValueError(f"this {type(self).__name__} was fitted on {len(self.median_norm_)} blocks, but {type(model).__name__} has {len(stack)}: is it the same model?")
-    def here(block): return self._on(torch.empty(0, device=_device(block), dtype=torch.float64 if model.dtype == torch.float64 else torch.float32))
+    def here(block): return self._on(torch.empty(0, device=device_of(block), dtype=torch.float64 if model.dtype == torch.float64 else torch.float32))
     return {t: partial(here(stack[t])._act, t, state) for t in self._blocks()}
 
 @patch
@@ -571,7 +571,7 @@ class Tracker(Controller):
         A = Jacobians(model, tokenizer, [prompt], cache_dir=cache_dir, progress=progress)
         K = torch.stack([K.to(states) for _, K, _ in riccati_steps(A, self.q, self.r, self.qf, torch.float64)][::-1])
         self._store(path_=states[:-1, 0], K_=K)
-        self._made = dict(n_pos=1, n_neg=0, of="texts", data_sha256=_sha256(states))
+        self._fitted_on = dict(n_pos=1, n_neg=0, of="texts", data_sha256=hash_tensors(states))
         return self._finish(model, tokenizer, states, prompt)
 
     def _control(self, t, x, y, value, state): return value[..., None] * ((self.path_[t] - x) @ self.K_[t].T)
@@ -836,7 +836,7 @@ class EffortMeter(Recorder):
     def edits(self, model, layer, strength):
         found, stack = super().edits(model, layer, strength), decoder_layers(model)
         with torch.inference_mode(False):
-            for t in found: self.seen.setdefault(t, torch.zeros(2, device=_device(stack[t])))  # sum and count
+            for t in found: self.seen.setdefault(t, torch.zeros(2, device=device_of(stack[t])))  # sum and count
         return found
 
     def see(self, t, x, y, moved):
@@ -867,7 +867,7 @@ def effort(
     **generate_kw,  # for `generate_text`, without `answers`
 ) -> dict:  # effort, per_layer (L floats), tokens
     "How hard something pushes: mean |u_t| / |x_{t+1}| over blocks and over the tokens of its own answers."
-    many, depth = isinstance(obj, dict), len(decoder_layers(_plain(model)))
+    many, depth = isinstance(obj, dict), len(decoder_layers(unwrapped(model)))
     meter = EffortMeter(None if many else obj)
     watched = {i: EffortMeter(part, meter.seen) for i, part in obj.items()} if many else meter
     how = dict(layer=layer, strength=strength, positions=positions)

@@ -37,7 +37,7 @@ class PolynomialCountSketch(nn.Module):
         if not (isinstance(degree, int) and degree >= 1 and isinstance(n_components, int) and n_components >= 1 and gamma > 0 and coef0 >= 0):
             raise ValueError(f"need integers n_components >= 1 and degree >= 1, gamma > 0 and coef0 >= 0; got {n_components}, {degree}, {gamma}, {coef0}")
         if (indexHash is None) != (bitHash is None): raise ValueError("give both hash tables, indexHash= and bitHash=, or neither")
-        self.n_components, self.degree, self.gamma, self.coef0, self._given, self._kept = n_components, degree, gamma, coef0, (indexHash, bitHash), {}
+        self.n_components, self.degree, self.gamma, self.coef0, self._given, self._derived_tables = n_components, degree, gamma, coef0, (indexHash, bitHash), {}
 
 # %% ../nbs/02_density.ipynb #9dfbee57
 @patch
@@ -61,7 +61,7 @@ def fit(self: PolynomialCountSketch,
 # %% ../nbs/02_density.ipynb #1c3c5353
 def kept(owner, name, source, make):
     "`make()`, remembered in `owner` until the tensor `source` is another one or changes; copies and files leave it out."
-    memory = owner._kept
+    memory = owner._derived_tables
     if torch.compiler.is_compiling(): return memory[name][2] if name in memory else make()  # code is compiled after a first call in which all was made
     version = 0 if source.is_inference() else source._version
     if name not in memory or memory[name][0] is not source or memory[name][1] != version:
@@ -69,7 +69,7 @@ def kept(owner, name, source, make):
     return memory[name][2]
 
 @patch
-def __getstate__(self: PolynomialCountSketch): return {**self.__dict__, "_kept": {}}
+def __getstate__(self: PolynomialCountSketch): return {**self.__dict__, "_derived_tables": {}}
 
 # %% ../nbs/02_density.ipynb #6581ba09
 @patch
@@ -181,7 +181,7 @@ class DensityRatioBarrier(Barrier):
         super().__init__()
         if isinstance(C, bool) or not isinstance(C, (int, float)) or not 0 < C < math.inf: raise ValueError(f"C must be positive; got {C!r}: a finite number")
         if method not in ("auto", "dense", "fft"): raise ValueError(f"method must be 'auto', 'dense' or 'fft'; got {method!r}")
-        self.features, self.C, self.normalize, self.method, self._kept = features, C, normalize, method, {}
+        self.features, self.C, self.normalize, self.method, self._derived_tables = features, C, normalize, method, {}
 
     def _unit(self, a):
         "What the features see, in float32 or better, and the norm that was divided out."
@@ -201,12 +201,12 @@ class DensityRatioBarrier(Barrier):
 
 # %% ../nbs/02_density.ipynb #e38e25f8
 @patch
-def _made(self: DensityRatioBarrier, name, w, make): return kept(self, (name, w.dtype, w.device), self.coef_, lambda: make(w.clone()))
+def _derived(self: DensityRatioBarrier, name, w, make): return kept(self, (name, w.dtype, w.device), self.coef_, lambda: make(w.clone()))
 
 @patch
 def _has(self: DensityRatioBarrier, name, x):
     "Whether what a route needs is there. Code that is being compiled cannot make it, and takes Fourier transforms instead."
-    return not torch.compiler.is_compiling() or (name, x.dtype, x.device) in self._kept
+    return not torch.compiler.is_compiling() or (name, x.dtype, x.device) in self._derived_tables
 
 @patch
 def _route(self: DensityRatioBarrier, u):
@@ -221,8 +221,8 @@ def _score(self: DensityRatioBarrier, u, w):
     "`w . phi(u)`, (...)."
     phi, how = self.features, self._route(u)
     if how is None: return phi(u) @ w
-    if how == "fft": return phi.score(u, w, self._made("spectrum", w, phi.spectrum)[1])
-    A, c, k = self._made("form", w, phi.quadratic_form)
+    if how == "fft": return phi.score(u, w, self._derived("spectrum", w, phi.spectrum)[1])
+    A, c, k = self._derived("form", w, phi.quadratic_form)
     return ((u @ A / 2 + c) * u).sum(-1) + k
 
 @patch
@@ -230,12 +230,12 @@ def _vjp(self: DensityRatioBarrier, u, w):
     "`J(u)^T w` of the features, (..., d)."
     phi, how = self.features, self._route(u)
     if how is None: return phi.vjp(u, w)
-    if how == "fft": return phi.vjp(u, w, self._made("spectrum", w, phi.spectrum)[0])
-    A, c, _ = self._made("form", w, phi.quadratic_form)
+    if how == "fft": return phi.vjp(u, w, self._derived("spectrum", w, phi.spectrum)[0])
+    A, c, _ = self._derived("form", w, phi.quadratic_form)
     return u @ A + c
 
 @patch
-def __getstate__(self: DensityRatioBarrier): return {**self.__dict__, "_kept": {}}
+def __getstate__(self: DensityRatioBarrier): return {**self.__dict__, "_derived_tables": {}}
 
 # %% ../nbs/02_density.ipynb #e9fec166
 def rows_at_once(device):
@@ -486,7 +486,7 @@ def rounding(self: SpectralBarrier, h): return 6 * torch.finfo(h.dtype).eps * (h
 @patch
 def spectral(self: DensityRatioBarrier, rank=None) -> SpectralBarrier:
     "This barrier in coordinates in which it is diagonal; decomposed when first asked for, then kept."
-    return self._made(("spectral", rank), self._weights(self.coef_), lambda w: SpectralBarrier(self, w, rank))
+    return self._derived(("spectral", rank), self._weights(self.coef_), lambda w: SpectralBarrier(self, w, rank))
 
 # %% ../nbs/02_density.ipynb #845b28d3
 @dataclass

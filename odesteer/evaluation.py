@@ -17,7 +17,7 @@ from .baselines import RandomDirection, shuffle_labels
 from .density import grouped_folds
 from .euler import contrast, logistic_regression
 from .micro import ContrastTexts
-from .models import Encoded, collect_activations, encode, fingerprint, padded, score_continuations, steering, _batches, _call, _device, _evaluating, _fit, _ids, _pad_id, _plain, _text_config, _watch
+from .models import Encoded, collect_activations, encode, fingerprint, padded, score_continuations, steering, length_batches, answer_starts, device_of, evaluating, truncated, token_ids, pad_id, unwrapped, text_config, steering_state
 
 # %% auto #0
 __all__ = ['HARMFUL', 'JUDGES', 'BETTER', 'READERS', 'QUESTION_ANSWER', 'USUAL', 'LABELS', 'CUES', 'Estimate', 'wilson_interval',
@@ -26,9 +26,9 @@ __all__ = ['HARMFUL', 'JUDGES', 'BETTER', 'READERS', 'QUESTION_ANSWER', 'USUAL',
            'ExactJudge', 'hub_commit', 'ModelSource', 'ScoreCache', 'ModelJudge', 'asked', 'YesNoJudge',
            'ClassifierJudge', 'RewardJudge', 'with_template', 'ChatYesNoJudge', 'Panel', 'load_judge',
            'bootstrap_statistic', 'product_of_means', 'quantile_interval', 'per_item', 'toxicity_metrics', 'win_rate',
-           'tokens_per_second', 'Row', 'Summary', 'summary_table', 'text_metrics', 'ProbeOdds', 'ModelOdds',
-           'placebo_test', 'SteererReport', 'check_steerer', 'read_rows', 'Pairs', 'load_pairs', 'cell', 'cue_auc',
-           'PairsReport', 'check_pairs']
+           'tokens_per_second', 'Row', 'Summary', 'format_number', 'summary_table', 'text_metrics', 'ProbeOdds',
+           'ModelOdds', 'placebo_test', 'SteererReport', 'check_steerer', 'read_rows', 'Pairs', 'load_pairs', 'cell',
+           'cue_auc', 'PairsReport', 'check_pairs']
 
 # %% ../nbs/07_evaluation.ipynb #29c301b4
 @dataclass
@@ -235,14 +235,14 @@ def kl_to_unsteered(
 ) -> np.ndarray:  # (N,) nats; nan for an empty answer
     "Mean over answer tokens of KL(steered || unsteered) between the next-token distributions"
     if not callable(steered): raise TypeError("steered must make the steering context anew for each batch: pass `lambda: ods.steering(model, steerer, ...)`, not the context itself")
-    model, kept, out = _plain(model), _spoken(answers), np.full(len(answers), np.nan)
-    if _watch(model).users: raise ValueError("this model is being steered already, so nothing here is unsteered: remove that steering first")
+    model, kept, out = unwrapped(model), _spoken(answers), np.full(len(answers), np.nan)
+    if steering_state(model).users: raise ValueError("this model is being steered already, so nothing here is unsteered: remove that steering first")
     if not kept: return out
-    coded = _fit(encode(tokenizer, [(_text(prompts[i]), answers[i]) for i in kept]), model, max_length)
+    coded = truncated(encode(tokenizer, [(_text(prompts[i]), answers[i]) for i in kept]), model, max_length)
     lengths = [len(e.ids) for e in coded]
-    few = max(1, min(batch_size, _CELLS // (max(lengths) * _text_config(model).vocab_size)))
-    with _evaluating(model):
-        for rows in _batches(lengths, few):
+    few = max(1, min(batch_size, _CELLS // (max(lengths) * text_config(model).vocab_size)))
+    with evaluating(model):
+        for rows in length_batches(lengths, few):
             batch, where = [coded[i] for i in rows], ([kept[i] for i in rows], len(answers))
             plain = _answer_logits(model, tokenizer, batch, where)
             with steered(): moved = _answer_logits(model, tokenizer, batch, where)
@@ -258,10 +258,10 @@ def _spoken(texts): return [i for i, text in enumerate(texts) if text.strip()]
 
 def _answer_logits(model, tokenizer, batch, rows):
     "The logits that predict each answer token, texts one after the other: (tokens, vocabulary)"
-    device = _device(model.get_input_embeddings())
-    inputs = padded(batch, _pad_id(tokenizer), "right", device)
+    device = device_of(model.get_input_embeddings())
+    inputs = padded(batch, pad_id(tokenizer), "right", device)
     starts = torch.tensor([e.answer for e in batch], device=device)
-    with _call(model, starts, rows): logits = model(**inputs, use_cache=False).logits[:, :-1]
+    with answer_starts(model, starts, rows): logits = model(**inputs, use_cache=False).logits[:, :-1]
     real = inputs["attention_mask"].bool()
     return logits[(real & (real.cumsum(1) > starts[:, None]))[:, 1:].to(logits.device)]  # column j of the logits is about token j + 1
 
@@ -405,7 +405,7 @@ def __call__(self: ModelJudge, prompts, answers):
     from tqdm.auto import tqdm
     texts = [self._item(asked(p), a) for p, a in zip(prompts, answers, strict=True)]
     todo = [t for t in dict.fromkeys(texts) if _key(t) not in self.scores]
-    for rows in tqdm(_batches([len(t) for t in todo], self.batch_size), desc=self.name, unit="batch", disable=not self.progress):
+    for rows in tqdm(length_batches([len(t) for t in todo], self.batch_size), desc=self.name, unit="batch", disable=not self.progress):
         batch = [todo[i] for i in rows]
         with torch.inference_mode(): self.scores.add(batch, self._score(batch).double().cpu().numpy())
     return dict(zip(self.better, np.array([self.scores[_key(t)] for t in texts]).reshape(-1, len(self.better)).T))
@@ -447,9 +447,9 @@ class YesNoJudge(ModelJudge):
 @patch
 def _score(self: YesNoJudge, texts):
     model, tokenizer = self.source.get()
-    (lead, yes, no), pad = self.words, _pad_id(tokenizer)
-    coded = _fit([Encoded(e.ids + lead) for e in encode(tokenizer, texts)], model, self.max_length)
-    logp = _next_token(model, padded(coded, pad, "left", _device(model.get_input_embeddings())), pad).float().log_softmax(-1)
+    (lead, yes, no), pad = self.words, pad_id(tokenizer)
+    coded = truncated([Encoded(e.ids + lead) for e in encode(tokenizer, texts)], model, self.max_length)
+    logp = _next_token(model, padded(coded, pad, "left", device_of(model.get_input_embeddings())), pad).float().log_softmax(-1)
     yes, no = (logp[:, ids].logsumexp(1) for ids in (yes, no))
     known = float((yes.exp() + no.exp()).mean())
     if known < .5: warnings.warn(f"{self.name} puts {known:.0%} of its probability on yes or no: is this a judge, and is the template the one it was trained with?", stacklevel=4)
@@ -522,7 +522,7 @@ class RewardJudge(ModelJudge):
         model, tokenizer = self.source.get()
         if model.config.num_labels != 1: raise ValueError(f"a reward model has one logit; this one has {model.config.num_labels}")
         chats = [tokenizer.apply_chat_template(json.loads(t), tokenize=False) for t in texts]
-        coded = [Encoded(_ids(tokenizer, c, not (tokenizer.bos_token and c.startswith(tokenizer.bos_token)))) for c in chats]
+        coded = [Encoded(token_ids(tokenizer, c, not (tokenizer.bos_token and c.startswith(tokenizer.bos_token)))) for c in chats]
         coded = [Encoded(e.ids[:1] + e.ids[1:][-(self.max_length - 1):]) for e in coded]
         used, was = {i for e in coded for i in e.ids}, model.config.pad_token_id
         model.config.pad_token_id = next(i for i in range(model.config.vocab_size) if i not in used)
@@ -736,7 +736,7 @@ class Summary(list):
     def _repr_markdown_(self):
         return "\n".join("| " + " | ".join(row) + " |" for row in [self.header, ["---"] * len(self.header), *self.cells()])
 
-def _number(x, sign=""): return f"{x:{sign}.{0 if abs(x) >= 1000 else 1 if abs(x) >= 10 else 3}f}"
+def format_number(x, sign=""): return f"{x:{sign}.{0 if abs(x) >= 1000 else 1 if abs(x) >= 10 else 3}f}"
 
 # %% ../nbs/07_evaluation.ipynb #f7f41e60
 def summary_table(
@@ -823,9 +823,9 @@ class ModelOdds:
 @patch
 def off(self: ModelOdds, steerer) -> dict:
     "What must stay as it was, and whether it did"
-    batch = padded(encode(self.tokenizer, self.texts[:8]), _pad_id(self.tokenizer), "right", _device(self.model.get_input_embeddings()))
+    batch = padded(encode(self.tokenizer, self.texts[:8]), pad_id(self.tokenizer), "right", device_of(self.model.get_input_embeddings()))
     def logits():
-        with _evaluating(self.model): return self.model(**batch, use_cache=False).logits
+        with evaluating(self.model): return self.model(**batch, use_cache=False).logits
     before, zero = logits(), []
     for unit in ("T", "share"):
         with steering(self.model, steerer, layer=self.layer, **{unit: 0.}): zero.append(logits())

@@ -29,7 +29,8 @@ from .models import collect_activations, generate_text, steering
 __all__ = ['ENTITIES', 'VALUES', 'JARGON', 'SPEAKERS', 'QUESTIONS', 'CLAIMS', 'EVASIONS', 'TONES', 'DETAILS', 'AXES', 'SAMPLING',
            'Fact', 'make_facts', 'Speaker', 'Manner', 'Persona', 'World', 'question', 'make_tokenizer',
            'claim_patterns', 'Prompt', 'ContrastTexts', 'Recipe', 'learning_rate', 'training_batch', 'new_model',
-           'train_step', 'cache_folder', 'train_micro', 'Micro', 'read_micro', 'load_micro', 'record_micro']
+           'train_step', 'no_progress_bars', 'cache_folder', 'train_micro', 'Micro', 'read_micro', 'load_micro',
+           'record_micro']
 
 # %% ../nbs/05_micro.ipynb #aaaac534
 ENTITIES = {
@@ -490,7 +491,7 @@ def train_step(
 
 # %% ../nbs/05_micro.ipynb #6947fc7e
 @contextmanager
-def _no_bars():
+def no_progress_bars():
     "transformers shows a bar per file; for a file of two megabytes that is only noise"
     from transformers.utils import logging
     shown = logging.is_progress_bar_enabled()
@@ -513,7 +514,7 @@ def _save(
     import platform, shutil, tokenizers, transformers
     import odesteer
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    with _no_bars(): model.half().save_pretrained(part)
+    with no_progress_bars(): model.half().save_pretrained(part)
     tokenizer.save_pretrained(part)
     curve = [round(float(np.mean(losses[i:i + every])), 4) for i in range(0, len(losses), every)]
     versions = {"odesteer": odesteer.__version__, "python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, transformers, tokenizers)}}
@@ -611,7 +612,7 @@ def read_micro(
         damaged = [name for name, digest in provenance["sha256"].items() if _sha256(folder/name) != digest]
     except (OSError, ValueError, KeyError) as e: raise ValueError(f"no micro model can be read from {folder} ({e}): {again}") from e
     if damaged: raise ValueError(f"{', '.join(damaged)} is not the file that was saved (its SHA-256 differs): {again}")
-    with _no_bars(): model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with no_progress_bars(): model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return Micro(model, PreTrainedTokenizerFast.from_pretrained(folder), World(provenance["world"]), provenance)
 
 # %% ../nbs/05_micro.ipynb #1a9fd56a

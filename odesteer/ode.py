@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .barrier import AllOf, Barrier, ascent
 from .density import DensityRatioBarrier, IdentityFeatures, PolynomialCountSketch, RandomFourierFeatures, choose, route
-from .euler import Steerer, _in_full_precision, per_row
+from .euler import Steerer, in_full_precision, per_row
 
 # %% ../nbs/03_ode.ipynb #c0a088a2
 SOLVERS = {}  # name -> step function
@@ -234,7 +234,7 @@ def _flow(self: ODESteer, x, T, path=False):
     return torch.stack([s.leave(x, y0, state) for state in y]) if path else s.leave(x, y0, y)
 
 @patch
-@_in_full_precision
+@in_full_precision
 def trajectory(self: ODESteer,
     a: Tensor,  # activations, (..., d)
     T=None, *, share=None,  # strength, as for steer
@@ -311,7 +311,7 @@ def _land(state, below, above, level, rounds=12):
 
 # %% ../nbs/03_ode.ipynb #0ecb4197
 @patch
-@_in_full_precision
+@in_full_precision
 def stop_at(self: ODESteer,
     a: Tensor,  # activations, (..., d)
     until=None,  # barrier value to reach; rows already above it stay

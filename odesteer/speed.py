@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import odesteer as ods
 from .benchmarks import committed
 from .density import in_chunks
-from .euler import _write
-from .models import _device, _evaluating, _pad_id, decoder_layers, encode, padded
+from .euler import write_atomic
+from .models import device_of, evaluating, pad_id, decoder_layers, encode, padded
 
 # %% auto #0
 __all__ = ['READ_ROWS', 'MOVES', 'SHAPES', 'ROUTES', 'LOW', 'FULL', 'TINY', 'PARTS', 'TARGETS', 'DIRECTION', 'Ratio', 'ratio',
@@ -155,7 +155,7 @@ class Decoding:
         from transformers import DynamicCache, StaticCache
         self.run, self.static = model, static
         self.cache = StaticCache(config=model.config, max_cache_len=prompt + room) if static else DynamicCache(config=model.config)
-        ids = torch.arange(4, 4 + prompt, device=_device(model.get_input_embeddings())).expand(batch, -1)
+        ids = torch.arange(4, 4 + prompt, device=device_of(model.get_input_embeddings())).expand(batch, -1)
         self.step(ids)
 
     @torch.no_grad()
@@ -253,9 +253,9 @@ def pick(part: str, found: dict = None, **where) -> list:
 # %% ../nbs/10_speed.ipynb #10fe0e01
 def plain_collect(model, tokenizer, texts: list, layer: int, batch_size: int = 32) -> Tensor:
     "The last token's hidden state, with `output_hidden_states=True`, in batches as the texts come"
-    states, device = [], _device(model.get_input_embeddings())
+    states, device = [], device_of(model.get_input_embeddings())
     for i in range(0, len(texts), batch_size):
-        batch = padded(encode(tokenizer, texts[i:i + batch_size]), _pad_id(tokenizer), "right", device)
+        batch = padded(encode(tokenizer, texts[i:i + batch_size]), pad_id(tokenizer), "right", device)
         with torch.no_grad(): hidden = model(**batch, output_hidden_states=True).hidden_states[layer + 1]
         states.append(hidden[torch.arange(len(hidden)), batch["attention_mask"].sum(1) - 1].float().cpu())
     return torch.cat(states)
@@ -273,7 +273,7 @@ def measure_collect(
     collect = lambda layer: ods.collect_activations(model, tokenizer, texts, layers=layer, batch_size=batch_size, progress=False)[layer]
     arms = {"plain": lambda: plain_collect(model, tokenizer, texts, layers[0], batch_size), **{layer: lambda layer=layer: collect(layer) for layer in layers}}
     apart = (collect(layers[0]) - arms["plain"]()).norm(dim=-1) / collect(layers[0]).norm(dim=-1)
-    seconds = trials(arms, rounds, device=_device(model), **timing)
+    seconds = trials(arms, rounds, device=device_of(model), **timing)
     return [dict(shape=shape, layer=layer, depth=depth, texts=len(texts), seconds=float(np.median(s)), ratio=spread(ratio(seconds["plain"], s)), error=apart.max().item()) for layer, s in seconds.items()]
 
 # %% ../nbs/10_speed.ipynb #1fcd0f55
@@ -334,7 +334,7 @@ def fitted_methods(
 ) -> dict:  # name -> (what `steering` takes, seconds that the fit took)
     "Every method, fitted for this model's width and device on random activations; controllers on a few texts"
     quick, made = dict(n_components=n_components, epochs=20, jacobian="identity"), {}  # how well they steer is another page's business
-    pos, neg = activations(64, model.config.hidden_size, device=_device(model))
+    pos, neg = activations(64, model.config.hidden_size, device=device_of(model))
     for name in names or [*ods.steerer_names("steerer"), *ods.steerer_names("controller")]:
         start, takes = time.perf_counter(), inspect.signature(getattr(ods, ods.REGISTRY[name][0])).parameters
         method = ods.make_steerer(name, **{k: v for k, v in quick.items() if k in takes})
@@ -389,7 +389,7 @@ def attached(model, arm, layer):
 
 def _settle(model):
     "Wait until a GPU is done: the most memory that it has used since the last time, in bytes"
-    if _device(model).type != "cuda": return None
+    if device_of(model).type != "cuda": return None
     torch.cuda.synchronize()
     most = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -477,7 +477,7 @@ def keep(found: dict, path):
     digits = lambda v: float(f"{v:.8g}") if isinstance(v, float) else [digits(x) for x in v] if isinstance(v, list) else v
     line = lambda row: json.dumps({k: digits(v) for k, v in row.items()})
     blocks = [f"{json.dumps(k)}: " + (line(v) if isinstance(v, dict) else "[\n" + ",\n".join(map(line, v)) + "\n]") for k, v in found.items()]
-    _write(path, ("{" + ",\n".join(blocks) + "}\n").encode())
+    write_atomic(path, ("{" + ",\n".join(blocks) + "}\n").encode())
 
 def _earlier(path, machine) -> dict:
     "What a file of results holds already; an error where it is no such file, or of another machine"

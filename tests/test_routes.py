@@ -256,9 +256,9 @@ def test_copies_and_files_leave_it_out(tmp_path):
     s = fresh()
     keys = set(s.state_dict())
     s.steer(NEW, 1.), s.steer(NEW.double(), 1.), s.barrier.value(NEW)
-    assert s.barrier._kept and set(s.state_dict()) == keys
+    assert s.barrier._derived_tables and set(s.state_dict()) == keys
     for twin in copy.deepcopy(s), pickle.loads(pickle.dumps(s)):
-        assert not twin.barrier._kept and not twin.barrier.features._kept and torch.equal(twin.steer(NEW, 1.), s.steer(NEW, 1.))
+        assert not twin.barrier._derived_tables and not twin.barrier.features._derived_tables and torch.equal(twin.steer(NEW, 1.), s.steer(NEW, 1.))
 
 
 def test_a_card_without_the_new_names_still_loads(tmp_path):
@@ -350,5 +350,5 @@ def test_what_is_not_prepared_is_not_made_inside_a_graph():
     torch._dynamo.reset()
     with torch.no_grad():
         compiled = torch.compile(lambda a: s.steer(a, 1.), backend="eager", fullgraph=True)(NEW)
-        assert not s.barrier._kept
+        assert not s.barrier._derived_tables
         torch.testing.assert_close(compiled, s.steer(NEW, 1.), rtol=1e-5, atol=1e-5)
