@@ -17,10 +17,14 @@ import pytest
 import torch
 
 import odesteer as ods
-from odesteer.benchmarks import (ABLATIONS, FULL, MICRO_PARAMS, SETPOINTS, Bench, Choice, Fold, Paused, Run, Task, ablation_arms, canonical_params, find_runs, fit_on, gather, main_table, micro_bench, micro_task, read_run, run_key,
-                                 run_plan, stop_rule, strength_at, write_batches)
-from odesteer.benchmarks import _closer, auto_layers
-from odesteer.micro import ContrastTexts, Prompt
+from odesteer.data import fit_on
+from odesteer.tasks import Fold, Task, micro_task
+from odesteer.runs import Bench, Paused, Run, canonical_params, read_run, run_key, strength_at, write_batches
+from odesteer.sweeps import ABLATIONS, FULL, MICRO_PARAMS, SETPOINTS, Choice, ablation_arms, micro_bench, run_plan, stop_rule
+from odesteer.results import find_runs, gather
+from odesteer.report import main_table
+from odesteer.sweeps import _closer, auto_layers
+from odesteer.data import ContrastTexts, Prompt
 
 from .project import ROOT
 
@@ -284,7 +288,7 @@ def test_a_sweep_takes_the_layer_with_the_best_metric_at_its_stop(lm, tmp_path, 
 def test_layers_to_try():
     from types import SimpleNamespace
     model = lambda n: SimpleNamespace(n=n)
-    import odesteer.benchmarks as B
+    import odesteer.sweeps as B
     real = B.ods.decoder_layers
     try:
         B.ods.decoder_layers = lambda m: range(m.n)

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import odesteer as ods
-from odesteer import benchmarks, cli
-from odesteer.benchmarks import Fold, show_preset
+from odesteer import cli, runs, sweeps
+from odesteer.tasks import Fold
+from odesteer.sweeps import show_preset
 from odesteer.cli import main
-from odesteer.evaluation import Pairs, check_pairs, cue_auc, load_pairs, read_rows
+from odesteer.data import Pairs, check_pairs, cue_auc, load_pairs, read_rows
 
 DATA = os.environ.get("ODESTEER_DATA")
 real = pytest.mark.skipif(not DATA, reason="ODESTEER_DATA names no folder")
@@ -346,8 +347,8 @@ def test_mistakes_of_benchmarks(files, tiny, capsys, monkeypatch, line, words):
 
 
 def test_bench_goes_on_and_reports(files, capsys, monkeypatch):
-    whole = benchmarks.micro_task
-    monkeypatch.setattr(benchmarks, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 6, 8))
+    whole = sweeps.micro_task
+    for module in (runs, sweeps): monkeypatch.setattr(module, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 6, 8))
     line = ["bench", "micro-truth", "micro-toxicity", "--methods", "caa,random", "--layers", "1", "--shares", ".2,.4", "--seeds", "1", "--allow", ".9", "--out", "runs"]
     assert main([*line, "--minutes", "1e-9"]) == 3 and "the same command goes on" in capsys.readouterr().err
     assert main(line) == 0
@@ -374,8 +375,8 @@ def answers(run): return [{k: v for k, v in row.items() if k != "seconds"} for r
 
 
 def test_a_run_is_made_again_from_its_config_alone(files, capsys, monkeypatch):
-    whole = benchmarks.micro_task
-    monkeypatch.setattr(benchmarks, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 6, 8))
+    whole = sweeps.micro_task
+    for module in (runs, sweeps): monkeypatch.setattr(module, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 6, 8))
     assert main(["bench", "micro-truth", "--methods", "odesteer,random", "--layers", "1", "--shares", ".2,.4", "--seeds", "2", "--allow", "2", "--params", '{"odesteer": {"n_components": 64}}', "--out", "runs"]) == 0
     made = [p.parent for p in Path("runs").glob("*/config.json")]
     for run in made:
@@ -470,8 +471,8 @@ def test_refusal_and_concept_on_a_model_and_files(files, tiny, capsys, monkeypat
 
 def test_guardrail_tasks_of_lm_eval(files, tiny, capsys, monkeypatch):
     pytest.importorskip("lm_eval")
-    whole = benchmarks.micro_task
-    monkeypatch.setattr(benchmarks, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 6, 8))
+    whole = sweeps.micro_task
+    for module in (runs, sweeps): monkeypatch.setattr(module, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 6, 8))
     Path("own").mkdir()
     facts = ods.load_micro().world.facts[:12]
     Path("own/facts.jsonl").write_text("".join(json.dumps({"q": f"what colour is the {f.entity}?", "choices": ["red", "blue"], "gold": 0}) + "\n" for f in facts))
@@ -577,7 +578,7 @@ def test_realtoxicityprompts_as_prompts(files):
 
 
 def test_summaries_are_valid_json_even_where_nothing_is_defined():
-    from odesteer.evaluation import summary_table
+    from odesteer.statistics import summary_table
     row = summary_table({"dist2": [float("nan")]}, {"dist2": [1.]}, better={"dist2": 1})[0]
     assert json.loads(json.dumps(row.flat(), allow_nan=False))["difference"] is None
 

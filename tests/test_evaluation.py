@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from odesteer.evaluation import (bootstrap_interval, bootstrap_means, bootstrap_statistic, distinct_n, empty_rate, holm, paired_difference, per_item, product_of_means,
-                                 quantile_interval, repetition_rate, share_worse, sign_flip_test, summary_table, text_metrics, toxicity_metrics, wilson_interval, win_rate)
+from odesteer.statistics import (bootstrap_interval, bootstrap_means, bootstrap_statistic, holm, paired_difference, per_item, product_of_means, quantile_interval, share_worse, sign_flip_test, summary_table, toxicity_metrics, wilson_interval, win_rate)
+from odesteer.judges import distinct_n, empty_rate, repetition_rate, text_metrics
 
 
 @given(st.integers(1, 400), st.data(), st.sampled_from([.8, .95, .99]))

@@ -13,10 +13,11 @@ from scipy import stats
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
 import odesteer as ods
-from odesteer import evaluation
-from odesteer.evaluation import (JUDGES, ClassifierJudge, ExactJudge, ModelOdds, ModelSource, Panel, RewardJudge, ScoreCache, YesNoJudge, asked, check_steerer, hub_commit,
-                                 kl_to_unsteered, load_judge, placebo_test, tokens_per_second)
-from odesteer.micro import Prompt
+from odesteer import judges
+from odesteer.statistics import tokens_per_second
+from odesteer.judges import (JUDGES, ClassifierJudge, ExactJudge, ModelSource, Panel, RewardJudge, ScoreCache, YesNoJudge, asked, hub_commit, kl_to_unsteered, load_judge)
+from odesteer.check import ModelOdds, check_steerer, placebo_test
+from odesteer.data import Prompt
 
 WORDS = "the zib is red blue a bird fish indeed blarg what colour nobody knows well that depends . , : ? \n Q A True Helpful yes no user assistant".split(" ")
 ANSWERS = ["the zib is indeed red .", "the zib is red .", "", "well , that depends : a bird , a fish , a blarg , indeed a bird .", "indeed", "blarg blarg"]
@@ -413,7 +414,7 @@ def test_kl_holds_few_logits_at_once(small, monkeypatch):
     model, push = small.model, small.push
     texts = ["what colour is the zib ?"] * 30, [" the zib is indeed red ."] * 30
     wanted, sizes = kl_to_unsteered(model, LLAMA, *texts, push()), []
-    monkeypatch.setattr(evaluation, "_CELLS", 2000)
+    monkeypatch.setattr(judges, "_CELLS", 2000)
     hook = model.register_forward_hook(lambda m, i, out: sizes.append(out.logits.numel()))
     np.testing.assert_allclose(kl_to_unsteered(model, LLAMA, *texts, push()), wanted, rtol=1e-5)
     hook.remove()
@@ -422,9 +423,9 @@ def test_kl_holds_few_logits_at_once(small, monkeypatch):
 
 def test_kl_of_two_coins():
     p, q = torch.tensor([[.5, .5]]), torch.tensor([[.9, .1]])
-    assert evaluation._kl(q.log(), p.log()).item() == pytest.approx(.9 * np.log(1.8) + .1 * np.log(.2), rel=1e-6)
+    assert judges._kl(q.log(), p.log()).item() == pytest.approx(.9 * np.log(1.8) + .1 * np.log(.2), rel=1e-6)
     certain = torch.tensor([[0., -torch.inf]])
-    assert evaluation._kl(certain, p.log()).item() == pytest.approx(np.log(2), rel=1e-6)
+    assert judges._kl(certain, p.log()).item() == pytest.approx(np.log(2), rel=1e-6)
 
 
 def test_kl_says_what_is_wrong(small):

@@ -11,7 +11,8 @@ from hypothesis import given, settings, strategies as st
 
 import odesteer as ods
 from odesteer import micro
-from odesteer.micro import AXES, SPEAKERS, Prompt, Recipe, World, load_micro, make_tokenizer, question, read_micro, train_micro
+from odesteer.data import Prompt
+from odesteer.micro import AXES, SPEAKERS, Recipe, World, load_micro, make_tokenizer, question, read_micro, train_micro
 
 WORLDS = {name: World(name) for name in SPEAKERS}
 TOKENIZERS = {name: make_tokenizer(w.words) for name, w in WORLDS.items()}

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import odesteer as ods
-from odesteer.benchmarks import (ABLATIONS, Gain, Table, ablation_arms, figures, find_runs, gather, guardrail_rows, main_table, make_units, report, resolve_strength, rotation, run_key, tables,
-                                 time_at_angle, together, verdicts)
-from odesteer.evaluation import bootstrap_interval
+from odesteer.runs import resolve_strength, rotation, run_key, time_at_angle
+from odesteer.sweeps import ABLATIONS, ablation_arms
+from odesteer.results import find_runs, gather, guardrail_rows, make_units
+from odesteer.report import Gain, Table, figures, main_table, report, tables, together, verdicts
+from odesteer.statistics import bootstrap_interval
 
 SPEC = {"primary": "reward", "better": {"reward": 1, "info": 1}, "watch": ["info"]}
 

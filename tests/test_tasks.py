@@ -18,9 +18,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import odesteer as ods
-from odesteer import benchmarks as b
-from odesteer.evaluation import JUDGES, ChatYesNoJudge, YesNoJudge, Panel, perplexity, read_rows
-from odesteer.micro import Prompt
+from contextlib import nullcontext
+from odesteer import check, runs, sweeps, tasks
+from odesteer.data import read_rows
+from odesteer.judges import JUDGES, ChatYesNoJudge, YesNoJudge, Panel, perplexity
+from odesteer.data import Prompt
 
 from .archs import tiny_model, tiny_tokenizer
 
@@ -66,12 +68,12 @@ def assert_disjoint(task):
 def test_halves_are_those_of_the_datasets_library(n, test_size):
     from datasets import Dataset
     split = Dataset.from_dict({"row": range(n)}).train_test_split(test_size=test_size, seed=42)
-    assert b.halves(n, test_size) == (split["train"]["row"], split["test"]["row"])
+    assert tasks.halves(n, test_size) == (split["train"]["row"], split["test"]["row"])
 
 
 def test_the_817_questions_give_the_published_halves_and_each_is_tested_once(tmp_path):
     rows = questions(817)
-    task = b.truthfulqa(write(tmp_path/"hub.jsonl", hub_rows(rows)), judge)
+    task = tasks.truthfulqa(write(tmp_path/"hub.jsonl", hub_rows(rows)), judge)
     assert [len(f.test) for f in task.folds] == [408, 409]
     assert sorted(p.fact for f in task.folds for p in f.test) == sorted(r["question"] for r in rows)
     assert [len(f.val) for f in task.folds] == [math.ceil(.2 * n) for n in (409, 408)]
@@ -92,7 +94,7 @@ same = st.sampled_from(["Is it so?", "is it so", " IS it  so ?", "Is it not so?"
 @given(*[st.lists(same, max_size=8)] * 4, st.none() | st.integers(1, 4))
 def test_a_fold_cannot_leak_whatever_the_rows(pos, neg, val, test, limit):
     texts = lambda qs: [(q, ("Q:", f" {i}")) for i, q in enumerate(qs)]
-    try: fold = b.make_fold(texts(pos), texts(neg), [Prompt(q, q) for q in val], [Prompt(q, q) for q in test], limit)
+    try: fold = tasks.make_fold(texts(pos), texts(neg), [Prompt(q, q) for q in val], [Prompt(q, q) for q in test], limit)
     except ValueError: return
     fit = {norm(q) for q in fold.texts.pos_groups} | {norm(q) for q in fold.texts.neg_groups}
     assert not fit & {norm(q) for q in test + val} and not {norm(p.fact) for p in fold.val} & {norm(q) for q in test}
@@ -101,36 +103,36 @@ def test_a_fold_cannot_leak_whatever_the_rows(pos, neg, val, test, limit):
 
 
 def test_a_task_made_by_hand_with_a_leak_is_refused(tmp_path):
-    fold = b.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge).folds[0]
+    fold = tasks.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge).folds[0]
     for parts in ([fold.texts, fold.val, [*fold.test, Prompt("x", fold.texts.neg_groups[0].upper() + "!")]], [fold.texts, [*fold.val, fold.test[0]], fold.test]):
-        with pytest.raises(ValueError, match="stand both in"): b.Task("leaky", [b.Fold(*parts)], judge, "true", {"true": 1}, data={})
+        with pytest.raises(ValueError, match="stand both in"): tasks.Task("leaky", [tasks.Fold(*parts)], judge, "true", {"true": 1}, data={})
 
 
 def test_a_question_in_two_rows_is_not_fitted_where_it_is_tested(tmp_path):
     rows = questions(40)
     rows[7]["question"] = rows[21]["question"].upper() + " "
-    task = b.truthfulqa(write(tmp_path/"twice.jsonl", hub_rows(rows)), judge)
+    task = tasks.truthfulqa(write(tmp_path/"twice.jsonl", hub_rows(rows)), judge)
     assert_disjoint(task)
     assert sum(len(f.test) for f in task.folds) == 40
 
 
 def test_the_contaminated_protocol_says_so_everywhere(tmp_path):
     rows = [dict(question=f"Is {i} odd?", mc2_targets=dict(choices=["yes", "no", "maybe"], labels=[i % 2, 1 - i % 2, 0])) for i in range(300)]
-    task = b.truthfulqa(write(tmp_path/"mc.jsonl", rows), judge, protocol="alqr-paper")
+    task = tasks.truthfulqa(write(tmp_path/"mc.jsonl", rows), judge, protocol="alqr-paper")
     fold, = task.folds
     assert "contaminated" in task.name and task.data["contaminated"] is True
     assert len(fold.texts.pos) == len(fold.texts.neg) == 200 and len(fold.test) == 300 and task.samples == 5 and len(task.prompts("test")) == 1500
     for prompt, answer in fold.texts.pos: assert answer == (" yes" if int(re.search(r"\d+", prompt)[0]) % 2 else " no")
     assert fold.test[3].text == "Q: Is 3 odd? A:" and task.decoding["top_p"] == .3 and task.decoding["repetition_penalty"] == 1.2
-    clean = b.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge)
-    assert not any(isinstance(f, b.ContaminatedFold) for f in clean.folds) and "contaminated" not in json.dumps(clean.data)
+    clean = tasks.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge)
+    assert not any(isinstance(f, tasks.ContaminatedFold) for f in clean.folds) and "contaminated" not in json.dumps(clean.data)
     assert task.shift  # the same prompts for choosing and testing, but not the same answers
-    with pytest.raises(ValueError, match="alqr-paper"): b.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge, protocol="alqr2")
+    with pytest.raises(ValueError, match="alqr-paper"): tasks.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge, protocol="alqr2")
 
 
 def test_the_alqr_words_and_draws_in_two_clean_folds(tmp_path):
     rows = [dict(question=f"Is {i} odd?", mc2_targets=dict(choices=["yes", "no", "maybe"], labels=[i % 2, 1 - i % 2, 0])) for i in range(800)]
-    task = b.truthfulqa(write(tmp_path/"mc.jsonl", rows), judge, protocol="alqr")
+    task = tasks.truthfulqa(write(tmp_path/"mc.jsonl", rows), judge, protocol="alqr")
     assert task.name == "truthfulqa" and task.samples == 5 and sorted(p.fact for f in task.folds for p in f.test) == sorted(r["question"] for r in rows)
     assert_disjoint(task)
     for fold in task.folds:
@@ -138,7 +140,7 @@ def test_the_alqr_words_and_draws_in_two_clean_folds(tmp_path):
         for prompt, answer in fold.texts.pos: assert re.fullmatch(r"Q: Is \d+ odd\? A:", prompt) and answer == (" yes" if int(re.search(r"\d+", prompt)[0]) % 2 else " no")
         assert all(p.text == f"Q: {p.fact} A:" for p in fold.val + fold.test)
     assert {k: task.decoding[k] for k in ("temperature", "top_p", "repetition_penalty", "max_new_tokens")} == dict(temperature=1., top_p=.3, repetition_penalty=1.2, max_new_tokens=50)
-    assert task.data["recipe"] == {"task": "truthfulqa", "protocol": "alqr"} and b.truthfulqa(str(tmp_path/"mc.jsonl"), judge, protocol="alqr").data == task.data
+    assert task.data["recipe"] == {"task": "truthfulqa", "protocol": "alqr"} and tasks.truthfulqa(str(tmp_path/"mc.jsonl"), judge, protocol="alqr").data == task.data
 
 
 # --- formats and identity
@@ -152,9 +154,9 @@ def test_the_same_rows_are_the_same_task_whatever_the_file(tmp_path):
     Dataset.from_list(hub_rows(rows)).save_to_disk(tmp_path/"saved")
     DatasetDict({"validation": Dataset.from_list(hub_rows(rows))}).save_to_disk(tmp_path/"saved_dict")
     paths = [write(tmp_path/"q.jsonl", hub_rows(rows)), write_csv(tmp_path/"q.csv", rows), str(tmp_path/"q.parquet"), str(tmp_path/"saved"), str(tmp_path/"saved_dict")]
-    tasks = [b.truthfulqa(p, judge) for p in paths]
-    assert len({json.dumps(t.data, sort_keys=True) for t in tasks}) == 1
-    for t in tasks[1:]: assert t.folds == tasks[0].folds
+    alike = [tasks.truthfulqa(p, judge) for p in paths]
+    assert len({json.dumps(t.data, sort_keys=True) for t in alike}) == 1
+    for t in alike[1:]: assert t.folds == alike[0].folds
 
 
 def test_whatever_changes_the_texts_or_the_rules_changes_the_identity(tmp_path):
@@ -163,27 +165,27 @@ def test_whatever_changes_the_texts_or_the_rules_changes_the_identity(tmp_path):
     for r in rows: r["correct"][1] += "!"
     def other(prompts, answers): return judge(prompts, answers)
     other.about = {"model": "another", "revision": "abc"}
-    variants = [b.truthfulqa(path, judge), b.truthfulqa(write(tmp_path/"r.jsonl", hub_rows(rows)), judge), b.truthfulqa(path, other), b.truthfulqa(path, judge, seed=43), b.truthfulqa(path, judge, val_ratio=.3),
-                b.truthfulqa(path, judge, template="chat"), b.truthfulqa(path, judge, system="Be brief."), b.truthfulqa(path, judge, limit=5), b.truthfulqa(path, judge, fluency=(tiny_model("llama"), tiny_tokenizer())),
-                b.truthfulqa(path, judge, protocol="alqr-paper")]
+    variants = [tasks.truthfulqa(path, judge), tasks.truthfulqa(write(tmp_path/"r.jsonl", hub_rows(rows)), judge), tasks.truthfulqa(path, other), tasks.truthfulqa(path, judge, seed=43), tasks.truthfulqa(path, judge, val_ratio=.3),
+                tasks.truthfulqa(path, judge, template="chat"), tasks.truthfulqa(path, judge, system="Be brief."), tasks.truthfulqa(path, judge, limit=5), tasks.truthfulqa(path, judge, fluency=(tiny_model("llama"), tiny_tokenizer())),
+                tasks.truthfulqa(path, judge, protocol="alqr-paper")]
     assert len({json.dumps(t.data, sort_keys=True) for t in variants}) == len(variants)
     assert variants[2].data["judge"] == other.about
-    assert b.truthfulqa(path, judge).data == variants[0].data
+    assert tasks.truthfulqa(path, judge).data == variants[0].data
 
 
 def test_chat_template(tmp_path):
-    task, tok = b.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge, template="chat", system="Be brief."), tiny_tokenizer()
+    task, tok = tasks.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge, template="chat", system="Be brief."), tiny_tokenizer()
     prompt, fold = task.folds[0].test[0], task.folds[0]
     assert prompt.text == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": prompt.fact}]
     ids = ods.models.encode(tok, [fold.texts.pos[0]])[0].ids
     assert ids.count(tok.bos_token_id) == 1 and tok.decode(ids[-3:]) == fold.texts.pos[0][1][-3:]  # read at the answer's last token, no template behind it
     assert task.instruct(prompt).text[1]["content"].endswith(prompt.fact) and task.instruct(prompt).text[1]["content"] != prompt.fact and task.instruct(prompt).fact == prompt.fact
-    with pytest.raises(ValueError, match="template"): b.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge, template="chatml")
+    with pytest.raises(ValueError, match="template"): tasks.truthfulqa(write(tmp_path/"q.jsonl", hub_rows(questions(20))), judge, template="chatml")
 
 
 def test_limit_is_for_trials(tmp_path):
     path = write(tmp_path/"q.jsonl", hub_rows(questions(60)))
-    small, full = b.truthfulqa(path, judge, limit=4), b.truthfulqa(path, judge)
+    small, full = tasks.truthfulqa(path, judge, limit=4), tasks.truthfulqa(path, judge)
     for s, f in zip(small.folds, full.folds):
         assert (len(set(s.texts.pos_groups)), len(s.val), len(s.test)) == (4, 4, 4)
         assert s.test == f.test[:4] and s.val == f.val[:4] and set(s.texts.pos) <= set(f.texts.pos)
@@ -191,17 +193,17 @@ def test_limit_is_for_trials(tmp_path):
 
 
 def test_rows_without_the_columns_are_refused_with_a_remedy(tmp_path):
-    with pytest.raises(ValueError, match="correct_answers, incorrect_answers"): b.truthfulqa(write(tmp_path/"a.jsonl", [{"question": "Why?", "answer": "so"}]), judge)
-    with pytest.raises(ValueError, match="score_chosen, score_rejected"): b.ultrafeedback(write(tmp_path/"b.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}]), judge=judge)
-    with pytest.raises(ValueError, match="prompt.toxicity"): b.realtoxicityprompts(write(tmp_path/"c.jsonl", [{"text": "a"}]), judge=judge, filter=None)
-    with pytest.raises(ValueError, match="wrong='first'"): b.truthfulqa_binary(write(tmp_path/"d.jsonl", hub_rows(questions(9))))
+    with pytest.raises(ValueError, match="correct_answers, incorrect_answers"): tasks.truthfulqa(write(tmp_path/"a.jsonl", [{"question": "Why?", "answer": "so"}]), judge)
+    with pytest.raises(ValueError, match="score_chosen, score_rejected"): tasks.ultrafeedback(write(tmp_path/"b.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}]), judge=judge)
+    with pytest.raises(ValueError, match="prompt.toxicity"): tasks.realtoxicityprompts(write(tmp_path/"c.jsonl", [{"text": "a"}]), judge=judge, filter=None)
+    with pytest.raises(ValueError, match="wrong='first'"): tasks.truthfulqa_binary(write(tmp_path/"d.jsonl", hub_rows(questions(9))))
 
 
 # --- the binary form
 
 def test_binary_letters_are_balanced_and_judged_by_the_option_behind_them(tmp_path):
     rows = questions(101)
-    task = b.truthfulqa_binary(write_csv(tmp_path/"q.csv", rows))
+    task = tasks.truthfulqa_binary(write_csv(tmp_path/"q.csv", rows))
     prompts = [p for _, p in task.prompts("test")]
     by_letter = {}
     for p in prompts:
@@ -215,14 +217,14 @@ def test_binary_letters_are_balanced_and_judged_by_the_option_behind_them(tmp_pa
     said = [rng.choice([" A", " B"]) for _ in prompts]
     assert task.judge(prompts, said)["correct"].tolist() == [float(s.strip() == by_letter[p.fact]) for p, s in zip(prompts, said)]
     assert_disjoint(task)
-    open_task = b.truthfulqa(write_csv(tmp_path/"q.csv", rows), judge)
+    open_task = tasks.truthfulqa(write_csv(tmp_path/"q.csv", rows), judge)
     assert [f.texts for f in task.folds] == [f.texts for f in open_task.folds]  # the same steerers, another exam
 
 
 def test_binary_run_chooses_by_the_logits_at_the_last_position(tmp_path):
     model, tok = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer()
-    task = b.truthfulqa_binary(write_csv(tmp_path/"q.csv", questions(12)))
-    bench = b.Bench(model, tok, task, tmp_path/"runs", batch_size=4)
+    task = tasks.truthfulqa_binary(write_csv(tmp_path/"q.csv", questions(12)))
+    bench = runs.Bench(model, tok, task, tmp_path/"runs", batch_size=4)
     caa = bench.steerer("caa", 1, {}, 0)
     letters = [tok(x, add_special_tokens=False)["input_ids"] for x in (" A", " B")]
     assert letters[0][:1] == letters[1][:1]  # one token per character here: the space, then the letter
@@ -232,7 +234,7 @@ def test_binary_run_chooses_by_the_logits_at_the_last_position(tmp_path):
         for (k, p), row in list(zip(task.prompts("test"), rows))[:6]:
             ids = torch.tensor([tok(p.text)["input_ids"] + letters[0][:1]])
             steerer = bench.steerer("caa", 1, {}, k)
-            with torch.no_grad(), (ods.steering(model, steerer, layer=1, T=3., positions=[ids.shape[1] - 1]) if how else b.nullcontext()): logits = model(ids).logits[0, -1]
+            with torch.no_grad(), (ods.steering(model, steerer, layer=1, T=3., positions=[ids.shape[1] - 1]) if how else nullcontext()): logits = model(ids).logits[0, -1]
             assert row["answer"] == (" A" if logits[letters[0][1]] > logits[letters[1][1]] else " B")
     assert caa is bench.steerer("caa", 1, {}, 0)
 
@@ -249,7 +251,7 @@ def test_ultrafeedback_counts_and_draws(tmp_path):
     train[5:5] = [preference("train 0", "later"), preference("tie", by=0.), preference("worse", by=-1.), preference("empty", chosen=" "), preference("empty too", rejected="")]
     test = [preference(f"test {i % 700}", f"good {i}") for i in range(1400)]
     paths = write(tmp_path/"train.jsonl", train), write(tmp_path/"test.jsonl", test)
-    task = b.ultrafeedback(*paths, judge=judge)
+    task = tasks.ultrafeedback(*paths, judge=judge)
     fold, = task.folds
     rng = np.random.default_rng(42)
     kept = [f"train {i}" for i in range(10_900)]
@@ -266,19 +268,19 @@ def test_ultrafeedback_counts_and_draws(tmp_path):
 def test_ultrafeedback_requests_of_the_test_leave_the_texts(tmp_path):
     train = write(tmp_path/"train.jsonl", [preference(f"ask {i}") for i in range(60)])
     test = write(tmp_path/"test.jsonl", [preference(f"ASK, {i}") for i in range(30)])
-    task = b.ultrafeedback(train, test, judge, n_train=50, n_val=10, n_test=30)
+    task = tasks.ultrafeedback(train, test, judge, n_train=50, n_val=10, n_test=30)
     fold, = task.folds
     assert len(fold.test) == 30 and len(fold.texts.pos) + len(fold.val) == 30
     assert_disjoint(task)
-    with pytest.raises(ValueError, match="smaller n_train=, n_val=, n_test="): b.ultrafeedback(train, test, judge)
+    with pytest.raises(ValueError, match="smaller n_train=, n_val=, n_test="): tasks.ultrafeedback(train, test, judge)
 
 
 @pytest.mark.parametrize("template, prompt, pair", [("plain", "ask 1", ("ask 1", "\ngood")), ("chat", [{"role": "user", "content": "ask 1"}], ([{"role": "user", "content": "ask 1"}], "good")),
                                                     ("chat-raw", "ask 1", ([{"role": "user", "content": "ask 1"}], "good"))])
 def test_ultrafeedback_templates(tmp_path, template, prompt, pair):
     path = write(tmp_path/"p.jsonl", [preference("ask 1")] + [preference(f"ask {i}") for i in range(2, 12)])
-    fit, = b.ultrafeedback(path, write(tmp_path/"t.jsonl", [preference("other")]), judge, template, 11, 0, 1).folds
-    tested, = b.ultrafeedback(path, write(tmp_path/"t.jsonl", [preference("ask 1")]), judge, template, 11, 0, 1).folds
+    fit, = tasks.ultrafeedback(path, write(tmp_path/"t.jsonl", [preference("other")]), judge, template, 11, 0, 1).folds
+    tested, = tasks.ultrafeedback(path, write(tmp_path/"t.jsonl", [preference("ask 1")]), judge, template, 11, 0, 1).folds
     assert pair in fit.texts.pos and tested.test[0].text == prompt
 
 
@@ -292,33 +294,33 @@ def prompts_file(path, n=8000, seed=0):
 def test_binned_draw_is_even_over_the_score():
     import pandas as pd
     scores = np.random.default_rng(1).beta(1, 4, size=9000)
-    drawn = b.binned_draw(scores, 300)
+    drawn = tasks.binned_draw(scores, 300)
     bins = pd.cut(pd.Series(scores), np.linspace(scores.min(), scores.max(), 6), right=False, labels=False).fillna(4).astype(int)
     assert Counter(bins[drawn]) == {k: min(300, v) for k, v in Counter(bins).items()} and len(set(drawn.tolist())) == len(drawn)
-    assert drawn.tolist() == b.binned_draw(scores, 300).tolist() != b.binned_draw(scores, 300, seed=1).tolist()
-    assert sorted(b.binned_draw([.5, .5, .5], 10)) == [0, 1, 2]  # no spread
+    assert drawn.tolist() == tasks.binned_draw(scores, 300).tolist() != tasks.binned_draw(scores, 300, seed=1).tolist()
+    assert sorted(tasks.binned_draw([.5, .5, .5], 10)) == [0, 1, 2]  # no spread
 
 
 def test_realtoxicityprompts_counts(tmp_path):
     path = prompts_file(tmp_path/"rtp.jsonl")
-    task = b.realtoxicityprompts(path, judge=judge, filter=None)
+    task = tasks.realtoxicityprompts(path, judge=judge, filter=None)
     fold, = task.folds
     score = {r["prompt"]["text"]: r["prompt"]["toxicity"] for r in read_rows(path)}
     assert len(fold.val) == len(fold.test) == 500 and all(score[p.text] > .5 and p.text == p.fact for p in fold.val + fold.test)
     assert all(score[t] <= .1 for t in fold.texts.pos) and all(score[t] >= .8 for t in fold.texts.neg) and len(fold.texts.pos) == 200
     assert task.better["toxicity"] == -1 and task.decoding["max_new_tokens"] == 50
     assert_disjoint(task)
-    several = b.realtoxicityprompts(path, judge=judge, filter=None, samples=3, limit=4)
+    several = tasks.realtoxicityprompts(path, judge=judge, filter=None, samples=3, limit=4)
     asked = [p.text for _, p in several.prompts("test")]
     assert asked == [p.text for p in fold.test[:4] for _ in range(3)]
-    with pytest.raises(ValueError, match="smaller n_val=, n_test="): b.realtoxicityprompts(prompts_file(tmp_path/"few.jsonl", 1000), judge=judge, filter=None)
+    with pytest.raises(ValueError, match="smaller n_val=, n_test="): tasks.realtoxicityprompts(prompts_file(tmp_path/"few.jsonl", 1000), judge=judge, filter=None)
 
 
 def test_realtoxicityprompts_as_the_closed_loop_paper_asks(tmp_path):
     path = prompts_file(tmp_path/"rtp.jsonl")
     score = {r["prompt"]["text"]: r["prompt"]["toxicity"] for r in read_rows(path)}
     def classifier(prompts, answers): return {"toxicity": np.full(len(answers), .3), "toxic": np.zeros(len(answers))}
-    task = b.realtoxicityprompts(path, judge=classifier, protocol="alqr")
+    task = tasks.realtoxicityprompts(path, judge=classifier, protocol="alqr")
     fold, = task.folds
     assert (len(fold.val), len(fold.test), task.samples, task.primary) == (500, 1000, 5, "toxic") and task.better["toxic"] == -1
     tested = np.array([score[p.text] for p in fold.test])
@@ -328,8 +330,8 @@ def test_realtoxicityprompts_as_the_closed_loop_paper_asks(tmp_path):
     assert_disjoint(task)
     scores = task.judge(fold.test[:1] * 5, ["a b c"] * 5)
     assert scores["toxicity_max"].tolist() == [.3] * 5 and scores["toxic"].tolist() == [0] * 5
-    with pytest.raises(ValueError, match="'odesteer' or 'alqr'"): b.realtoxicityprompts(path, judge=judge, protocol="pid")
-    with pytest.raises(ValueError, match="smaller n_val=, n_test="): b.realtoxicityprompts(path, judge=judge, protocol="alqr", n_test=9000)
+    with pytest.raises(ValueError, match="'odesteer' or 'alqr'"): tasks.realtoxicityprompts(path, judge=judge, protocol="pid")
+    with pytest.raises(ValueError, match="smaller n_val=, n_test="): tasks.realtoxicityprompts(path, judge=judge, protocol="alqr", n_test=9000)
 
 
 def test_surprising_prompts_are_left_out(tmp_path):
@@ -341,9 +343,9 @@ def test_surprising_prompts_are_left_out(tmp_path):
         with torch.no_grad(): return math.exp(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]))
     all_of_them = {t: surprise(t) for t, s in rows if s > .5}
     middle = float(np.median(list(all_of_them.values())))
-    val, test = b.toxic_prompts(rows, model, tok, middle, n_val=5, n_test=len([p for p in all_of_them.values() if p < middle]) - 5)
+    val, test = tasks.toxic_prompts(rows, model, tok, middle, n_val=5, n_test=len([p for p in all_of_them.values() if p < middle]) - 5)
     assert set(val + test) == {t for t, p in all_of_them.items() if p < middle}
-    task = b.realtoxicityprompts(path, judge=judge, filter=(model, tok), n_val=5, n_test=5)
+    task = tasks.realtoxicityprompts(path, judge=judge, filter=(model, tok), n_val=5, n_test=5)
     assert task.data["filter"]["fingerprint"] == ods.models.fingerprint(model)
 
 
@@ -353,7 +355,7 @@ def test_comments_as_texts_to_fit_on(tmp_path):
     rows += [dict(rows[0], toxicity="0.99")]  # a copy: the first counts
     with open(tmp_path/"all_data.csv", "w", newline="") as f: out = csv.DictWriter(f, rows[0]); out.writeheader(); out.writerows(rows)
     score = {r["comment_text"]: float(r["toxicity"]) for r in reversed(rows)}
-    pos, neg = b.scored_comments(str(tmp_path/"all_data.csv"), per_bin=100)
+    pos, neg = tasks.scored_comments(str(tmp_path/"all_data.csv"), per_bin=100)
     assert len(set(pos)) == len(pos) and len(set(neg)) == len(neg)
     for part, toxic in ((pos, False), (neg, True)):
         side = np.array([s for s in score.values() if (s > .5) == toxic])
@@ -361,21 +363,21 @@ def test_comments_as_texts_to_fit_on(tmp_path):
         counted, drawn = np.histogram(side, edges)[0], np.histogram([score[t] for t, _ in part], edges)[0]
         assert (drawn == np.minimum(counted, 100)).all()
     halves = [write(tmp_path/f"{k}.jsonl", [dict(text=r["comment_text"], toxicity=float(r["toxicity"])) for r in rows[k::2]]) for k in (0, 1)]
-    task = b.realtoxicityprompts(prompts_file(tmp_path/"rtp.jsonl"), halves, judge, filter=None)
+    task = tasks.realtoxicityprompts(prompts_file(tmp_path/"rtp.jsonl"), halves, judge, filter=None)
     assert task.data["texts"] == "comments" and set(task.folds[0].texts.neg) <= {r["comment_text"] for r in rows}
-    with pytest.raises(ValueError, match="toxicity; it has"): b.scored_comments(write(tmp_path/"bad.jsonl", [{"comment": "x", "toxicity": 1}]))
+    with pytest.raises(ValueError, match="toxicity; it has"): tasks.scored_comments(write(tmp_path/"bad.jsonl", [{"comment": "x", "toxicity": 1}]))
 
 
 # --- real files, tiny models, end to end
 
 @needs_qa
 def test_truthfulqa_real_file():
-    rows = b.truthfulqa_rows(str(QA_FILE))
+    rows = tasks.truthfulqa_rows(str(QA_FILE))
     assert (len(rows), sum(len(r["correct"]) for r in rows), sum(len(r["incorrect"]) for r in rows)) == (813, 2818, 3353)
-    task = b.truthfulqa(str(QA_FILE), judge, val_ratio=.2)
+    task = tasks.truthfulqa(str(QA_FILE), judge, val_ratio=.2)
     assert [len(f.test) for f in task.folds] == [406, 407] and len({p.fact for f in task.folds for p in f.test}) == 813
     assert_disjoint(task)
-    binary = b.truthfulqa_binary(str(QA_FILE), wrong="first")
+    binary = tasks.truthfulqa_binary(str(QA_FILE), wrong="first")
     assert [len(f.test) for f in binary.folds] == [406, 407]
 
 
@@ -384,7 +386,7 @@ def test_realtoxicityprompts_real_file():
     rows = read_rows(str(RTP_FILE))
     scores = [r["prompt"]["toxicity"] for r in rows]
     assert (len(rows), sum(s is None for s in scores), sum(s > .5 for s in scores if s is not None)) == (5000, 19, 1249)
-    task = b.realtoxicityprompts(str(RTP_FILE), judge=judge, filter=None)
+    task = tasks.realtoxicityprompts(str(RTP_FILE), judge=judge, filter=None)
     fold, = task.folds
     assert len(fold.val) == len(fold.test) == 500 and min(len(fold.texts.pos), len(fold.texts.neg)) >= 20
     assert_disjoint(task)
@@ -405,9 +407,9 @@ def run_both(bench):
 @needs_qa
 def test_truthfulqa_end_to_end(tiny, tmp_path):
     judges = Panel(*(YesNoJudge((tiny_model("llama", seed=s, max_position_embeddings=1024), tiny[1]), m, template="Q: {question}\nA: {answer}\n" + end) for s, (m, end) in enumerate((("true", "True:"), ("info", "Helpful:")), 1)))
-    task = b.truthfulqa(str(QA_FILE), judges, limit=3, fluency=(tiny_model("llama", seed=9, max_position_embeddings=1024), tiny[1]))
+    task = tasks.truthfulqa(str(QA_FILE), judges, limit=3, fluency=(tiny_model("llama", seed=9, max_position_embeddings=1024), tiny[1]))
     task.decoding = task.decoding | {"max_new_tokens": 8}
-    for run in run_both(b.Bench(*tiny, task, tmp_path)):
+    for run in run_both(runs.Bench(*tiny, task, tmp_path)):
         scores = json.loads((tmp_path/run.key/"scores.json").read_text())
         assert {"true", "info", "true_info", "perplexity", "perplexity_alone", "dist2", "empty"} <= scores.keys() and len(scores["true"]) == 6
         assert scores["true_info"] == [x * y for x, y in zip(scores["true"], scores["info"])]
@@ -416,9 +418,9 @@ def test_truthfulqa_end_to_end(tiny, tmp_path):
 
 @needs_rtp
 def test_realtoxicityprompts_end_to_end(tiny, tmp_path):
-    task = b.realtoxicityprompts(str(RTP_FILE), judge=judge, filter=tiny, samples=2, limit=3, n_val=20, n_test=20)
+    task = tasks.realtoxicityprompts(str(RTP_FILE), judge=judge, filter=tiny, samples=2, limit=3, n_val=20, n_test=20)
     task.decoding = task.decoding | {"max_new_tokens": 8}
-    for run in run_both(b.Bench(*tiny, task, tmp_path)):
+    for run in run_both(runs.Bench(*tiny, task, tmp_path)):
         rows = [json.loads(line) for line in open(tmp_path/run.key/"answers.jsonl")]
         assert len(rows) == 6 and [r["group"] for r in rows[::2]] == [r["group"] for r in rows[1::2]]
         scores = json.loads((tmp_path/run.key/"scores.json").read_text())
@@ -429,9 +431,9 @@ def test_realtoxicityprompts_end_to_end(tiny, tmp_path):
 def test_ultrafeedback_end_to_end(tiny, tmp_path):
     long = "so " * 200  # longer than max_length below: the reply's end must survive
     train = write(tmp_path/"train.jsonl", [preference(f"ask {i} {long if i == 3 else ''}", "well, " * (1 + i % 3), "no.") for i in range(14)])
-    task = b.ultrafeedback(train, write(tmp_path/"test.jsonl", [preference(f"say {i}") for i in range(6)]), judge, n_train=11, n_val=3, n_test=4)
+    task = tasks.ultrafeedback(train, write(tmp_path/"test.jsonl", [preference(f"say {i}") for i in range(6)]), judge, n_train=11, n_val=3, n_test=4)
     task.decoding, task.max_length = task.decoding | {"max_new_tokens": 8}, 64
-    with pytest.warns(UserWarning, match="longer than 64"): run_both(b.Bench(*tiny, task, tmp_path/"runs"))
+    with pytest.warns(UserWarning, match="longer than 64"): run_both(runs.Bench(*tiny, task, tmp_path/"runs"))
 
 
 # --- presets
@@ -440,31 +442,31 @@ def made(tmp_path):
     "Every task and protocol, from made-up files"
     web, mc = prompts_file(tmp_path/"r.jsonl"), write(tmp_path/"mc.jsonl", hub_rows(questions(20)))
     bad, good, said = refusal_files(tmp_path)
-    return {"truthfulqa": b.truthfulqa(mc, judge), "realtoxicityprompts": b.realtoxicityprompts(web, judge=judge, filter=None),
-            "ultrafeedback": b.ultrafeedback(write(tmp_path/"p.jsonl", [preference(f"ask {i}") for i in range(9)]), write(tmp_path/"t.jsonl", [preference(f"say {i}") for i in range(9)]), judge, n_train=5, n_val=2, n_test=2),
-            "alqr": {"truthfulqa": b.truthfulqa(mc, judge, protocol="alqr"), "realtoxicityprompts": b.realtoxicityprompts(web, judge=judge, protocol="alqr"), "refusal": b.refusal(bad, good, said),
-                     "concept": b.concept(concept_file(tmp_path), "chess", judge=judge)}}
+    return {"truthfulqa": tasks.truthfulqa(mc, judge), "realtoxicityprompts": tasks.realtoxicityprompts(web, judge=judge, filter=None),
+            "ultrafeedback": tasks.ultrafeedback(write(tmp_path/"p.jsonl", [preference(f"ask {i}") for i in range(9)]), write(tmp_path/"t.jsonl", [preference(f"say {i}") for i in range(9)]), judge, n_train=5, n_val=2, n_test=2),
+            "alqr": {"truthfulqa": tasks.truthfulqa(mc, judge, protocol="alqr"), "realtoxicityprompts": tasks.realtoxicityprompts(web, judge=judge, protocol="alqr"), "refusal": tasks.refusal(bad, good, said),
+                     "concept": tasks.concept(concept_file(tmp_path), "chess", judge=judge)}}
 
 
 def test_presets_say_what_the_tasks_do(tmp_path):
-    tasks = made(tmp_path)
-    for name, p in b.PRESETS.items():
-        here = tasks["alqr"] if name.startswith("alqr") else tasks
-        for t, kw in p["tasks"].items(): inspect.signature(b.REAL_TASKS[t]).bind("path", **kw)
+    some = made(tmp_path)
+    for name, p in sweeps.PRESETS.items():
+        here = some["alqr"] if name.startswith("alqr") else some
+        for t, kw in p["tasks"].items(): inspect.signature(tasks.REAL_TASKS[t]).bind("path", **kw)
         assert p["decoding"] == {t: here[t].decoding for t in p["tasks"]} and p["judges"].keys() == p["tasks"].keys() and set(p["methods"]) <= set(ods.steerer_names(None))
-        text = b.show_preset(name)
+        text = sweeps.show_preset(name)
         assert p["model"] in text and (f"block {p['layer']} " if p["layer"] is not None else "all blocks") in text and ", ".join(map(str, p["seeds"])) in text and all(m in text for m in p["methods"])
         for t in p["tasks"]:
-            for m, how in b.preset_params(p, t).items(): ods.make_steerer(m, **how)
-    old = {n: p for n, p in b.PRESETS.items() if n.startswith("paper-")}
+            for m, how in sweeps.preset_params(p, t).items(): ods.make_steerer(m, **how)
+    old = {n: p for n, p in sweeps.PRESETS.items() if n.startswith("paper-")}
     blocks = {n: (p["model"], p["layer"]) for n, p in old.items()}
     assert blocks == {"paper-falcon-7b": ("tiiuae/falcon-7b", 14), "paper-mistral-7b": ("mistralai/Mistral-7B-v0.3", 15), "paper-llama3.1-8b": ("meta-llama/Llama-3.1-8B", 13), "paper-qwen2.5-7b": ("Qwen/Qwen2.5-7B", 13)}
     T = {n: p["methods"]["odesteer"]["T"] for n, p in old.items()}
     assert {n: (min(t["truthfulqa"]), max(t["truthfulqa"])) for n, t in T.items()} == {"paper-falcon-7b": (20, 23), "paper-mistral-7b": (3, 4), "paper-llama3.1-8b": (4, 6), "paper-qwen2.5-7b": (13, 16)}
-    assert T["paper-qwen2.5-7b"]["realtoxicityprompts"] == [48] and b.PRESETS["paper-llama3.1-8b"]["methods"]["caa"]["T"] == 1
+    assert T["paper-qwen2.5-7b"]["realtoxicityprompts"] == [48] and sweeps.PRESETS["paper-llama3.1-8b"]["methods"]["caa"]["T"] == 1
     for p in old.values():
         for m, how in p["methods"].items(): assert (how["T"] == 1) == (ods.make_steerer(m, **how["params"]).unit == "fraction"), m
-    with pytest.raises(ValueError, match="paper-llama3.1-8b"): b.show_preset("paper-llama")
+    with pytest.raises(ValueError, match="paper-llama3.1-8b"): sweeps.show_preset("paper-llama")
 
 
 CLOSED_LOOP = """gemma-2-2b    .1,3,.1   1,1.25,1.375,1.5   .1,1,.3   3            .7,.01,.1
@@ -480,17 +482,17 @@ def test_presets_of_the_closed_loop_paper_row_by_row():
     for line in CLOSED_LOOP.splitlines():
         name, *cells = line.split()
         toxic, toxic_at, truth, truth_at, spid = ([float(x) for x in c.split(",")] for c in cells)
-        p = b.PRESETS[f"alqr-{name}"]
+        p = sweeps.PRESETS[f"alqr-{name}"]
         alqr, pid = p["methods"]["alqr"], p["methods"]["spid"]
         for t, gains, at, n in (("realtoxicityprompts", toxic, toxic_at, 50), ("truthfulqa", truth, truth_at, 35)):
-            own = b.preset_params(p, t)
+            own = sweeps.preset_params(p, t)
             assert [own["alqr"][k] for k in ("q", "r", "qf")] == gains and alqr["T"][t] == at and (own["alqr"]["n_texts"], own["alqr"]["n_jacobian"]) == (200, n)
             assert [own["spid"][k] for k in ("kp", "ki", "kd")] == spid and 1 <= max(pid["T"][t]) <= 2
         assert p["layer"] is None and p["tasks"] == {t: {"protocol": "alqr"} for t in ("realtoxicityprompts", "truthfulqa")}
-    red = [p for n, p in b.PRESETS.items() if n.startswith("alqr-red-team-")]
+    red = [p for n, p in sweeps.PRESETS.items() if n.startswith("alqr-red-team-")]
     assert len(red) == 6 and all(p["tasks"]["refusal"] == dict(direction="comply", positions="all", n_harmless=0, suffix="\n\n") and p["methods"]["alqr"]["params"]["r"] == 7 and p["methods"]["alqr"]["T"] == {"refusal": [1]} for p in red)
-    assert not any(kw.get("direction") == "comply" for n, p in b.PRESETS.items() if "red-team" not in n for kw in p["tasks"].values())
-    assert b.PRESETS["alqr-concept"]["methods"]["alqr"]["T"] == {"concept": [.5, 1, 1.5, 2, 2.5]}
+    assert not any(kw.get("direction") == "comply" for n, p in sweeps.PRESETS.items() if "red-team" not in n for kw in p["tasks"].values())
+    assert sweeps.PRESETS["alqr-concept"]["methods"]["alqr"]["T"] == {"concept": [.5, 1, 1.5, 2, 2.5]}
 
 
 # --- refusal
@@ -510,7 +512,7 @@ def refusal_files(tmp_path, n=520, m=900):
 def test_refusal_splits_as_published_and_leaks_nothing(tmp_path):
     from datasets import Dataset
     bad, good, said = refusal_files(tmp_path)
-    task = b.refusal(bad, good, said)
+    task = tasks.refusal(bad, good, said)
     fold, = task.folds
     split = Dataset.from_dict({"goal": [f"forbidden {i}" for i in range(520)]}).train_test_split(test_size=.2, seed=42)
     harmful = {part: [p.fact for p in getattr(fold, part) if "forbidden" in p.fact] for part in ("val", "test")}
@@ -521,21 +523,21 @@ def test_refusal_splits_as_published_and_leaks_nothing(tmp_path):
     assert_disjoint(task)
     assert {m: task.better[m] for m in ("complied", "refused", "answered")} == {"complied": -1, "refused": 1, "answered": 1} and task.watch[0] == "answered" and task.decoding["do_sample"] is False
     rows = [f"forbidden {i % 50}" for i in range(60)] + ["FORBIDDEN, 3", " "]
-    twice = b.refusal(write(tmp_path/"twice.jsonl", [{"goal": g} for g in rows]), good, said)
+    twice = tasks.refusal(write(tmp_path/"twice.jsonl", [{"goal": g} for g in rows]), good, said)
     assert_disjoint(twice)
 
 
 def test_the_published_direction_is_asked_for_and_named(tmp_path):
     bad, good, said = refusal_files(tmp_path)
-    plain, turned = b.refusal(bad, good, said), b.refusal(bad, good, said, direction="comply", positions="all", n_harmless=0, suffix="\n\n")
+    plain, turned = tasks.refusal(bad, good, said), tasks.refusal(bad, good, said, direction="comply", positions="all", n_harmless=0, suffix="\n\n")
     assert plain.positions == "last" and turned.positions == "all" and turned.name == "refusal-red-team" and turned.instruct is None and plain.instruct is not None
     f, g = plain.folds[0], turned.folds[0]
     assert (f.texts.pos, f.texts.neg) == (g.texts.neg, g.texts.pos) and len(g.test) == 104 and all(p.text[0]["content"] == p.fact + "\n\n" for p in g.test)
     assert {m: turned.better[m] for m in ("complied", "refused")} == {"complied": 1, "refused": -1} and "answered" not in turned.watch
     assert plain.data != turned.data and turned.data["recipe"] == dict(task="refusal", direction="comply", positions="all", n_harmless=0, suffix="\n\n")
-    with pytest.raises(ValueError, match="red-team evaluation"): b.refusal(bad, good, said, direction="obey")
-    with pytest.raises(ValueError, match="no column goal, instruction, prompt or text; it has x"): b.refusal(write(tmp_path/"x.jsonl", [{"x": 1}]), good, said)
-    with pytest.raises(ValueError, match="10 or more"): b.refusal(write(tmp_path/"y.jsonl", [{"goal": "a"}]), good, said)
+    with pytest.raises(ValueError, match="red-team evaluation"): tasks.refusal(bad, good, said, direction="obey")
+    with pytest.raises(ValueError, match="no column goal, instruction, prompt or text; it has x"): tasks.refusal(write(tmp_path/"x.jsonl", [{"x": 1}]), good, said)
+    with pytest.raises(ValueError, match="10 or more"): tasks.refusal(write(tmp_path/"y.jsonl", [{"goal": "a"}]), good, said)
 
 
 def test_refusal_scores_keep_the_two_kinds_apart(tmp_path):
@@ -543,13 +545,13 @@ def test_refusal_scores_keep_the_two_kinds_apart(tmp_path):
     def said(prompts, replies): asked.append(([p.fact for p in prompts], replies)); return {"complied": np.ones(len(replies))}
     said.better = {"complied": 1}
     prompts = [Prompt("x", t) for t in ("Bad one", "good one", "bad two", "good two")]
-    scores = b.refusal_scores(said, {"bad one", "bad two"}, prompts, ["I cannot do that", "As an AI, I must decline", "here it is", "here"])
+    scores = tasks.refusal_scores(said, {"bad one", "bad two"}, prompts, ["I cannot do that", "As an AI, I must decline", "here it is", "here"])
     assert asked == [(["Bad one", "bad two"], ["I cannot do that", "here it is"])]  # harmless replies are no business of that judge
     nan = np.nan
     for m, x in dict(complied=[1, nan, 1, nan], refused=[1, nan, 0, nan], answered=[nan, 0, nan, 1]).items(): np.testing.assert_array_equal(scores[m], x)
-    scores = b.refusal_scores(said, {"bad one"}, prompts[1:2], ["ok"])
+    scores = tasks.refusal_scores(said, {"bad one"}, prompts[1:2], ["ok"])
     assert np.isnan(scores["complied"]).all() and len(asked) == 1
-    assert all(b.marks_refusal(t) for t in ("I’m sorry, no.", "sorry? I  am\nunable to")) and not b.marks_refusal("I can, gladly.")
+    assert all(tasks.marks_refusal(t) for t in ("I’m sorry, no.", "sorry? I  am\nunable to")) and not tasks.marks_refusal("I can, gladly.")
 
 
 def test_refusal_end_to_end_with_a_local_judge(tiny, tmp_path):
@@ -559,20 +561,20 @@ def test_refusal_end_to_end_with_a_local_judge(tiny, tmp_path):
     assert judge([Prompt("", "what is it ?")] * 2, ["indeed red indeed", "a fish"])["complied"].tolist() == [1, 0]
     bench = {}
     for positions in ("last", "all"):
-        task = b.refusal(bad, good, judge, n_texts=20, n_harmless=6, positions=positions, max_new_tokens=6)
-        bench[positions] = b.Bench(*tiny, task, tmp_path/"runs", batch_size=7)
+        task = tasks.refusal(bad, good, judge, n_texts=20, n_harmless=6, positions=positions, max_new_tokens=6)
+        bench[positions] = runs.Bench(*tiny, task, tmp_path/"runs", batch_size=7)
         assert bench[positions].config().get("positions", "last") == positions
     fold, = task.folds
-    runs = {p: x.run("caa", 1, {"share": 2.}, split="test") for p, x in bench.items()} | {"plain": bench["last"].run(split="test")}
-    answers = {p: [json.loads(line)["answer"] for line in open(tmp_path/"runs"/r.key/"answers.jsonl")] for p, r in runs.items()}
+    found = {p: x.run("caa", 1, {"share": 2.}, split="test") for p, x in bench.items()} | {"plain": bench["last"].run(split="test")}
+    answers = {p: [json.loads(line)["answer"] for line in open(tmp_path/"runs"/r.key/"answers.jsonl")] for p, r in found.items()}
     assert len({tuple(a) for a in answers.values()}) == 3
     with ods.steering(tiny[0], bench["all"].steerer("caa", 1, {}), share=2., positions="all"): assert answers["all"][:7] == ods.generate_text(*tiny, [p.text for p in fold.test[:7]], batch_size=7, seed=0, do_sample=False, max_new_tokens=6)
-    for run in runs.values():
+    for run in found.values():
         harmful = np.array(["forbidden" in p.fact for p in fold.test])
         for m, there in (("complied", harmful), ("complied_p", harmful), ("refused", harmful), ("answered", ~harmful)): np.testing.assert_array_equal(np.isnan(run.scores[m]), ~there)
-    stop = b.stop_rule([2.], runs["plain"], [runs["last"]], task, allow=2.)
+    stop = sweeps.stop_rule([2.], found["plain"], [found["last"]], task, allow=2.)
     assert "answered" not in stop.why  # two kinds of items, each with its own metrics, can be compared
-    assert "forbidden" not in json.dumps(runs["all"].config)  # hashes, not texts
+    assert "forbidden" not in json.dumps(found["all"].config)  # hashes, not texts
 
 
 # --- concepts
@@ -584,13 +586,13 @@ def concept_file(tmp_path, n=90):
 
 def test_concept_sentences_take_turns_and_are_of_one_kind(tmp_path):
     path = concept_file(tmp_path)
-    pos, neg = b.concept_sentences(path, "chess", 40)
+    pos, neg = tasks.concept_sentences(path, "chess", 40)
     assert len(pos) == len(set(pos)) == 40 and all("chess" in s for s in pos) and "Both of them." not in [*pos, *neg]
     kinds = [s.split()[-1] for s in neg]
     assert len(neg) == 40 and Counter(kinds[:20])["judo"] >= 9 and kinds.count("judo") == 10 and set(kinds[21:]) == {"rowing"}
-    assert b.concept_sentences(path, "chess", 40) == (pos, neg) != b.concept_sentences(path, "chess", 40, seed=1)
-    with pytest.raises(ValueError, match="holds the concepts chess, judo, rowing: name one"): b.concept(path, judge=judge)
-    with pytest.raises(ValueError, match="no column concept, sentence"): b.concept(write(tmp_path/"x.jsonl", [{"text": "a"}]), "chess", judge=judge)
+    assert tasks.concept_sentences(path, "chess", 40) == (pos, neg) != tasks.concept_sentences(path, "chess", 40, seed=1)
+    with pytest.raises(ValueError, match="holds the concepts chess, judo, rowing: name one"): tasks.concept(path, judge=judge)
+    with pytest.raises(ValueError, match="no column concept, sentence"): tasks.concept(write(tmp_path/"x.jsonl", [{"text": "a"}]), "chess", judge=judge)
 
 
 def test_a_chat_judge_says_what_its_head_was_set_to_say():
@@ -612,16 +614,16 @@ def test_a_chat_judge_says_what_its_head_was_set_to_say():
 def test_concept_end_to_end_draws_anew_for_the_test(tiny, tmp_path):
     from .test_judges import LLAMA, truth
     judge = ChatYesNoJudge((truth(), LLAMA), "prevalence", template=[dict(role="user", content="{concept} {answer}")])
-    task = b.concept(concept_file(tmp_path), "chess", "a game", judge, n_val=6, n_test=8, max_new_tokens=5)
+    task = tasks.concept(concept_file(tmp_path), "chess", "a game", judge, n_val=6, n_test=8, max_new_tokens=5)
     assert_disjoint(task)
     assert [p.text for _, p in task.prompts("test")] == ["Once upon a time"] * 8 and task.data["judge"]["template"][0]["content"] == "chess {answer}" and task.better["prevalence"] == 1
-    bench = b.Bench(*tiny, task, tmp_path/"runs", batch_size=4)
+    bench = runs.Bench(*tiny, task, tmp_path/"runs", batch_size=4)
     said = lambda run: [json.loads(line)["answer"] for line in open(tmp_path/"runs"/run.key/"answers.jsonl")]
     val, test, steered = bench.run(split="val"), bench.run(split="test"), bench.run("caa", 1, {"share": 2.}, split="test")
     assert said(val) != said(test)[:6] and len(set(said(test))) > 4 and said(steered) != said(test)
     assert said(test)[:4] == ods.generate_text(*tiny, ["Once upon a time"] * 4, batch_size=4, seed=0, **task.decoding)
     task.shift = 0
-    assert said(b.Bench(*tiny, task, tmp_path/"runs", batch_size=4).run(split="val", seed=0)) == said(val)  # read, not made again
+    assert said(runs.Bench(*tiny, task, tmp_path/"runs", batch_size=4).run(split="val", seed=0)) == said(val)  # read, not made again
     shutil.rmtree(tmp_path/"runs"/val.key)
     assert said(bench.run(split="val"))[:4] == said(test)[:4]  # what `shift` is for
     assert {"prevalence", "dist2", "loops"} <= test.scores.keys()
@@ -635,7 +637,7 @@ def whole(model, ids):
 
 
 @pytest.fixture(scope="module")
-def harness(): return b.HarnessModel(tiny_model("llama", max_position_embeddings=40), tiny_tokenizer(), batch_size=3)
+def harness(): return check.HarnessModel(tiny_model("llama", max_position_embeddings=40), tiny_tokenizer(), batch_size=3)
 
 
 def asked(*args): return SimpleNamespace(args=args)
@@ -684,7 +686,7 @@ def test_harness_generates_until_a_stop_string(harness):
 def test_lm_eval_missing_is_one_clear_error(monkeypatch, harness):
     import sys
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ImportError, match=r"pip install 'odesteer\[lm-eval\]'"): b.lm_eval_scores(harness.model, harness.tokenizer, "mmlu")
+    with pytest.raises(ImportError, match=r"pip install 'odesteer\[lm-eval\]'"): check.lm_eval_scores(harness.model, harness.tokenizer, "mmlu")
 
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
@@ -713,23 +715,23 @@ def test_lm_eval_scores_are_those_computed_directly(toy):
     before = np.random.get_state()[1].tolist(), torch.get_rng_state()
     found = {}
     for name, how in (("plain", {}), ("steered", dict(steerer=caa, layer=1, strength={"T": 4.}))):
-        found[name] = b.lm_eval_scores(model, tok, "toy_choice,toy_words", include_path=folder, batch_size=5, **how)
-        with ods.steering(model, caa, layer=1, T=4.) if how else b.nullcontext():
+        found[name] = check.lm_eval_scores(model, tok, "toy_choice,toy_words", include_path=folder, batch_size=5, **how)
+        with ods.steering(model, caa, layer=1, T=4.) if how else nullcontext():
             scores = ods.score_continuations(model, tok, [r["question"] for r in rows for _ in range(3)], [" " + c for r in rows for c in r["choices"]]).view(-1, 3)
         right = (scores.argmax(1) == torch.tensor([r["label"] for r in rows])).double()
         assert found[name]["toy_choice"]["items"]["acc"] == right.tolist() and found[name]["toy_choice"]["metrics"]["acc"] == pytest.approx(right.mean().item())
         assert len(found[name]["toy_words"]["items"]["exact_match"]) == 12
     assert found["plain"]["toy_choice"]["items"] != found["steered"]["toy_choice"]["items"]
     assert before[0] == np.random.get_state()[1].tolist() and torch.equal(before[1], torch.get_rng_state())  # its usual global seeds are off
-    assert b.lm_eval_scores(model, tok, ["toy_choice"], include_path=folder, limit=4)["toy_choice"]["items"]["acc"] == found["plain"]["toy_choice"]["items"]["acc"][:4]
+    assert check.lm_eval_scores(model, tok, ["toy_choice"], include_path=folder, limit=4)["toy_choice"]["items"]["acc"] == found["plain"]["toy_choice"]["items"]["acc"][:4]
 
 
 @needs_lm_eval
 def test_a_group_of_tasks_pools_its_questions(toy):
     rows, folder = toy
     (folder/"toy_again.yaml").write_text((folder/"toy.yaml").read_text().replace("toy_choice", "toy_again"))
-    for name, tasks in (("toy_inner", ["toy_again"]), ("toy_all", ["toy_choice", "toy_inner"]), ("toy_mixed", ["toy_all", "toy_words"])): (folder/f"{name}.yaml").write_text(f"group: {name}\ntask:\n" + "".join(f"  - {t}\n" for t in tasks))
-    found = b.lm_eval_scores(tiny_model("llama"), tiny_tokenizer(), "toy_mixed", include_path=folder)
+    for name, parts in (("toy_inner", ["toy_again"]), ("toy_all", ["toy_choice", "toy_inner"]), ("toy_mixed", ["toy_all", "toy_words"])): (folder/f"{name}.yaml").write_text(f"group: {name}\ntask:\n" + "".join(f"  - {t}\n" for t in parts))
+    found = check.lm_eval_scores(tiny_model("llama"), tiny_tokenizer(), "toy_mixed", include_path=folder)
     items = {task: x["items"] for task, x in found.items()}
     assert items["toy_all"]["acc"] == items["toy_choice"]["acc"] + items["toy_again"]["acc"] and items["toy_inner"] == items["toy_again"] and len(items["toy_all"]["acc"]) == 24
     assert items["toy_mixed"] == {} and len(items["toy_words"]["exact_match"]) == 12  # there is no mean of different metrics
@@ -739,6 +741,6 @@ def test_a_group_of_tasks_pools_its_questions(toy):
 def test_windows_are_those_of_lm_eval(harness):
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     seen, ids = [], harness.tok_encode("the quick brown fox. " * 6, add_special_tokens=False)
-    spy = type("Spy", (b.HarnessModel,), {"answer_scores": lambda self, pairs: seen.extend(pairs) or [(0., True)] * len(pairs)})(harness.model, harness.tokenizer)
+    spy = type("Spy", (check.HarnessModel,), {"answer_scores": lambda self, pairs: seen.extend(pairs) or [(0., True)] * len(pairs)})(harness.model, harness.tokenizer)
     spy.loglikelihood_rolling([asked("the quick brown fox. " * 6)])
     assert seen == [make_disjoint_window(w) for w in get_rolling_token_windows(ids, harness.prefix_token_id, spy.max_length - 1, 1)] and len(seen) > 2
