@@ -325,6 +325,10 @@ class Rollouts:
 class Controller(Fitted):
     "Feedback on every block of a model. Its strength says where the activations should be, not how hard to push."
     unit = "fraction"
+    needs_layer = False  # acts on all blocks
+    strength_units = ("T",)
+    strength_name = "set-point"
+    strengths = tuple({"T": x} for x in (.25, .5, 1., 2., 4., 8., 16., 32., 64.))  # 1 is the mean of the wanted texts
     several = False  # can it hold more than one set-point?
 
     def _fit(self, data: Rollouts): raise NotImplementedError
