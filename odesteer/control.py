@@ -687,7 +687,7 @@ class Recorder:
             moved = edit(x, y, value, *kept)
             self.see(t, x.detach(), y.detach(), moved.detach())
             return moved
-        if hasattr(edit, "remember"): watched.remember = edit.remember
+        if getattr(edit, "remember", None) is not None: watched.remember = edit.remember
         return watched
 
     def see(self, t, x, y, moved): self.seen.setdefault(t, []).append((x, y, moved))

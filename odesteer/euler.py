@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARD', 'Contrast', 'contrast', 'Fitted', 'Steerer', 'hash_tensors', 'full_precision', 'in_full_precision', 'per_row',
            'CAA', 'logistic_regression', 'ITI', 'RepE', 'write_atomic', 'steerer_names', 'load_class', 'make_steerer',
-           'load_steerer']
+           'load_steerer', 'Edit', 'Edits']
 
 # %% ../nbs/00_euler.ipynb #c42fcbde
 import copy
@@ -15,10 +15,12 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -116,8 +118,13 @@ def contrast(
 
 # %% ../nbs/00_euler.ipynb #5d1f0a77
 class Fitted(nn.Module):
-    "Hyper-parameters and fitted tensors with a card: described, moved, saved and loaded as one."
+    """Hyper-parameters and fitted tensors with a card: described, moved, saved and loaded as one.
+
+    Grows on this page: `card`, `save_pretrained`, `from_pretrained`, `strength_units`, `default_strength`."""
     unit = "length"  # what T counts: "length" is a distance; with "fraction", T = 1 is the published map
+    needs_layer = True  # acts on one block, which the user chooses; False: on all blocks, as a controller does
+    strength_name = "share of the median norm"  # what `strengths` count, for the axis of a figure
+    strengths = tuple({"share": s} for s in (.1, .2, .3, .45, .6, .8, 1., 1.3))  # the grid of a sweep, ascending
 
     def __init__(self, **params):
         super().__init__()
@@ -130,7 +137,9 @@ class Fitted(nn.Module):
 
 # %% ../nbs/00_euler.ipynb #eee3136c
 class Steerer(Fitted):
-    "A vector field fitted on activations. `steer` moves activations along it for a time `T`."
+    """A vector field fitted on activations. `steer` moves activations along it for a time `T`.
+
+    A method fills in `_fit` and `_field`. Grows on this page: `fit`, `vector_field`, `steer`, `edits`, `resolve`, `check`."""
     def _fit(self, data: Contrast): raise NotImplementedError
     def _field(self, x): raise NotImplementedError
     def _flow(self, x, T): return x + T[..., None] * self._field(x)
@@ -364,12 +373,24 @@ def card(self: Fitted) -> dict:
     return dict(format=1, method=name, params=self.params, unit=self.unit, width=self.width, fit=self._fitted_on, chosen=self.chosen, version=odesteer.__version__, about=self.about)
 
 # %% ../nbs/00_euler.ipynb #4e9db35a
-def write_atomic(path, blob):
-    "Write a whole file or nothing."
-    fd, tmp = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(fd, "wb") as f: f.write(blob)
-    os.chmod(tmp, 0o644)
-    os.replace(tmp, path)
+def write_atomic(
+    path,  # file to write, str or Path, in a folder that exists
+    data,  # bytes, str (written as UTF-8), or an iterable of str, such as lines with their ends
+):
+    "Write a whole file, or on any error leave the old one: to a file beside it, flushed to the disk, then renamed."
+    path = Path(path)
+    parts = [data] if isinstance(data, (bytes, str)) else data
+    fd, part_file = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(fd, "wb") as f:
+            for part in parts: f.write(part if isinstance(part, bytes) else part.encode("utf-8"))
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(part_file, 0o644)
+        os.replace(part_file, path)
+    except BaseException:  # also when interrupted
+        Path(part_file).unlink(missing_ok=True)
+        raise
 
 # %% ../nbs/00_euler.ipynb #ab4e75c1
 @patch
@@ -470,19 +491,44 @@ def _restore(self: Fitted, tensors):
         owner, _, name = k.rpartition(".")
         self.get_submodule(owner).register_buffer(name, v)
 
+# %% ../nbs/00_euler.ipynb #85202709
+@dataclass(frozen=True)
+class Edit:
+    "What to do to the output of one block; calling it calls `apply`."
+    apply: Callable  # (block_in, block_out, value[, remembered]) -> new block_out; rows (n, d), dtype and shape kept
+    remember: Callable = None  # (batch, d), outputs at each row's last prompt token -> what is kept, (batch, ...)
+
+    def __call__(self, *args): return self.apply(*args)
+
+@runtime_checkable
+class Edits(Protocol):
+    "What a hook asks of a method. `isinstance` looks for the names only."
+    width: int | None  # entries of the activations that it takes; None before it is fitted
+    unit: str  # "length" or "fraction": with "fraction", a strength left out is 1
+    about: dict  # which model, revision and layer it was fitted on, as far as known
+
+    def edits(self, model, layer, strength) -> dict:
+        "`{layer: Edit}` for this model; a method of one block edits `layer`, others name their own."
+
+    def resolve(self, strength) -> Tensor:
+        "The value that `apply` gets, (), or one per row, (batch,); `strength` is a number, tensor or dict of units."
+
 # %% ../nbs/00_euler.ipynb #0460f230
 @patch
 def edits(self: Steerer,
     model,  # the model to be steered (unused: a steerer looks at one layer only)
     layer,  # 0-based decoder block
     strength,  # number, one per row, or a dict of units such as {"share": 0.3}
-) -> dict:  # {layer: edit}, edit(block_in, block_out, value) -> new block_out
-    "What to do at the layer's output; `value` is the strength of each row in the unit given."
+) -> dict:  # {layer: Edit}
+    "What to do at the layer's output; the edit's `value` is the strength of each row in the unit given."
     unit, _, limits = self._unit(strength)
-    return {layer: lambda block_in, block_out, value: self.steer(block_out, **{unit: value}, **limits)}
+    def apply(block_in, block_out, value): return self.steer(block_out, **{unit: value}, **limits)
+    return {layer: Edit(apply)}
 
 @patch
-def resolve(self: Steerer, strength) -> Tensor:
+def resolve(self: Steerer,
+    strength,  # as for `edits`
+) -> Tensor:  # float32, () or (batch,)
     "The value of a strength, as the tensor that `edits` expects."
     return torch.as_tensor(self._unit(strength)[1], dtype=torch.float32)
 
@@ -493,6 +539,17 @@ def _unit(self: Steerer, strength):
     given = self._given(**(strength if isinstance(strength, dict) else {"T": strength}))
     unit = next(k for k in ("until", "nats", "share", "T") if k in given)
     return unit, given.pop(unit), given
+
+# %% ../nbs/00_euler.ipynb #b0ed7adf
+@patch(as_prop=True)
+def strength_units(self: Fitted) -> tuple:
+    "The units in which a strength can be given: T and share, and with a barrier also nats and until."
+    return ("T", "share") + ("nats", "until") * hasattr(self, "barrier")
+
+@patch(as_prop=True)
+def default_strength(self: Fitted) -> dict:
+    "The strength when nothing was said: the published map where there is one, else half of the median norm."
+    return {"T": 1.} if self.unit == "fraction" else {"share": .5}
 
 # %% ../nbs/00_euler.ipynb #b1aac1f0
 @patch

@@ -519,7 +519,7 @@ def _steer(self: Steering, layer, module, args, kwargs, output):
     if len(old) == 0: return
     if value.ndim: value = _spread(self._per_row(value, len(y), "strength"), where, y.shape[1])
     with full_precision(y):  # the steerer chooses its own precision
-        if hasattr(edit, "remember"): kept = (_spread(self._recall(layer, edit, y, where), where, y.shape[1]),)
+        if getattr(edit, "remember", None) is not None: kept = (_spread(self._recall(layer, edit, y, where), where, y.shape[1]),)
         moved = edit(_take(x, where), old, value, *kept)
     if moved.shape != old.shape or moved.dtype != y.dtype: raise ValueError(f"the edit at layer {layer} was given {tuple(old.shape)} {y.dtype} and returned {tuple(moved.shape)} {moved.dtype}: both must be kept")
     if torch.compiler.is_compiling() or (y.is_cuda and torch.cuda.is_current_stream_capturing()): self._count[layer].add_(len(old))  # counts again whenever the code or graph runs

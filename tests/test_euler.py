@@ -17,7 +17,7 @@ from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 import odesteer as ods
-from odesteer.euler import Contrast, contrast, logistic_regression, per_row
+from odesteer.euler import Contrast, Edit, Edits, contrast, logistic_regression, per_row, write_atomic
 
 
 def normal(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -292,6 +292,49 @@ def test_saving_leaves_no_other_files_and_is_readable_by_all(tmp_path):
     for _ in range(2): s.save_pretrained(tmp_path/"a"/"b")
     assert sorted(os.listdir(tmp_path/"a"/"b")) == ["card.json", "steerer.safetensors"]
     if os.name == "posix": assert all(f.stat().st_mode & 0o044 == 0o044 for f in (tmp_path/"a"/"b").iterdir())
+
+
+@pytest.mark.parametrize("data, written", [(b"a\x00b", b"a\x00b"), ("\u00e9\n", "\u00e9\n".encode()), (["a\n", "\u00e9\n"], "a\n\u00e9\n".encode()), (iter([]), b"")], ids=["bytes", "str", "lines", "none"])
+def test_a_file_is_written_whole(tmp_path, data, written):
+    write_atomic(tmp_path/"f", b"old and longer")
+    write_atomic(str(tmp_path/"f"), data)
+    assert (tmp_path/"f").read_bytes() == written and os.listdir(tmp_path) == ["f"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("old", [b"old", None])
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, old, error):
+    def lines():
+        yield "half\n"
+        raise error("stopped")
+    if old: write_atomic(tmp_path/"f", old)
+    with pytest.raises(error, match="stopped"): write_atomic(tmp_path/"f", lines())
+    assert os.listdir(tmp_path) == ["f"] * (old is not None) and (old is None or (tmp_path/"f").read_bytes() == old)
+    with pytest.raises(AttributeError): write_atomic(tmp_path/"f", [1])
+    assert os.listdir(tmp_path) == ["f"] * (old is not None)
+
+
+# ---- what a hook and a sweep ask
+
+def test_an_edit_calls_what_it_was_given():
+    x = normal(2, 3)
+    plain, recalling = Edit(lambda a, b, value: b + value), Edit(lambda a, b, value, kept: b + value * kept, remember=lambda q: 2 * q)
+    assert plain.remember is None and torch.equal(plain(None, x, 1.), x + 1.)
+    assert torch.equal(recalling(None, x, 3., recalling.remember(x)), 7 * x)
+
+
+def test_a_method_answers_what_hooks_and_sweeps_ask():
+    for name in "caa", "iti", "repe":
+        s = ods.make_steerer(name).fit(normal(4, 3), normal(4, 3, seed=1))
+        assert isinstance(s, Edits) and s.needs_layer and s.strength_units == ("T", "share")
+        assert s.default_strength == ({"T": 1.} if name == "caa" else {"share": .5})
+        assert [x for strength in s.strengths for x in strength.values()] == [.1, .2, .3, .45, .6, .8, 1., 1.3]
+        (layer, edit), = s.edits(None, 3, s.default_strength).items()
+        assert layer == 3 and isinstance(edit, Edit) and edit.remember is None
+        x = normal(2, 3, seed=2)
+        torch.testing.assert_close(edit(None, x, s.resolve(s.default_strength)), s.steer(x, **s.default_strength))
+    assert ods.ODESteer().strength_units == ("T", "share", "nats", "until")
+    assert not isinstance(object(), Edits)
 
 
 def test_a_hub_that_does_not_answer(monkeypatch, tmp_path):
