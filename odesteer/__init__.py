@@ -13,6 +13,7 @@ _MODULES = {
     "micro": "load_micro",
     "baselines": "MiMiC LinAcT HPR REControl TruthFlow RandomDirection ShuffledLabels",
     "evaluation": "load_judge YesNoJudge ClassifierJudge RewardJudge kl_to_unsteered check_steerer load_pairs check_pairs paired_difference bootstrap_interval wilson_interval summary_table",
+    "linear": "",
     "control": "Controller ALQR FeatureLQR Tracker SPID ActAddLFS PIDAcT BarrierLQR effort",
     "benchmarks": "",
     "speed": "",

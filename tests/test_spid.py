@@ -9,7 +9,8 @@ from torch import nn
 
 import odesteer as ods
 from odesteer.barrier import LinearBarrier
-from odesteer.control import EffortMeter, Recorder, Rollouts, block_inputs, effort, newton_climb
+from odesteer.control import EffortMeter, Recorder, Rollouts, effort, newton_climb
+from odesteer.linear import Jacobians, block_inputs, riccati
 from odesteer.models import decoder_layers, generate_text
 
 from .archs import LAYERS, WIDTH, tiny_model, tiny_tokenizer
@@ -226,7 +227,7 @@ def test_scalar_gains_are_those_of_the_recursion(guard):
     for _ in range(LAYERS): k = s / (s + 1.); s = 2. + k; gains.append(k)
     torch.testing.assert_close(guard.K_.flatten(), torch.tensor(gains[::-1]))
     dense = fit("barrier-lqr", q=2., r=1., qf=3., n_components=128, n_jacobian=3)
-    for t, K in enumerate(ods.control.riccati(ods.control.Jacobians(the_model(), TOK, dense._draw(POS, "", "n_jacobian"), progress=False), 2., 1., 3.)): torch.testing.assert_close(dense.K_[t], K, rtol=1e-3, atol=1e-4)
+    for t, K in enumerate(riccati(Jacobians(the_model(), TOK, dense._draw(POS, "", "n_jacobian"), progress=False), 2., 1., 3.)): torch.testing.assert_close(dense.K_[t], K, rtol=1e-3, atol=1e-4)
 
 
 def test_corrections_stop_at_the_level(guard):
