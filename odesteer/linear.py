@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .models import (
-    ActivationCache, collect_activations, decoder_layers, device_of, encode, evaluating, layer_index, steering_state,
-    text_config, truncated, unwrapped)
+    ActivationCache, collect_activations, decoder_layers, device_of, encode, evaluating, layer_index,
+    steering_state, text_config, truncated, unwrapped)
 
 # %% auto #0
 __all__ = ['block_inputs', 'Context', 'contexts', 'FrozenCache', 'block_map', 'mean_vjp', 'mean_jvp', 'mean_jacobian',
@@ -29,93 +29,124 @@ def block_inputs(
     model,  # a causal language model, steered or not
     tokenizer,  # its tokenizer
     texts,  # list of str, chats, or pairs (prompt, answer)
-    batch_size: int = 32,
+    batch_size: int = 32,  # texts at once
     progress: bool = False,  # show a bar
 ) -> Tensor:  # (L + 1, N, d) float32 on the CPU: x_0, ..., x_L of each text
     "The state of each text's last token before every block, and after the last block (before the final norm)."
-    kw = dict(positions="last", batch_size=batch_size)
-    first = collect_activations(model, tokenizer, texts, layers=0, site="input", progress=False, **kw)[0]
-    return torch.stack([first, *collect_activations(model, tokenizer, texts, progress=progress, **kw).values()])  # what a block writes, the next one reads
+    how = dict(positions="last", batch_size=batch_size)
+    first = collect_activations(model, tokenizer, texts, layers=0, site="input", progress=False, **how)[0]
+    outputs = collect_activations(model, tokenizer, texts, progress=progress, **how)
+    return torch.stack([first, *outputs.values()])  # what a block writes, the next one reads
 
 # %% ../nbs/11_linear.ipynb #4b84883e
 @dataclass
 class Context:
     "One text as its blocks see it from the last token: the states there, and everything before, frozen."
     states: Tensor  # (L + 1, d): x_0, ..., x_L of the last token
-    prefix: list  # per block: (keys, values) of the tokens before, each (1, heads, S - 1, d_head); or their states, ((1, S - 1, d),)
+    prefix: list  # per block: (keys, values) before it, each (1, heads, S - 1, d_head); or (states,), (1, S - 1, d)
     given: list  # per block: (args, kwargs) that it is called with beside the state: mask, rotary angles, ...
 
 def contexts(
     model,  # a causal language model that is not being steered
     tokenizer,  # its tokenizer
     texts,  # list of str, chats, or pairs (prompt, answer); the last token is the one that is varied
-    max_tokens: int = None,  # a longer text keeps its first token and its last ones, so that a chat keeps the header of the answer
+    max_tokens: int = None,  # longer texts keep their first token and their last ones: a chat its answer's header
 ) -> list:  # of Context, on the CPU
     "Run every text once, and keep what its blocks need to be run again at the last token."
     model = _unsteered(model)
-    return _contexts(model, _coded(model, tokenizer, texts, max_tokens))
+    return _contexts(model, _encoded(model, tokenizer, texts, max_tokens))
 
 # %% ../nbs/11_linear.ipynb #af967926
 def _unsteered(model):
-    if steering_state(unwrapped(model)).users: raise ValueError("this model is being steered, so its Jacobians would be those of the steered model: take them before steering, or after its `with` block")
+    "The bare model, which must not be steered"
+    if steering_state(unwrapped(model)).users:
+        raise ValueError("this model is being steered, so its Jacobians would be those of the steered model: "
+                         "take them before steering, or after its `with` block")
     return unwrapped(model)
 
-def _coded(model, tokenizer, texts, max_tokens):
-    return truncated(encode(tokenizer, texts), model, max_tokens or getattr(text_config(model), "max_position_embeddings", None))
+def _encoded(model, tokenizer, texts, max_tokens):
+    limit = max_tokens or getattr(text_config(model), "max_position_embeddings", None)
+    return truncated(encode(tokenizer, texts), model, limit)
 
+# %% ../nbs/11_linear.ipynb #b0c5e101
 def _one_pass(model, ids, start=0, **kwargs):
-    "The decoder on tokens `start`, ...: what it returns, the state before each block and after the last, and what else each block was given"
+    "Run tokens `start`, ...: what the decoder returns, the state before each block and after the last, what else blocks get"
     stack = decoder_layers(model)
-    owner, states, given = next(m for m in model.modules() if any(c is stack for c in m.children())), [], []
+    owner = next(m for m in model.modules() if any(c is stack for c in m.children()))
+    states, given = [], []
     def before(module, args, kwargs):
         states.append(args[0] if args else kwargs["hidden_states"])
         given.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
     def after(module, args, y): states.append(y if isinstance(y, Tensor) else y[0])
-    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in stack] + [stack[-1].register_forward_hook(after)]
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in stack]
+    handles.append(stack[-1].register_forward_hook(after))
     ids = torch.tensor([ids], device=device_of(model.get_input_embeddings()))
     try:
-        with torch.inference_mode(False), evaluating(model): return owner(input_ids=ids[:, start:], attention_mask=torch.ones_like(ids), **kwargs), states, given
+        with torch.inference_mode(False), evaluating(model):
+            out = owner(input_ids=ids[:, start:], attention_mask=torch.ones_like(ids), **kwargs)
     finally:
-        for h in handles: h.remove()
+        for handle in handles: handle.remove()
+    return out, states, given
 
 # %% ../nbs/11_linear.ipynb #33dbe5b8
-def _contexts(model, coded) -> list:
-    "By keys and values if they are the whole memory of the blocks, which is tried on the longest text; else by the states of all tokens"
-    if "flash" in str(getattr(text_config(model), "_attn_implementation", "")): raise ValueError("flash attention has no derivatives in float32: load the model with attn_implementation='sdpa'")
-    longest = _by_cache(model, max((c.ids for c in coded), key=len))
+def _contexts(model, encoded) -> list:
+    "By keys and values if blocks have no other memory, which is tried on the longest text; else by the states of all tokens"
+    if "flash" in str(getattr(text_config(model), "_attn_implementation", "")):
+        raise ValueError("flash attention has no derivatives in float32: "
+                         "load the model with attn_implementation='sdpa'")
+    longest = _by_cache(model, max((c.ids for c in encoded), key=len))
     fast = longest is not None and _reproduces(model, longest)
-    return [(fast and _by_cache(model, c.ids)) or _by_states(model, c.ids) for c in coded]
+    return [(fast and _by_cache(model, c.ids)) or _by_states(model, c.ids) for c in encoded]
 
 def _by_cache(model, ids):
     "A context of keys and values, or None where there are none"
     if len(ids) == 1: return None
     cache = getattr(_one_pass(model, ids[:-1], use_cache=True)[0], "past_key_values", None)
-    prefix = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(cache, "layers", [])]
-    if len(prefix) != len(decoder_layers(model)) or not all(isinstance(k, Tensor) and k.ndim == 4 for kv in prefix for k in kv): return None
+    layers = getattr(cache, "layers", [])
+    prefix = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
+    whole = all(isinstance(k, Tensor) and k.ndim == 4 for keys_values in prefix for k in keys_values)
+    if len(prefix) != len(decoder_layers(model)) or not whole: return None
     prefix = [(k.cpu().clone(), v.cpu().clone()) for k, v in prefix]  # the second pass writes into the cache
     _, states, given = _one_pass(model, ids, len(ids) - 1, past_key_values=cache, use_cache=True)
-    return Context(_last(states), prefix, tree_map(lambda v: _CACHE if v is cache else _shelved(v), given))
+    given = tree_map(lambda v: _CACHE if v is cache else _on_cpu(v), given)
+    return Context(_last(states), prefix, given)
+
+# %% ../nbs/11_linear.ipynb #b0c5e102
+_CACHE = "the cache"  # stands where a block is handed one
+
+def _on_cpu(v): return v.detach().cpu() if isinstance(v, Tensor) else v
+
+def _last(states):
+    "The last token's states, (L + 1, d), float32 or better"
+    return torch.stack([x[0, -1].to("cpu", torch.promote_types(x.dtype, torch.float32)) for x in states])
 
 def _by_states(model, ids):
+    "A context that keeps the states of all earlier tokens"
     _, states, given = _one_pass(model, ids, use_cache=False)
-    return Context(_last(states), [(x[:, :-1].cpu(),) for x in states[:-1]], tree_map(_shelved, given))
+    return Context(_last(states), [(x[:, :-1].cpu(),) for x in states[:-1]], tree_map(_on_cpu, given))
 
 @torch.no_grad()
 def _reproduces(model, context):
-    "Do the blocks say again what the model said? Not where they share keys, or have a memory beside them"
-    said = [block_map(model, context, t)(x[None])[0] for t, x in enumerate(context.states[:-1])]
-    return all((y - x).norm() < .05 * x.norm() for y, x in zip(said, context.states[1:]))
-
-_CACHE = "the cache"  # stands where a block is handed one
-def _last(states): return torch.stack([x[0, -1].to("cpu", torch.promote_types(x.dtype, torch.float32)) for x in states])
-def _shelved(v): return v.detach().cpu() if isinstance(v, Tensor) else v
+    "Do the blocks give the model's states again? Not where they share keys, or have a memory beside them"
+    outputs = [block_map(model, context, t)(x[None])[0] for t, x in enumerate(context.states[:-1])]
+    return all((y - x).norm() < .05 * x.norm() for y, x in zip(outputs, context.states[1:]))
 
 # %% ../nbs/11_linear.ipynb #3108fa0d
 class FrozenCache:
-    "Keys and values of the tokens before, for n copies of the last one: `update` joins and keeps nothing."
-    def __init__(self, keys: Tensor, values: Tensor): self.keys, self.values = keys, values  # (n, heads, S - 1, d_head)
-    def update(self, keys, values, *_, **__): return torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
-    def get_seq_length(self, *_): return self.keys.shape[-2]
+    "Keys and values of the tokens before, for n copies of the last one."
+    def __init__(self,
+        keys: Tensor,  # (n, heads, S - 1, d_head)
+        values: Tensor,  # the same shape
+    ):
+        self.keys, self.values = keys, values
+
+    def update(self, keys, values, *_, **__):
+        "Old and new keys joined, and old and new values; nothing is kept."
+        return torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
+
+    def get_seq_length(self, *_):
+        "How many tokens are kept."
+        return self.keys.shape[-2]
 
 def block_map(
     model,  # a causal language model
@@ -125,6 +156,7 @@ def block_map(
     "Block t as a map of the last token's state, everything before it frozen."
     return _block_map(*_computing(decoder_layers(unwrapped(model)), t), context)
 
+# %% ../nbs/11_linear.ipynb #e6e81a64
 @contextmanager
 def _still(block):
     "No dropout; every module's own mode comes back"
@@ -134,29 +166,44 @@ def _still(block):
     finally:
         for m, mode in modes: m.training = mode
 
-# %% ../nbs/11_linear.ipynb #e6e81a64
+def _is_packed(w):
+    "Integers, float8, tensor subclasses, or no data at all: weights that have no float32 copy"
+    if w.device.type == "meta": return True
+    if w.ndim < 2 or w.dtype == torch.bool: return False
+    return w.element_size() == 1 or not w.is_floating_point() or type(w.data) is not Tensor
+
 def _computing(stack, t):
-    "Block t, its index, and its weights in float32 where it has narrower ones; packed weights (integers, float8, tensor subclasses) stay as they are"
+    "Block t, its index, and its weights in float32 where it has narrower ones; with packed weights it stays as it is"
     t = layer_index(stack, t)
     weights = dict(stack[t].named_parameters()) | dict(stack[t].named_buffers())
-    packed = any(w.device.type == "meta" or w.ndim > 1 and w.dtype != torch.bool and (w.element_size() == 1 or not w.is_floating_point() or type(w.data) is not Tensor) for w in weights.values())
-    narrow = {} if packed else {k: w.detach().float() for k, w in weights.items() if w.is_floating_point() and w.element_size() < 4}
-    return stack[t], t, narrow
+    if any(_is_packed(w) for w in weights.values()): return stack[t], t, {}
+    narrow = {k: w for k, w in weights.items() if w.is_floating_point() and w.element_size() < 4}
+    return stack[t], t, {k: w.detach().float() for k, w in narrow.items()}
 
+# %% ../nbs/11_linear.ipynb #b0c5e103
 def _block_map(block, t, narrow, context):
+    "Block t of n states at once; the float32 weights in `narrow` stand in for its own"
     prefix, where = context.prefix[t], device_of(block)
     dtype = torch.float32 if narrow else prefix[0].dtype
+    def ready(v):
+        if not isinstance(v, Tensor): return v
+        return v.to(where, dtype if v.is_floating_point() else None)
+    def copies(v, n):
+        shared = isinstance(v, Tensor) and v.ndim > 1 and len(v) == 1
+        return v.expand(n, *v.shape[1:]) if shared else v
     def f(x):
         n = len(x)
-        def ready(v): return v.to(where, dtype if v.is_floating_point() else None) if isinstance(v, Tensor) else v
-        def copies(v): return v.expand(n, *v.shape[1:]) if isinstance(v, Tensor) and v.ndim > 1 and len(v) == 1 else v
-        old = [copies(ready(p)) for p in prefix]
+        old = [copies(ready(p), n) for p in prefix]
         cache = FrozenCache(*old) if len(old) == 2 else None
-        args, kwargs = tree_map(lambda v: cache if v is _CACHE else copies(ready(v)), context.given[t])
-        if kwargs.get("alibi") is not None and kwargs["alibi"].ndim == 3: kwargs["alibi"] = kwargs["alibi"].repeat(n, 1, 1)  # texts and heads share a dimension
-        h = x[:, None].to(where, dtype)
-        if len(old) == 1: h = torch.cat([*old, h], 1)
-        with _still(block): y = torch.func.functional_call(block, narrow, (h, *args), kwargs) if narrow else block(h, *args, **kwargs)
+        args, kwargs = tree_map(lambda v: cache if v is _CACHE else copies(ready(v), n), context.given[t])
+        alibi = kwargs.get("alibi")
+        if alibi is not None and alibi.ndim == 3:
+            kwargs["alibi"] = alibi.repeat(n, 1, 1)  # texts and heads share a dimension
+        tokens = x[:, None].to(where, dtype)
+        if len(old) == 1: tokens = torch.cat([*old, tokens], 1)
+        with _still(block):
+            if narrow: y = torch.func.functional_call(block, narrow, (tokens, *args), kwargs)
+            else: y = block(tokens, *args, **kwargs)
         return (y if isinstance(y, Tensor) else y[0])[:, -1].to(x)
     return f
 
@@ -183,36 +230,45 @@ def mean_jvp(
     "The Jacobian of block t applied to rows, averaged over texts in float32 or better."
     if _twice(model, contexts, t): return _mean_product(_push, model, contexts, t, Z, chunk, progress)
     A = mean_jacobian(model, contexts, t, chunk, progress)
-    return Z.to(A.device, torch.promote_types(Z.dtype, A.dtype)) @ A.to(Z.dtype if Z.dtype == torch.float64 else A.dtype).T
+    Z = Z.to(A.device, torch.promote_types(Z.dtype, A.dtype))
+    return Z @ A.to(Z.dtype).T
 
 # %% ../nbs/11_linear.ipynb #3dbcc6f0
 def _pull(f, x, z): return torch.autograd.grad(f(x), x, z)[0]
+
 def _push(f, x, z):
     w = torch.zeros_like(z).requires_grad_()
-    return torch.autograd.grad(torch.autograd.grad(f(x), x, w, create_graph=True)[0], w, z)[0]
+    pulled = torch.autograd.grad(f(x), x, w, create_graph=True)[0]
+    return torch.autograd.grad(pulled, w, z)[0]
 
 def _twice(model, contexts, t):
-    "Can the trick be used? Kernels for packed weights or experts may raise where they are differentiated twice, or drop out without a word; then z J^T . z J^T is not (z J^T J) . z"
+    """Can block t be differentiated twice?
+
+    Kernels for packed weights or experts may raise, or drop out without a word: then z J^T . z J^T is not (z J^T J) . z"""
     one = contexts[:1]
     z = torch.linspace(-1, 1, text_config(model).hidden_size)[None].cos()
     try: y = _mean_product(_push, model, one, t, z, 1)
     except (RuntimeError, NotImplementedError): return False
-    return bool((y.square().sum() - (_mean_product(_pull, model, one, t, y, 1) * z.to(y)).sum()).abs() < .02 * y.square().sum())
+    size, back = y.square().sum(), _mean_product(_pull, model, one, t, y, 1)
+    return bool((size - (back * z.to(y)).sum()).abs() < .02 * size)
 
+# %% ../nbs/11_linear.ipynb #b0c5e104
 def _mean_product(product, model, contexts, t, Z, chunk, progress=False):
     "One of the two products, text by text and chunk by chunk"
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from tqdm.auto import tqdm
     if len(contexts) == 0: raise ValueError("contexts is empty: a mean Jacobian needs at least one text")
-    computing = _computing(decoder_layers(_unsteered(model)), t)
-    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
-        Z = Z.clone().to(device_of(computing[0]), torch.promote_types(Z.dtype, torch.float32))
+    block, t, narrow = _computing(decoder_layers(_unsteered(model)), t)
+    differentiable = sdpa_kernel(SDPBackend.MATH)  # the other kernels have no second derivative
+    with torch.inference_mode(False), torch.enable_grad(), differentiable:
+        Z = Z.clone().to(device_of(block), torch.promote_types(Z.dtype, torch.float32))
         mean = torch.zeros_like(Z)
-        for context in tqdm(contexts, desc=f"block {computing[1]}", unit="text", leave=False, disable=not progress):
-            f, x = _block_map(*computing, context), context.states[computing[1]].to(Z)
+        for context in tqdm(contexts, desc=f"block {t}", unit="text", leave=False, disable=not progress):
+            f, x = _block_map(block, t, narrow, context), context.states[t].to(Z)
             for i in range(0, len(Z), chunk):
                 z = Z[i:i + chunk]
-                mean[i:i + chunk] += product(f, x.expand(len(z), -1).clone().requires_grad_(), z) / len(contexts)
+                rows = x.expand(len(z), -1).clone().requires_grad_()
+                mean[i:i + chunk] += product(f, rows, z) / len(contexts)
         return mean
 
 # %% ../nbs/11_linear.ipynb #4d1efc90
@@ -224,12 +280,15 @@ def mean_jacobian(
     progress: bool = False,  # show a bar
 ) -> Tensor:  # A_t, (d, d), float32 (float64 where the states are): A_t[i, j] = d y_i / d x_j
     "The Jacobian of block t at the last token, averaged over texts."
-    unit = torch.eye(text_config(model).hidden_size, dtype=contexts[0].states.dtype if contexts else None)
+    dtype = contexts[0].states.dtype if contexts else None
+    unit = torch.eye(text_config(model).hidden_size, dtype=dtype)
     return mean_vjp(model, contexts, t, unit, chunk, progress)
 
 # %% ../nbs/11_linear.ipynb #f6f3bc9f
 class Jacobians(Sequence):
-    "The mean Jacobians A_0, ..., A_{L-1}, each made when asked for, or read from its file."
+    """The mean Jacobians A_0, ..., A_{L-1}, each made when asked for, or read from its file.
+
+    Grows on this page: `jacobians[t]`, `jvp`, `vjp`."""
     def __init__(self,
         model,  # a causal language model that is not being steered
         tokenizer,  # its tokenizer
@@ -240,69 +299,108 @@ class Jacobians(Sequence):
         progress: bool = True,  # show a bar per block
     ):
         self.model, self.chunk, self.cache_dir, self.progress = _unsteered(model), chunk, cache_dir, progress
-        self._coded = _coded(self.model, tokenizer, texts, max_tokens)
+        self._encoded = _encoded(self.model, tokenizer, texts, max_tokens)
+
     @cached_property
-    def _cache(self): return ActivationCache(self.cache_dir, self.model, self._coded, "last", "mean Jacobian")
+    def contexts(self): return _contexts(_unsteered(self.model), self._encoded)
     @cached_property
-    def contexts(self): return _contexts(_unsteered(self.model), self._coded)
+    def _cache(self):
+        return ActivationCache(self.cache_dir, self.model, self._encoded, "last", "mean Jacobian")
     def __len__(self): return len(decoder_layers(self.model))
-    def __repr__(self): return f"Jacobians({len(self)} blocks, mean over {len(self._coded)} texts)"
-    def __getitem__(self, t: int) -> Tensor:
-        if isinstance(t, int) and not -len(self) <= t < len(self): raise IndexError(f"block {t} of {len(self)}")  # which ends a loop
-        t = layer_index(decoder_layers(self.model), t)
-        A = self._cache.load(t)
-        if A is None: self._cache.save(t, A := mean_jacobian(self.model, self.contexts, t, self.chunk, self.progress).cpu())
-        return A.to(device_of(decoder_layers(self.model)[t]))
+    def __repr__(self): return f"Jacobians({len(self)} blocks, mean over {len(self._encoded)} texts)"
+    def __getitem__(self, t): return self._matrix(t)
 
 # %% ../nbs/11_linear.ipynb #3adb4db6
 @patch
-def jvp(self: Jacobians, t: int, Z: Tensor) -> Tensor:
-    "Z A_t^T, (k, d), without the matrix."
+def _matrix(self: Jacobians, t: int) -> Tensor:
+    "A_t, (d, d), on the block's device; kept in a file where there is a folder for it"
+    if isinstance(t, int) and not -len(self) <= t < len(self):
+        raise IndexError(f"block {t} of {len(self)}")  # which ends a loop
+    stack = decoder_layers(self.model)
+    t = layer_index(stack, t)
+    A = self._cache.load(t)
+    if A is None:
+        A = mean_jacobian(self.model, self.contexts, t, self.chunk, self.progress).cpu()
+        self._cache.save(t, A)
+    return A.to(device_of(stack[t]))
+
+@patch
+def jvp(self: Jacobians,
+    t: int,  # block
+    Z: Tensor,  # directions at its input, (k, d)
+) -> Tensor:  # Z A_t^T, (k, d)
+    "Where small pushes go, without the matrix."
     return mean_jvp(self.model, self.contexts, t, Z, self.chunk, self.progress)
 
 @patch
-def vjp(self: Jacobians, t: int, Z: Tensor) -> Tensor:
-    "Z A_t, (k, d), without the matrix."
+def vjp(self: Jacobians,
+    t: int,  # block
+    Z: Tensor,  # directions at its output, (k, d)
+) -> Tensor:  # Z A_t, (k, d)
+    "Which pushes move the output along rows of Z, without the matrix."
     return mean_vjp(self.model, self.contexts, t, Z, self.chunk, self.progress)
 
 # %% ../nbs/11_linear.ipynb #8bfb1458
 def riccati_steps(
-    A,  # Jacobians, any sequence of L matrices (d, d): a list, a tensor (L, d, d), or `Jacobians`; each is asked for once
+    A,  # Jacobians, each asked for once: any sequence of L matrices (d, d), or a tensor (L, d, d)
     q: float = .1,  # cost of a deviation before each block
     r: float = 1.,  # cost of a correction
     qf: float = .1,  # cost of a deviation at the end
     dtype=None,  # compute in this dtype; default: that of A, which must be float32 or float64
 ):  # yields (t, K_t, S_t) for t = L - 1, ..., 0, each (d, d)
-    "The Riccati recursion, one block at a time from the last to the first: memory for a few (d, d) matrices, whatever L is."
+    "The Riccati recursion from the last block to the first, in the memory of a few (d, d) matrices."
     check_weights(q, r, qf)
     S = None
     for t in reversed(range(len(A))):
         A_t = matrix_of(A, t, dtype)
         I = torch.eye(len(A_t)).to(A_t)
-        S = qf/r * I if S is None else S.to(I.device)  # the blocks of a large model may be spread over devices
-        if S.shape != A_t.shape: raise ValueError(f"A[{t}] has shape {tuple(A_t.shape)}, but the matrix after it has {tuple(S.shape)}: all blocks must have one width")
-        K = torch.cholesky_solve(S @ A_t, torch.linalg.cholesky(S + I))  # only the ratios q/r and qf/r matter, so r is 1 here
+        S = qf/r * I if S is None else S.to(I.device)  # blocks of a large model may be spread over devices
+        if S.shape != A_t.shape:
+            raise ValueError(f"A[{t}] has shape {tuple(A_t.shape)}, but the matrix after it has {tuple(S.shape)}: "
+                             "all blocks must have one width")
+        R = torch.linalg.cholesky(S + I)  # only the ratios q/r and qf/r matter, so r is 1 here
+        K = torch.cholesky_solve(S @ A_t, R)
         S = q/r * I + A_t.T @ K
         S = (S + S.T) / 2  # symmetric but for rounding, which would grow
         yield t, K, r*S
 
-def riccati(A, q: float = .1, r: float = 1., qf: float = .1) -> list:  # of L gains K_t, (d, d)
-    "All gains at once; see `riccati_steps`."
+# %% ../nbs/11_linear.ipynb #0cb148d5
+def riccati(
+    A,  # Jacobians, as for `riccati_steps`
+    q: float = .1,  # cost of a deviation before each block
+    r: float = 1.,  # cost of a correction
+    qf: float = .1,  # cost of a deviation at the end
+) -> list:  # of L gains K_t, (d, d)
+    "All gains at once."
     return [K for _, K, _ in riccati_steps(A, q, r, qf)][::-1]
 
-# %% ../nbs/11_linear.ipynb #0cb148d5
-def check_weights(q, r, qf):
+def check_weights(
+    q,  # cost of a deviation
+    r,  # cost of a correction
+    qf,  # cost of a deviation at the end
+):
+    "ValueError unless q and qf are finite numbers from 0 on, and r is one above 0."
     for name, w in (("q", q), ("r", r), ("qf", qf)):
-        fine = isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w) and (w > 0 if name == "r" else w >= 0)
-        if not fine: raise ValueError(f"{name}={w!r} is no weight: q and qf must be numbers from 0 on, r more than 0 (a correction that costs nothing has no best size)")
+        number = isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w)
+        if number and (w > 0 if name == "r" else w >= 0): continue
+        raise ValueError(f"{name}={w!r} is no weight: q and qf must be numbers from 0 on, r more than 0 "
+                         "(a correction that costs nothing has no best size)")
 
-def matrix_of(A, t, dtype=None):
-    "A[t], checked; float64 is asked for where the device has it"
+# %% ../nbs/11_linear.ipynb #b0c5e105
+def matrix_of(
+    A,  # sequence of matrices
+    t: int,  # block
+    dtype=None,  # dtype that is wanted
+) -> Tensor:  # A[t], (d, d), float32 or float64
+    "A[t] as a tensor; TypeError or ValueError unless it is a square and finite float matrix."
     A_t = torch.as_tensor(A[t])
-    if dtype is not None: A_t = (A_t.cpu() if A_t.device.type == "mps" else A_t).to(dtype)
-    if A_t.dtype not in (torch.float32, torch.float64): raise TypeError(f"A[{t}] is {A_t.dtype}: the recursion needs float32 or float64, convert with .float()")
-    if A_t.ndim != 2 or A_t.shape[0] != A_t.shape[1]: raise ValueError(f"A[{t}] must be a square matrix, the Jacobian of block {t}; got shape {tuple(A_t.shape)}")
-    if not A_t.isfinite().all(): raise ValueError(f"A[{t}] holds NaN or infinity: take the Jacobians from a model in a wider dtype")
+    if dtype is not None: A_t = (A_t.cpu() if A_t.device.type == "mps" else A_t).to(dtype)  # mps has no float64
+    if A_t.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"A[{t}] is {A_t.dtype}: the recursion needs float32 or float64, convert with .float()")
+    if A_t.ndim != 2 or A_t.shape[0] != A_t.shape[1]:
+        raise ValueError(f"A[{t}] must be a square matrix, the Jacobian of block {t}; got shape {tuple(A_t.shape)}")
+    if not A_t.isfinite().all():
+        raise ValueError(f"A[{t}] holds NaN or infinity: take the Jacobians from a model in a wider dtype")
     return A_t
 
 # %% ../nbs/11_linear.ipynb #5f63d91a
@@ -313,9 +411,12 @@ def similarity(
 ) -> Tensor:  # (n, k), between 0 and 1
     "How much two Jacobians write into the same directions with the same strength."
     m = m or max(J.shape[-1] // 20, 1)
-    def leading(A): U, s, _ = torch.linalg.svd(A); return U[..., :m] * s[..., None, :m]
+    def leading(A):
+        U, s, _ = torch.linalg.svd(A)
+        return U[..., :m] * s[..., None, :m]
     M, N = leading(J), leading(other)
-    return torch.linalg.svdvals(torch.einsum("ndi,kdj->nkij", M, N)).sum(-1) / (M.flatten(1).norm(dim=1)[:, None] * N.flatten(1).norm(dim=1))
+    overlap = torch.linalg.svdvals(torch.einsum("ndi,kdj->nkij", M, N)).sum(-1)
+    return overlap / (M.flatten(1).norm(dim=1)[:, None] * N.flatten(1).norm(dim=1))
 
 # %% ../nbs/11_linear.ipynb #838ee385
 def lyapunov_metric(
@@ -339,7 +440,8 @@ def induced_norm(
     P_to: Tensor,  # ruler after, (d, d)
 ) -> Tensor:  # ()
     "The largest factor by which Phi lengthens anything."
-    half = torch.linalg.solve_triangular(torch.linalg.cholesky(P_from), Phi.T, upper=False)  # C^-1 Phi^T, where P_from = C C^T
+    R = torch.linalg.cholesky(P_from)
+    half = torch.linalg.solve_triangular(R, Phi.T, upper=False)
     return torch.linalg.eigvalsh(half @ P_to @ half.T)[-1].clamp_min(0).sqrt()
 
 # %% ../nbs/11_linear.ipynb #729fee8b
@@ -347,11 +449,16 @@ def curvature(
     closed,  # closed loops, L matrices (d, d)
     P: Tensor,  # their rulers, (L + 1, d, d)
     deltas: Tensor,  # deviations of calibration runs, (L + 1, n, d)
-) -> Tensor:  # c_t, (L,): the largest 2 |r_t| / |delta_t|^2
-    "How curved each block was seen to be: the remainder behind it against the deviation before it, each in its own ruler."
-    r = [metric_norm(after - before @ A.T, P_after) for A, before, after, P_after in zip(closed, deltas, deltas[1:], P[1:])]
-    return torch.stack([(2*r_t / (metric_norm(before, P_t)**2).clamp_min(torch.finfo(P.dtype).tiny)).max() for r_t, before, P_t in zip(r, deltas, P)])  # no deviation, no remainder
+) -> Tensor:  # c_t, (L,): the largest 2 |nu_t| / |delta_t|^2
+    "How curved each block was seen to be: the remainder behind it against the deviation before it, in their rulers."
+    c, tiny = [], torch.finfo(P.dtype).tiny  # no deviation, no remainder
+    for t, A in enumerate(closed):
+        nu = deltas[t + 1] - deltas[t] @ A.T
+        squared = metric_norm(deltas[t], P[t])**2
+        c.append((2*metric_norm(nu, P[t + 1]) / squared.clamp_min(tiny)).max())
+    return torch.stack(c)
 
+# %% ../nbs/11_linear.ipynb #b0c5e106
 def error_bound(
     closed,  # closed loops, L matrices (d, d)
     P: Tensor,  # their rulers, (L + 1, d, d)
@@ -376,7 +483,7 @@ def foreseen_bound(
     start: float,  # |delta_0| in the ruler P_0
 ) -> Tensor:  # (L + 1,)
     "The bound that is known before anything is run."
-    gamma = (1 - 1/torch.linalg.eigvalsh(P[:-1])[:, -1]).sqrt()
+    kappa = (1 - 1/torch.linalg.eigvalsh(P[:-1])[:, -1]).sqrt()
     rho = [torch.as_tensor(start).to(P)]
-    for g, c_t in zip(gamma, c): rho.append(g*rho[-1] + c_t/2*rho[-1]**2)
+    for kappa_t, c_t in zip(kappa, c): rho.append(kappa_t*rho[-1] + c_t/2*rho[-1]**2)
     return torch.stack(rho)
