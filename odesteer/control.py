@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from .barrier import Barrier, ascent
 from .euler import Edit, Fitted, hash_tensors
 from .linear import Jacobians, block_inputs, check_weights, matrix_of, riccati_steps
-from .models import (
-    collect_activations, decoder_layers, describe_site, device_of, generate_text, steering, steering_state, unwrapped)
+from odesteer.models import (
+    collect_activations, decoder_layers, describe_site, device_of, generate_text, steering, steering_state,
+    unwrapped)
 from .ode import ODESteer
 
 # %% auto #0
@@ -27,22 +28,29 @@ __all__ = ['Rollouts', 'Controller', 'FeatureController', 'ALQR', 'Tracker', 'fe
 # %% ../nbs/12_control.ipynb #f5c132b2
 @dataclass
 class Rollouts:
-    "What controllers are fitted on: the states of every text at its last token, from the first block to the end"
+    "What controllers are fitted on: states of every text at its last token, from the first block to the end."
     pos: Tensor  # wanted texts, (L + 1, N+, d): inputs of the L blocks, then the output of the last
     neg: Tensor  # unwanted texts, (L + 1, N-, d)
-    jacobians: object  # sequence of L mean Jacobians (d, d) of the blocks at the last token, made when asked
+    jacobians: object  # sequence of L mean Jacobians (d, d) at the last token, each made when it is read
     model: object = None  # for methods that must look again while they are being fitted
-    tokenizer: object = None
+    tokenizer: object = None  # of the model
     texts: tuple = ()  # (wanted, unwanted)
     also: tuple = ()  # further set-points: (pos, neg, ratio) each
 
 class Controller(Fitted):
-    "Feedback on every block of a model. Its strength says where the activations should be, not how hard to push."
-    unit = "fraction"
+    """Feedback on every block of a model. Its strength says where the activations should be, not how hard to push.
+
+    A method fills in `_fit` and `_control`. Grows on this page: `fit`, `edits`, `resolve`."""
+    unit = "fraction"  # strength 1 is the method's own goal, such as the mean of the wanted texts
+    needs_layer = False  # acts on all blocks
+    strength_units, strength_name = ("T",), "set-point"
+    strengths = tuple({"T": x} for x in (.25, .5, 1., 2., 4., 8., 16., 32., 64.))  # the grid of a sweep, ascending
     several = False  # can it hold more than one set-point?
 
     def _fit(self, data: Rollouts): raise NotImplementedError
-    def _control(self, t, x, y, value, state): raise NotImplementedError  # (rows, d): what to add to the output y of block t
+    def _control(self, t, x, y, value, state):
+        "What to add to the output y of block t, (n, d), if its input was x; `state` lives for one pass"
+        raise NotImplementedError
 
 # %% ../nbs/12_control.ipynb #28de3f39
 @patch
@@ -51,52 +59,139 @@ def fit(self: Controller,
     tokenizer,  # its tokenizer
     pos_texts,  # wanted texts: str, chats, or (prompt, answer) pairs; the last token is read
     neg_texts,  # unwanted texts
-    also=(),  # further set-points to hold at the same time: (pos_texts, neg_texts, ratio of its strength to the first) each
-    jacobian_texts=None,  # texts at whose ends blocks are linearised, best such as end where you steer; default: the wanted ones (a seeded sample when many)
+    also=(),  # further set-points to hold at once: (pos_texts, neg_texts, ratio of its strength to the first) each
+    jacobian_texts=None,  # blocks are linearised at their ends, best such as end where you steer; default: pos_texts
     jacobians=None,  # instead: matrices that are there already, any sequence of L (d, d)
-    batch_size: int = 32,
-    cache_dir=None,  # folder that keeps Jacobians: found again by weights and texts, and a killed fit goes on from there
-    progress: bool = True,
+    batch_size: int = 32,  # texts at once
+    cache_dir=None,  # folder that keeps Jacobians by weights and texts; a killed fit goes on from there
+    progress: bool = True,  # show bars
 ):
     "Fit on wanted and unwanted texts; returns the controller itself."
-    self.width, self._copies = None, {}
-    if steering_state(model).users: raise ValueError("this model is being steered, so its states are not its own: fit before steering, or after its `with` block")
-    for name in ("n_texts", "n_jacobian", "max_tokens"):
-        if (n := self.params.get(name)) is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1): raise ValueError(f"{name} must be a positive whole number or None; got {n!r}")
-    if also and not self.several: raise ValueError(f"{type(self).__name__} holds one set-point: leave out also=, or use ALQR")
-    if any(isinstance(a, str) or len(a) != 3 for a in also): raise ValueError("also must hold (pos_texts, neg_texts, ratio) for each further set-point; the ratio is that of its strength to the first, such as 1.0")
-    if any(isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(ratio) for *_, ratio in also): raise ValueError(f"also= takes (pos_texts, neg_texts, ratio) with a finite number as ratio; got {[ratio for *_, ratio in also]!r}")
-    if jacobians is not None and jacobian_texts is not None: raise ValueError("jacobians= are there already: leave out jacobian_texts=")
+    self.width, self._copies = None, {}  # not fitted, should anything below fail
+    self._check_fit(model, also, jacobian_texts, jacobians)
     pos_texts, neg_texts = self._draw(pos_texts, "pos_texts"), self._draw(neg_texts, "neg_texts")
     def states(texts): return block_inputs(model, tokenizer, texts, batch_size, progress)
+    def drawn_states(i, *lists): return (states(self._draw(texts, f"also[{i}]")) for texts in lists)
     pos, neg = states(pos_texts), states(neg_texts)
-    also = tuple((*(states(self._draw(x, f"also[{i}]")) for x in pair), float(ratio)) for i, (*pair, ratio) in enumerate(also))
-    if jacobians is None:
-        texts = self._draw(pos_texts if jacobian_texts is None else jacobian_texts, "jacobian_texts", "n_jacobian")
-        jacobians = Jacobians(model, tokenizer, texts, self.params.get("max_tokens"), cache_dir=cache_dir, progress=progress)
-    if len(jacobians) != len(pos) - 1: raise ValueError(f"{len(jacobians)} Jacobians were given, but the model has {len(pos) - 1} blocks: one for each is needed")
+    also = tuple((*drawn_states(i, *lists), float(ratio)) for i, (*lists, ratio) in enumerate(also))
+    if jacobian_texts is None: jacobian_texts = pos_texts
+    if jacobians is None: jacobians = self._linearise(model, tokenizer, jacobian_texts, cache_dir, progress)
+    if len(jacobians) != len(pos) - 1:
+        raise ValueError(f"{len(jacobians)} Jacobians were given, but the model has {len(pos) - 1} blocks: "
+                         "one for each is needed")
     self._fit(Rollouts(pos, neg, jacobians, model, tokenizer, (pos_texts, neg_texts), also))
     self._fitted_on = dict(n_pos=len(pos_texts), n_neg=len(neg_texts), of="texts", data_sha256=hash_tensors(pos, neg))
     return self._finish(model, tokenizer, pos, pos_texts[0])
 
+# %% ../nbs/12_control.ipynb #8d0f5a20
+@patch
+def _check_fit(self: Controller, model, also, jacobian_texts, jacobians):
+    "One clear error for what cannot be meant, before any text is read"
+    if steering_state(model).users:
+        raise ValueError("this model is being steered, so its states are not its own: "
+                         "fit before steering, or after its `with` block")
+    for name in ("n_texts", "n_jacobian", "max_tokens"):
+        if (n := self.params.get(name)) is not None and not _is_count(n):
+            raise ValueError(f"{name} must be a positive whole number or None; got {n!r}")
+    if also and not self.several:
+        raise ValueError(f"{type(self).__name__} holds one set-point: leave out also=, or use ALQR")
+    if any(isinstance(a, str) or len(a) != 3 for a in also):
+        raise ValueError("also must hold (pos_texts, neg_texts, ratio) for each further set-point; "
+                         "the ratio is that of its strength to the first, such as 1.0")
+    ratios = [ratio for *_, ratio in also]
+    if not all(_is_number(ratio) for ratio in ratios):
+        raise ValueError(f"also= takes (pos_texts, neg_texts, ratio) with a finite number as ratio; got {ratios!r}")
+    if jacobians is not None and jacobian_texts is not None:
+        raise ValueError("jacobians= are there already: leave out jacobian_texts=")
+
+@patch
+def _linearise(self: Controller, model, tokenizer, texts, cache_dir, progress):
+    "Mean Jacobians over as many of these texts as the method wants"
+    texts = self._draw(texts, "jacobian_texts", "n_jacobian")
+    return Jacobians(model, tokenizer, texts, self.params.get("max_tokens"), cache_dir=cache_dir, progress=progress)
+
 # %% ../nbs/12_control.ipynb #3cc2e279
+@patch
+def _draw(self: Controller, texts, name, limit="n_texts"):
+    "At most as many texts as the method wants, a seeded draw without replacement in their order"
+    if isinstance(texts, (str, dict)) or not hasattr(texts, "__len__"):
+        raise TypeError(f"{name} must be a list of texts; got {type(texts).__name__}: wrap a single text in [ ]")
+    if len(texts) == 0:
+        raise ValueError(f"{name} is empty: a controller compares wanted texts with unwanted ones")
+    n = self.params.get(limit)
+    if n is None or len(texts) <= n: return list(texts)
+    g = torch.Generator().manual_seed(self.params.get("seed", 0))
+    rows = torch.randperm(len(texts), generator=g)[:n]
+    return [texts[i] for i in sorted(rows.tolist())]
+
 @patch
 def _finish(self: Controller, model, tokenizer, states, example):
     "What is known of any controller: the size of states, where they come from, their width"
     self._store(median_norm_=states[1:].norm(dim=-1).median(1).values)
-    self.about |= {k: v for k, v in describe_site(model, tokenizer, 0, example=example).items() if k not in ("layer", "site", "positions")}
+    site = describe_site(model, tokenizer, 0, example=example)
+    self.about |= {k: v for k, v in site.items() if k not in ("layer", "site", "positions")}
     self.width = states.shape[-1]
     return self
 
+# %% ../nbs/12_control.ipynb #c3bc983b
+def _is_number(x): return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+def _is_count(n): return isinstance(n, int) and not isinstance(n, bool) and n >= 1
+
+def _check_numbers(**given):
+    for k, v in given.items():
+        if not _is_number(v): raise ValueError(f"{k} must be a finite number; got {v!r}")
+
+def _check_counts(**given):
+    for k, v in given.items():
+        if not _is_count(v): raise ValueError(f"{k} must be a positive integer; got {v!r}")
+
+def _check_choice(name, value, *known):
+    *first, last = map(repr, known)
+    if value not in known: raise ValueError(f"{name} must be {', '.join(first)} or {last}; got {value!r}")
+
+# %% ../nbs/12_control.ipynb #79e85855
 @patch
-def _draw(self: Controller, texts, name, limit="n_texts"):
-    "At most as many texts as the method wants, a seeded draw without replacement in their order"
-    if isinstance(texts, (str, dict)) or not hasattr(texts, "__len__"): raise TypeError(f"{name} must be a list of texts; got {type(texts).__name__}: wrap a single text in [ ]")
-    if len(texts) == 0: raise ValueError(f"{name} is empty: a controller compares wanted texts with unwanted ones")
-    n = self.params.get(limit)
-    if n is None or len(texts) <= n: return list(texts)
-    rows = torch.randperm(len(texts), generator=torch.Generator().manual_seed(self.params.get("seed", 0)))[:n]
-    return [texts[i] for i in sorted(rows.tolist())]
+def edits(self: Controller,
+    model,  # the model to be steered
+    layer=None,  # a controller acts on all blocks
+    strength=1.0,  # where the activations should be: 1 is the mean of the wanted texts, as the method measures it
+) -> dict:  # {block: Edit}
+    "What to do at each block; what a method must carry from block to block lives for one forward pass only."
+    self._must_be_fitted()
+    name, L = type(self).__name__, len(self.median_norm_)
+    if layer is not None: raise ValueError(f"{name} acts on all {L} blocks: leave out layer=")
+    stack, state = decoder_layers(model), {}
+    if len(stack) != L:
+        raise ValueError(f"this {name} was fitted on {L} blocks, but {type(model).__name__} has {len(stack)}: "
+                         "is it the same model?")
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    def here(block): return self._on(torch.empty(0, device=device_of(block), dtype=dtype))
+    return {t: Edit(partial(here(stack[t])._act, t, state)) for t in self._blocks()}
+
+@patch
+def _act(self: Controller, t, state, x, y, value):
+    "One block: the correction, computed in float32 or better, added to the output"
+    wide = y if y.dtype == torch.float64 else y.float()
+    u = self._on(wide)._control(t, x.to(wide.dtype), wide, value, state)
+    return (wide - (0 - u)).to(y.dtype)  # wide + u, but -0. + 0. would be 0.
+
+# %% ../nbs/12_control.ipynb #8d0f5a21
+@patch
+def resolve(self: Controller,
+    strength,  # a number, one for each row, or {"T": number}
+) -> Tensor:  # () or (rows,), float32
+    "The strength as a tensor; TypeError or ValueError where it is no set-point."
+    self._must_be_fitted()
+    if isinstance(strength, dict) and set(strength) == {"T"}: strength = strength["T"]
+    if isinstance(strength, dict):
+        raise ValueError("the strength of a controller is a number (a set-point), "
+                         f"not {', '.join(strength)}: give strength= or T=")
+    if isinstance(strength, (str, bool, type(None))):
+        raise TypeError(f"strength must be a number, or one for every row; got {strength!r}")
+    value = torch.as_tensor(strength, dtype=torch.float32)
+    if not value.isfinite().all(): raise ValueError(f"strength must be finite; got {strength}")
+    return value
 
 @patch
 def _blocks(self: Controller): return range(len(self.median_norm_))
@@ -110,52 +205,11 @@ def _try(self: Controller):
     x, state = torch.ones(1, self.width), {}
     for t in self._blocks(): self._control(t, x, x, torch.ones(()), state)
 
-# %% ../nbs/12_control.ipynb #79e85855
-@patch
-def edits(self: Controller,
-    model,  # the model to be steered
-    layer=None,  # a controller acts on all blocks
-    strength=1.0,  # where the activations should be: 1 is the mean of the wanted texts in the method's own measure
-) -> dict:  # {block: edit}, edit(block_in, block_out, value) -> new block_out
-    "What to do at each block; what a method must carry from block to block lives for one forward pass only."
-    self._must_be_fitted()
-    if layer is not None: raise ValueError(f"{type(self).__name__} acts on all {len(self.median_norm_)} blocks: leave out layer=")
-    stack, state = decoder_layers(model), {}
-    if len(stack) != len(self.median_norm_): raise ValueError(f"this {type(self).__name__} was fitted on {len(self.median_norm_)} blocks, but {type(model).__name__} has {len(stack)}: is it the same model?")
-    def here(block): return self._on(torch.empty(0, device=device_of(block), dtype=torch.float64 if model.dtype == torch.float64 else torch.float32))
-    return {t: partial(here(stack[t])._act, t, state) for t in self._blocks()}
-
-@patch
-def _act(self: Controller, t, state, x, y, value):
-    "One block: the correction, computed in float32 or better, added to the output"
-    wide = y if y.dtype == torch.float64 else y.float()
-    u = self._on(wide)._control(t, x.to(wide.dtype), wide, value, state)
-    return (wide - (0 - u)).to(y.dtype)  # wide + u, but -0. + 0. would be 0.
-
-@patch
-def resolve(self: Controller, strength) -> Tensor:
-    "The strength as a tensor, () or one value per row"
-    self._must_be_fitted()
-    if isinstance(strength, dict) and set(strength) == {"T"}: strength = strength["T"]
-    if isinstance(strength, dict): raise ValueError(f"the strength of a controller is a number (a set-point), not {', '.join(strength)}: give strength= or T=")
-    if isinstance(strength, (str, bool, type(None))): raise TypeError(f"strength must be a number, or one for every row; got {strength!r}")
-    value = torch.as_tensor(strength, dtype=torch.float32)
-    if not value.isfinite().all(): raise ValueError(f"strength must be finite; got {strength}")
-    return value
-
 # %% ../nbs/12_control.ipynb #c21a5748
 class FeatureController(Controller):
     "A controller whose error is the distance of a feature from its set-point: beta* = offset_ + strength * mu_."
-    def _fit_features(self, data: Rollouts):
-        "Store unit features, their lengths, and the pieces of the set-point (no feature where the means agree); returns the features"
-        tables = [self._feature(pos.double().mean(1), neg.double().mean(1), ratio) for pos, neg, ratio in ((data.pos, data.neg, 1.), *data.also)]
-        if not all(v.any() for v, *_ in tables): raise ValueError("wanted and unwanted texts have the same mean states before every block: there is no feature between them; are the right texts in pos and neg?")
-        V, mu, offset, natural = (torch.stack(part, 1).to(data.pos) for part in zip(*tables))  # (L + 1, m, d), (L + 1, m), ...
-        if len(tables) == 1: V, mu, offset, natural = (x[:, 0] for x in (V, mu, offset, natural))
-        self._store(V_=V[:-1], end_=V[-1], mu_=mu[:-1], offset_=offset[:-1], natural_=natural[:-1])
-        return self.V_
-
     def _feature(self, pos, neg, ratio):
+        "Of one set-point, before each block: unit feature, unit of strength, offset, and the strength of wanted texts"
         e = pos - neg
         mu = e.norm(dim=-1)
         mu = torch.where(mu < 1e-6*math.sqrt(e.shape[-1]), 0, mu)  # all texts may end in the same token
@@ -164,36 +218,51 @@ class FeatureController(Controller):
         offset = low if self.setpoint == "centred" else torch.zeros_like(low)
         return v, ratio*mu, offset, torch.where(ratio*mu != 0, (high - offset)/(ratio*mu), 0)
 
-    def _alpha(self, t, x, value):  # (rows,), or (rows, m) for m set-points
-        V, mu = self.V_[t], self.mu_[t]
-        goal = self.offset_[t] + (value if V.ndim == 1 else value[..., None])*mu
-        return torch.addmv(goal, x, V, alpha=-1) if V.ndim == 1 else torch.addmm(goal, x, V.T, alpha=-1)
+    def _alpha(self, t, x, value):
+        "Set-points minus features: (n,), or (n, m) for m of them"
+        V, mu, offset = self.V_[t], self.mu_[t], self.offset_[t]
+        if V.ndim == 1: return torch.addmv(offset + value*mu, x, V, alpha=-1)
+        return torch.addmm(offset + value[..., None]*mu, x, V.T, alpha=-1)
+
+# %% ../nbs/12_control.ipynb #8d0f5a22
+@patch
+def _fit_features(self: FeatureController, data: Rollouts):
+    "Store unit features and the pieces of the set-point (no feature where the means agree); returns the features"
+    pairs = (data.pos, data.neg, 1.), *data.also
+    tables = [self._feature(pos.double().mean(1), neg.double().mean(1), ratio) for pos, neg, ratio in pairs]
+    if not all(v.any() for v, *_ in tables):
+        raise ValueError("wanted and unwanted texts have the same mean states before every block: "
+                         "there is no feature between them; are the right texts in pos and neg?")
+    stacked = [torch.stack(column, 1).to(data.pos) for column in zip(*tables)]  # (L + 1, m, d), (L + 1, m), ...
+    if len(pairs) == 1: stacked = [column[:, 0] for column in stacked]
+    V, mu, offset, natural = stacked
+    self._store(V_=V[:-1], end_=V[-1], mu_=mu[:-1], offset_=offset[:-1], natural_=natural[:-1])
+    return self.V_
 
 # %% ../nbs/12_control.ipynb #fb85357f
 class ALQR(FeatureController):
-    "Activation LQR: at every block, the feature's distance from its set-point times the cheapest correction of it."
+    """Activation LQR: at every block, the feature's distance from its set-point times the cheapest correction of it.
+
+    Grows on this page: `table`, several set-points, and the set-point "angular"."""
     several = True
     def __init__(self,
         q: float = .1,  # cost of a deviation before each block
         r: float = 1.,  # cost of a correction
         qf: float = .1,  # cost of a deviation at the end
-        setpoint: str = "uncentred",  # strength * mu; "centred": 0 is the mean of unwanted texts, 1 of wanted ones; "angular": an angle in a plane
-        jacobian: str = "mean",  # "identity": as if blocks changed nothing (no Jacobian is computed), to see what the Jacobians are good for
+        setpoint: str = "uncentred",  # strength * mu; "centred": from 0, unwanted, to 1, wanted; "angular": an angle
+        jacobian: str = "mean",  # "identity": as if blocks changed nothing, so that no Jacobian is computed
         angle: float = 180.,  # in degrees, from the unwanted direction; with setpoint="angular"
         n_texts: int = 200,  # texts of each class that are read
         n_jacobian: int = 50,  # texts over which Jacobians are averaged
-        max_tokens: int = None,  # longer texts are cut for the Jacobians, keeping the first token and the last ones
+        max_tokens: int = None,  # longer texts are cut for the Jacobians: they keep the first token and the last ones
         seed: int = 0,  # which texts are drawn
     ):
         check_weights(q, r, qf)
-        if setpoint not in ("uncentred", "centred", "angular"): raise ValueError(f"setpoint must be 'uncentred', 'centred' or 'angular'; got {setpoint!r}")
-        if jacobian not in ("mean", "identity"): raise ValueError(f"jacobian must be 'mean' or 'identity'; got {jacobian!r}")
-        if isinstance(angle, bool) or not isinstance(angle, (int, float)) or not math.isfinite(angle): raise ValueError(f"angle must be a number of degrees; got {angle!r}")
-        super().__init__(q=q, r=r, qf=qf, setpoint=setpoint, jacobian=jacobian, angle=angle, n_texts=n_texts, n_jacobian=n_jacobian, max_tokens=max_tokens, seed=seed)
-
-    def _fit(self, data):
-        E = self._fit_features(data)  # rows whose gain is needed
-        self._store(W_=self._gains(self._linear(data), self.V_, E))
+        _check_choice("setpoint", setpoint, "uncentred", "centred", "angular")
+        _check_choice("jacobian", jacobian, "mean", "identity")
+        if not _is_number(angle): raise ValueError(f"angle must be a number of degrees; got {angle!r}")
+        super().__init__(q=q, r=r, qf=qf, setpoint=setpoint, jacobian=jacobian, angle=angle, n_texts=n_texts,
+                         n_jacobian=n_jacobian, max_tokens=max_tokens, seed=seed)
 
     def _control(self, t, x, y, value, state):
         alpha = self._alpha(t, x, value)
@@ -201,53 +270,67 @@ class ALQR(FeatureController):
 
 # %% ../nbs/12_control.ipynb #3cd2af70
 @patch
+def _fit(self: ALQR, data):
+    E = self._fit_features(data)  # rows whose gain is needed
+    self._store(W_=self._gains(self._linear(data), self.V_, E))
+
+@patch
 def _linear(self: ALQR, data):
     "The blocks as matrices; a 1 x 1 matrix stands for a multiple of the identity"
     if self.jacobian == "mean": return data.jacobians
     return torch.ones(len(data.jacobians), 1, 1, dtype=torch.float64)
 
 def _times(Z, M, t):
-    if M.numel() > 1 and len(M) != Z.shape[-1]: raise ValueError(f"A[{t}] has width {len(M)}, but the states have {Z.shape[-1]}: are these the Jacobians of this model?")
-    return Z * M if M.numel() == 1 else Z @ M
+    "Rows times a matrix of block t, which may be 1 x 1"
+    if M.numel() == 1: return Z * M
+    if len(M) != Z.shape[-1]:
+        raise ValueError(f"A[{t}] has width {len(M)}, but the states have {Z.shape[-1]}: "
+                         "are these the Jacobians of this model?")
+    return Z @ M
 
 @patch
 def _gains(self: ALQR, A, V, E):
     "Gain times each row of E, made backwards while one K_t at a time is in memory"
     W = torch.empty_like(E)
-    for t, K, _ in riccati_steps(A, self.q, self.r, self.qf, torch.float64): W[t] = _times(E[t].to(K), K.T, t).to(W)
+    for t, K, _ in riccati_steps(A, self.q, self.r, self.qf, torch.float64):
+        W[t] = _times(E[t].to(K), K.T, t).to(W)
     return W
 
 # %% ../nbs/12_control.ipynb #bf0f153a
 @patch
 def table(self: ALQR) -> dict:  # name -> (L,), or (L, m) for m set-points
-    "Per block: feature length mu, natural strength, gain |w|, what of it reaches the next feature, and the cosine between them."
-    reach, gain = (torch.cat([self.V_[1:], self.end_[None]]) * self.W_).sum(-1), self.W_.norm(dim=-1)
-    return dict(mu=self.mu_, natural=self.natural_, gain=gain, reach=reach, cos=reach / gain.clamp_min(torch.finfo(gain.dtype).tiny))
+    "Per block: feature length, natural strength, gain |w|, what of it reaches the next feature, cosine between them."
+    following = torch.cat([self.V_[1:], self.end_[None]])
+    reach, gain = (following * self.W_).sum(-1), self.W_.norm(dim=-1)
+    cos = reach / gain.clamp_min(torch.finfo(gain.dtype).tiny)
+    return dict(mu=self.mu_, natural=self.natural_, gain=gain, reach=reach, cos=cos)
 
 @patch
 def _facts(self: ALQR):
-    natural = self.natural_[self.mu_ != 0]
-    where = f", wanted texts are at strength {natural.min():.2g} to {natural.max():.2g}" if self.setpoint == "uncentred" else ""
-    return f"{len(self.median_norm_)} blocks{where}"
+    blocks, natural = f"{len(self.median_norm_)} blocks", self.natural_[self.mu_ != 0]
+    if self.setpoint != "uncentred": return blocks
+    return f"{blocks}, wanted texts are at strength {natural.min():.2g} to {natural.max():.2g}"
 
 # %% ../nbs/12_control.ipynb #c5b0eebb
 @patch
 def _fit_features(self: ALQR, data):
-    "Also returns the rows whose gain is needed: the features, or those of their pseudo-inverse where there are several"
+    "Also returns the rows whose gain is needed: the features, or with several those of their pseudo-inverse"
     if self.setpoint == "angular": return self._fit_planes(data)
     V = FeatureController._fit_features(self, data)
-    return V if V.ndim == 2 else torch.linalg.pinv(V.double(), rtol=1e-2).mT.to(V)  # features that nearly agree share one correction
+    if V.ndim == 2: return V
+    return torch.linalg.pinv(V.double(), rtol=1e-2).mT.to(V)  # features that nearly agree share one correction
 
 # %% ../nbs/12_control.ipynb #df9683a3
 @patch
 def _fit_planes(self: ALQR, data):
     "Two orthonormal rows per block instead of a feature; zero where there is none"
-    if data.also: raise ValueError("setpoint='angular' turns in one plane: leave out also=, or use 'centred' set-points")
+    if data.also:
+        raise ValueError("setpoint='angular' turns in one plane: leave out also=, or use 'centred' set-points")
     FeatureController._fit_features(self, data)
-    e = data.neg.double().mean(1) - data.pos.double().mean(1)
+    gap = data.neg.double().mean(1) - data.pos.double().mean(1)
     b1 = -torch.cat([self.V_, self.end_[None]]).double()
-    b2 = torch.linalg.svd(e - e.mean(0), full_matrices=False).Vh[0]
-    b2 = b2 * torch.where(e.mean(0) @ b2 < 0, -1., 1.)  # a principal component has no sign of its own
+    b2 = torch.linalg.svd(gap - gap.mean(0), full_matrices=False).Vh[0]
+    b2 = b2 * torch.where(gap.mean(0) @ b2 < 0, -1., 1.)  # a principal component has no sign of its own
     b2 = (b2 - (b1 @ b2)[:, None] * b1) * b1.any(-1, keepdim=True)
     size = b2.norm(dim=-1, keepdim=True)
     V = torch.stack([b1, torch.where(size > 1e-6, b2/size, 0)], 1).to(self.V_)
@@ -277,34 +360,45 @@ class Tracker(Controller):
         tokenizer,  # its tokenizer
         prompt,  # whose path is to be followed: a str or a chat
         cache_dir=None,  # folder that keeps Jacobians
-        progress: bool = True,
+        progress: bool = True,  # show a bar per block
     ):
         "Store the path of a prompt's last token and the gains along it; returns the tracker itself."
         self.width, self._copies = None, {}
         states = block_inputs(model, tokenizer, [prompt])
         A = Jacobians(model, tokenizer, [prompt], cache_dir=cache_dir, progress=progress)
-        K = torch.stack([K.to(states) for _, K, _ in riccati_steps(A, self.q, self.r, self.qf, torch.float64)][::-1])
-        self._store(path_=states[:-1, 0], K_=K)
+        self._store(path_=states[:-1, 0], K_=_gain_matrices(A, self.q, self.r, self.qf, states))
         self._fitted_on = dict(n_pos=1, n_neg=0, of="texts", data_sha256=hash_tensors(states))
         return self._finish(model, tokenizer, states, prompt)
 
     def _control(self, t, x, y, value, state): return value[..., None] * ((self.path_[t] - x) @ self.K_[t].T)
 
 # %% ../nbs/12_control.ipynb #ca9cfb2f
+def _gain_matrices(A, q, r, qf, like):
+    "All gains, (L, d, d), computed in float64"
+    steps = riccati_steps(A, q, r, qf, torch.float64)
+    return torch.stack([K.to(like) for _, K, _ in steps][::-1])
+
 class _FirstToken:
-    "An edit for the token at which an answer begins and for no later one"
-    def __init__(self, act): self.act, self.fresh = act, False
-    def remember(self, y): self.fresh = True; return y  # called in the pass that reads the prompt
-    def __call__(self, x, y, value, first):
+    "Edits the token at which an answer begins and no later one"
+    def __init__(self, edit): self.edit, self.fresh = edit, False
+
+    def remember(self, y):  # called in the pass that reads the prompt
+        self.fresh = True
+        return y
+
+    def apply(self, x, y, value, first):
         fresh, self.fresh = self.fresh, False
-        return torch.where((y == first).all(-1, keepdim=True), self.act(x, y, value), y) if fresh else y
+        if not fresh: return y
+        return torch.where((y == first).all(-1, keepdim=True), self.edit(x, y, value), y)
 
 @patch
-def edits(self: Tracker, model, layer=None, strength=1.0): return {t: _FirstToken(act) for t, act in Controller.edits(self, model, layer, strength).items()}
+def edits(self: Tracker, model, layer=None, strength=1.0):
+    firsts = {t: _FirstToken(edit) for t, edit in Controller.edits(self, model, layer, strength).items()}
+    return {t: Edit(first.apply, first.remember) for t, first in firsts.items()}
 
 # %% ../nbs/12_control.ipynb #95eeda31
 def feature_gains(
-    A,  # sequence of L matrices (d, d), or an object with `jvp(t, Z)` = Z A_t^T and `vjp(t, Z)` = Z A_t such as `Jacobians`
+    A,  # L matrices (d, d), or an object with `jvp(t, Z)` = Z A_t^T and `vjp(t, Z)` = Z A_t such as `Jacobians`
     V: Tensor,  # features before each block and at the end, (L + 1, d), or (L + 1, m, d) for m of them
     q: float = .1,  # cost of a feature's deviation before each block
     r: float = 1.,  # cost of a correction
@@ -319,16 +413,26 @@ def feature_gains(
     V, W = (V[:, None] if V.ndim == 2 else V).double(), []
     Z = math.sqrt(qf/r) * V[-1]
     for t in reversed(range(len(V) - 1)):
-        C = torch.linalg.cholesky(torch.eye(len(Z)).to(Z) + Z @ Z.T)
-        W.append(torch.cholesky_solve(Z @ jvp(t, E[t].to(V).view(-1, V.shape[-1])).T, C).T @ Z)
-        Z = torch.cat([math.sqrt(q/r) * V[t], torch.linalg.solve_triangular(C, vjp(t, Z), upper=False)])
-        if rank is not None and len(Z) > rank: U, s, Vh = torch.linalg.svd(Z, full_matrices=False); Z = s[:rank, None] * Vh[:rank]
+        R = torch.linalg.cholesky(torch.eye(len(Z)).to(Z) + Z @ Z.T)
+        forward = jvp(t, E[t].to(V).view(-1, V.shape[-1]))
+        W.append(torch.cholesky_solve(Z @ forward.T, R).T @ Z)
+        back = torch.linalg.solve_triangular(R, vjp(t, Z), upper=False)
+        Z = _largest(torch.cat([math.sqrt(q/r) * V[t], back]), rank)
     return torch.stack(W[::-1]).view(E.shape)
+
+# %% ../nbs/12_control.ipynb #8d0f5a23
+def _largest(Z, rank):
+    "The `rank` rows that keep most of Z^T Z"
+    if rank is None or len(Z) <= rank: return Z
+    _, s, Vh = torch.linalg.svd(Z, full_matrices=False)
+    return s[:rank, None] * Vh[:rank]
 
 def _probes(A):
     "jvp(t, Z) and vjp(t, Z) on rows"
-    if hasattr(A, "jvp"): return (lambda t, Z: A.jvp(t, Z.float()).to(Z)), (lambda t, Z: A.vjp(t, Z.float()).to(Z))
-    return (lambda t, Z: _times(Z, matrix_of(A, t, torch.float64).T.to(Z), t)), (lambda t, Z: _times(Z, matrix_of(A, t, torch.float64).to(Z), t))
+    if hasattr(A, "jvp"):
+        return (lambda t, Z: A.jvp(t, Z.float()).to(Z)), (lambda t, Z: A.vjp(t, Z.float()).to(Z))
+    def matrix(t, Z): return matrix_of(A, t, torch.float64).to(Z)
+    return (lambda t, Z: _times(Z, matrix(t, Z).T, t)), (lambda t, Z: _times(Z, matrix(t, Z), t))
 
 # %% ../nbs/12_control.ipynb #b9bd5dd2
 class FeatureLQR(ALQR):
@@ -337,98 +441,102 @@ class FeatureLQR(ALQR):
         q: float = .1,  # cost of a feature's deviation before each block
         r: float = 1.,  # cost of a correction
         qf: float = .1,  # cost of a feature's deviation at the end
-        setpoint: str = "uncentred", jacobian: str = "mean", angle: float = 180., n_texts: int = 200, n_jacobian: int = 50, max_tokens: int = None, seed: int = 0,  # as for `ALQR`
+        setpoint: str = "uncentred",  # as for `ALQR`, "centred" or "angular"
+        jacobian: str = "mean",  # "identity": as if blocks changed nothing
+        angle: float = 180.,  # in degrees; with setpoint="angular"
+        n_texts: int = 200,  # texts of each class that are read
+        n_jacobian: int = 50,  # texts at whose ends the blocks are probed
+        max_tokens: int = None,  # longer texts are cut for the probes
+        seed: int = 0,  # which texts are drawn
         rank: int = None,  # keep at most so many rows of Z
     ):
-        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1): raise ValueError(f"rank must be a whole number from 1 on, or None; got {rank!r}")
+        if rank is not None and not _is_count(rank):
+            raise ValueError(f"rank must be a whole number from 1 on, or None; got {rank!r}")
         super().__init__(q, r, qf, setpoint, jacobian, angle, n_texts, n_jacobian, max_tokens, seed)
         self.params["rank"] = self.rank = rank
 
-    def _gains(self, A, V, E): return feature_gains(A, torch.cat([V, self.end_[None]]), self.q, self.r, self.qf, self.rank, E).to(V)
+    def _gains(self, A, V, E):
+        V = torch.cat([V, self.end_[None]])
+        return feature_gains(A, V, self.q, self.r, self.qf, self.rank, E).to(V)
 
 # %% ../nbs/12_control.ipynb #23277a6a
 class SPID(FeatureController):
     "Proportional, integral and derivative feedback across the blocks; no Jacobians."
     def __init__(self,
-        kp=0.7,  # gain of the error
-        ki=0.01,  # gain of its sum over the blocks so far
-        kd=0.1,  # gain of its change since the block before
-        reset_every=10,  # the sum is zero at blocks 0, reset_every, 2 reset_every, ...
-        setpoint="uncentred",  # where strength lambda puts the feature: lambda mu; "centred": lambda of the way from the unwanted to the wanted mean
-        n_texts=200,  # at most so many of each class are read
-        seed=0,  # of that choice
+        kp: float = 0.7,  # gain of the error
+        ki: float = 0.01,  # gain of its sum over the blocks so far
+        kd: float = 0.1,  # gain of its change since the block before
+        reset_every: int = 10,  # the sum is zero at blocks 0, reset_every, 2 reset_every, ...
+        setpoint: str = "uncentred",  # lambda mu; "centred": lambda of the way from the unwanted to the wanted mean
+        n_texts: int = 200,  # at most so many of each class are read
+        seed: int = 0,  # of that choice
     ):
-        _numbers(kp=kp, ki=ki, kd=kd)
-        _counts(reset_every=reset_every)
-        _plane(setpoint)
+        _check_numbers(kp=kp, ki=ki, kd=kd)
+        _check_counts(reset_every=reset_every)
+        _check_choice("setpoint", setpoint, "uncentred", "centred")
         super().__init__(kp=kp, ki=ki, kd=kd, reset_every=reset_every, setpoint=setpoint, n_texts=n_texts, seed=seed)
 
     def _fit(self, data): self._fit_features(data)
 
     def _control(self, t, x, y, value, state):
-        e = self._alpha(t, x, value)[:, None] * self.V_[t]
+        error = self._alpha(t, x, value)[:, None] * self.V_[t]
         if t == 0: state.clear()  # whatever an interrupted pass has left
-        before, total = (old.to(e.device) for old in state.pop("spid", (e, e)))  # e_{-1} = e_0
-        total = torch.zeros_like(e) if t % self.reset_every == 0 else total + e
-        if t + 1 < len(self.V_): state["spid"] = e, total  # and nothing outlives the pass
-        return self.kp * e + self.ki * total + self.kd * (e - before)
-
-# %% ../nbs/12_control.ipynb #c3bc983b
-def _numbers(**given):
-    for k, v in given.items():
-        if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v): raise ValueError(f"{k} must be a finite number; got {v!r}")
-
-def _plane(setpoint):
-    if setpoint not in ("uncentred", "centred"): raise ValueError(f"setpoint must be 'uncentred' or 'centred'; got {setpoint!r}")
-
-def _counts(**given):
-    for k, v in given.items():
-        if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f"{k} must be a positive integer; got {v!r}")
+        before, total = (old.to(error.device) for old in state.pop("spid", (error, error)))  # before block 0: the same
+        total = torch.zeros_like(error) if t % self.reset_every == 0 else total + error
+        if t + 1 < len(self.V_): state["spid"] = error, total  # and nothing outlives the pass
+        return self.kp * error + self.ki * total + self.kd * (error - before)
 
 # %% ../nbs/12_control.ipynb #3ed4401f
 class Recorder:
-    "Wraps a steerer or controller and keeps what its edits saw: `seen[t]` is a list of (block_in, block_out, moved), one per pass."
-    def __init__(self, part, seen=None): self.part, self.seen = part, {} if seen is None else seen
+    "Wraps a steerer or controller and keeps what its edits did: `seen[t]`, a list of (block_in, block_out, steered)."
+    def __init__(self,
+        part,  # fitted steerer or controller
+    ):
+        self.part, self.seen = part, {}
+
     def __getattr__(self, name):
         if name == "part": raise AttributeError(name)  # while it is being copied
         return getattr(self.part, name)  # unit, width, about, resolve
 
     def edits(self, model, layer, strength):
+        "The edits of what is wrapped, watched: one more entry of `seen[t]` per pass."
         return {t: self._watched(t, edit) for t, edit in self.part.edits(model, layer, strength).items()}
 
     def _watched(self, t, edit):
-        def watched(x, y, value, *kept):
-            moved = edit(x, y, value, *kept)
-            self.see(t, x.detach(), y.detach(), moved.detach())
-            return moved
-        if getattr(edit, "remember", None) is not None: watched.remember = edit.remember
-        return watched
+        def apply(x, y, value, *remembered):
+            steered = edit.apply(x, y, value, *remembered)
+            self.see(t, x.detach(), y.detach(), steered.detach())
+            return steered
+        return Edit(apply, edit.remember)
 
-    def see(self, t, x, y, moved): self.seen.setdefault(t, []).append((x, y, moved))
+    def see(self, t, x, y, steered):
+        "Keep one pass of block t."
+        self.seen.setdefault(t, []).append((x, y, steered))
 
 # %% ../nbs/12_control.ipynb #835ebc1a
 class ActAddLFS(FeatureController):
     "Proportional feedback at chosen blocks: activation addition whose length follows the activation."
     def __init__(self,
-        kp=1.0,  # gain of the error; 1 puts the feature on its set-point, as far as the block passes it on
+        kp: float = 1.0,  # gain of the error; 1 puts the feature on its set-point, as far as the block passes it on
         layers=None,  # list of blocks, -1 is the last; default: block 5, or the middle one where there are fewer than 6
-        setpoint="uncentred",  # as for SPID
-        n_texts=200,  # at most so many of each class are read
-        seed=0,  # of that choice
+        setpoint: str = "uncentred",  # as for SPID
+        n_texts: int = 200,  # at most so many of each class are read
+        seed: int = 0,  # of that choice
     ):
-        _numbers(kp=kp)
-        _plane(setpoint)
-        if layers is not None and not isinstance(layers, (int, list, tuple, range)): raise ValueError(f"layers must be a list of blocks; got {layers!r}")
+        _check_numbers(kp=kp)
+        _check_choice("setpoint", setpoint, "uncentred", "centred")
+        if layers is not None and not isinstance(layers, (int, list, tuple, range)):
+            raise ValueError(f"layers must be a list of blocks; got {layers!r}")
         if layers is not None: layers = [layers] if isinstance(layers, int) else list(layers)
         super().__init__(kp=kp, layers=layers, setpoint=setpoint, n_texts=n_texts, seed=seed)
 
     def _fit(self, data):
         self._fit_features(data)
-        L = len(self.V_)
-        asked = [5 if L > 5 else L // 2] if self.layers is None else self.layers
-        wrong = [t for t in asked if isinstance(t, bool) or not isinstance(t, int) or not -L <= t < L]
-        if wrong or not asked: raise ValueError(f"layers must be some of the blocks 0 to {L - 1}; got {self.layers!r}")
-        self.chosen = dict(layers=sorted({t % L for t in asked}))
+        L, layers = len(self.V_), self.layers
+        if layers is None: layers = [5 if L > 5 else L // 2]
+        wrong = [t for t in layers if isinstance(t, bool) or not isinstance(t, int) or not -L <= t < L]
+        if wrong or not layers: raise ValueError(f"layers must be some of the blocks 0 to {L - 1}; got {self.layers!r}")
+        self.chosen = dict(layers=sorted({t % L for t in layers}))
 
     def _blocks(self): return self.chosen["layers"]
     def _control(self, t, x, y, value, state): return self.kp * (self._alpha(t, x, value)[:, None] * self.V_[t])
@@ -437,25 +545,27 @@ class ActAddLFS(FeatureController):
 class PIDAcT(Controller):
     "Constant pushes at every block, each fitted with the ones before it in place. Strength scales the pushes."
     def __init__(self,
-        kp=1.0,  # gain of the mean difference that is left at a block
-        ki=0.3,  # gain of the sum of those at the blocks before
-        kd=0.01,  # gain of the change since the block before
-        n_texts=200,  # at most so many of each class are read
-        batch_size=32,  # texts at once, while fitting
-        seed=0,  # of the choice of texts
+        kp: float = 1.0,  # gain of the mean difference that is left at a block
+        ki: float = 0.3,  # gain of the sum of those at the blocks before
+        kd: float = 0.01,  # gain of the change since the block before
+        n_texts: int = 200,  # at most so many of each class are read
+        batch_size: int = 32,  # texts at once, while fitting
+        seed: int = 0,  # of the choice of texts
     ):
-        _numbers(kp=kp, ki=ki, kd=kd)
-        _counts(batch_size=batch_size)
+        _check_numbers(kp=kp, ki=ki, kd=kd)
+        _check_counts(batch_size=batch_size)
         super().__init__(kp=kp, ki=ki, kd=kd, n_texts=n_texts, batch_size=batch_size, seed=seed)
 
     def _fit(self, data):
         wanted, pushes, errors = data.pos[1:].mean(1), [], []
         for m in range(len(wanted)):
-            r = wanted[m] - self._reached(data, pushes)
-            summed, before = sum(errors, torch.zeros_like(r)), errors[-1] if errors else r
-            pushes.append(self.kp * r + self.ki * summed + self.kd * (r - before))
-            errors.append(r)
-        if not sum(r.norm() for r in errors) > 1e-6 * len(errors[0])**0.5: raise ValueError("wanted and unwanted texts have the same mean states behind every block: there is nothing to push; are the right texts in pos and neg?")
+            error = wanted[m] - self._reached(data, pushes)
+            total, before = sum(errors, torch.zeros_like(error)), errors[-1] if errors else error
+            pushes.append(self.kp * error + self.ki * total + self.kd * (error - before))
+            errors.append(error)
+        if not sum(error.norm() for error in errors) > 1e-6 * len(errors[0])**0.5:
+            raise ValueError("wanted and unwanted texts have the same mean states behind every block: "
+                             "there is nothing to push; are the right texts in pos and neg?")
         self._store(errors_=torch.stack(errors), push_=torch.stack(pushes))
 
     def _control(self, t, x, y, value, state): return value[..., None] * self.push_[t].expand_as(y)
@@ -463,18 +573,22 @@ class PIDAcT(Controller):
 # %% ../nbs/12_control.ipynb #553ace85
 @patch
 def _reached(self: PIDAcT, data, pushes):
-    "Mean output of the next block at the last token of the unwanted texts, the blocks before it pushed"
+    "Mean output of the next block at the unwanted texts' last tokens, the blocks before it pushed"
     if not pushes: return data.neg[1].mean(0)
-    part = SimpleNamespace(edits=lambda *_: {m: lambda x, y, value, s=s: y + s.to(y) for m, s in enumerate(pushes)})
+    m = len(pushes)
+    def push(u): return Edit(lambda x, y, value: y + u.to(y))
+    part = SimpleNamespace(edits=lambda *_: {j: push(u) for j, u in enumerate(pushes)})
     with steering(data.model, part, strength=1.0):
-        return collect_activations(data.model, data.tokenizer, data.texts[1], layers=len(pushes), batch_size=self.batch_size, progress=False)[len(pushes)].mean(0)
+        outputs = collect_activations(data.model, data.tokenizer, data.texts[1], layers=m,
+                                      batch_size=self.batch_size, progress=False)
+    return outputs[m].mean(0)
 
 # %% ../nbs/12_control.ipynb #cbd53edb
 def newton_climb(
-    barrier: Barrier,
-    x: Tensor,  # (n, d)
+    barrier: Barrier,  # fitted
+    x: Tensor,  # activations, (n, d)
     level: Tensor,  # value to reach, () or one per row
-    steps=3,  # Newton steps
+    steps: int = 3,  # Newton steps
     leash=math.inf,  # longest way, a number or () tensor
 ) -> Tensor:  # (n, d)
     "Walk along the gradient until h reaches the level; rows already there stay, bit for bit."
@@ -489,56 +603,71 @@ def newton_climb(
 class BarrierLQR(Controller):
     "Feedback at every block towards a level of a barrier fitted there."
     def __init__(self,
-        q=1.0,  # cost of the error before each block
-        r=0.1,  # cost of a correction
-        qf=1.0,  # cost of the error at the end
-        jacobian="mean",  # "identity": scalar gains, nothing of size d x d
-        n_components=2000,  # width of the barriers' feature maps
-        gamma=0.1,  # scale of their kernel
-        C=1.0,  # inverse ridge penalty of their logistic regressions
-        steps=3,  # Newton steps to the level
-        leash=0.5,  # longest way to the level, as a share of the median norm of the states there
-        n_texts=1000,  # at most so many of each class are read
-        n_jacobian=50,  # texts at which the blocks are linearised
-        max_tokens=None,  # a longer text is shortened before it is linearised
-        seed=0,  # of the feature tables and of the choice of texts
+        q: float = 1.0,  # cost of the error before each block
+        r: float = 0.1,  # cost of a correction
+        qf: float = 1.0,  # cost of the error at the end
+        jacobian: str = "mean",  # "identity": scalar gains, nothing of size d x d
+        n_components: int = 2000,  # width of the barriers' feature maps
+        gamma: float = 0.1,  # scale of their kernel
+        C: float = 1.0,  # inverse ridge penalty of their logistic regressions
+        steps: int = 3,  # Newton steps to the level
+        leash: float = 0.5,  # longest way to the level, as a share of the median norm of the states there
+        n_texts: int = 1000,  # at most so many of each class are read
+        n_jacobian: int = 50,  # texts at which the blocks are linearised
+        max_tokens: int = None,  # a longer text is shortened before it is linearised
+        seed: int = 0,  # of the feature tables and of the choice of texts
     ):
         check_weights(q, r, qf)
-        _counts(steps=steps)
-        if isinstance(leash, bool) or not isinstance(leash, (int, float)) or not leash > 0: raise ValueError(f"leash must be a positive number; got {leash!r}")
-        if jacobian not in ("mean", "identity"): raise ValueError(f"jacobian must be 'mean' or 'identity'; got {jacobian!r}")
-        super().__init__(q=q, r=r, qf=qf, jacobian=jacobian, n_components=n_components, gamma=gamma, C=C, steps=steps, leash=leash,
-                         n_texts=n_texts, n_jacobian=n_jacobian, max_tokens=max_tokens, seed=seed)
-        self._new(0)
-
-    def _control(self, t, x, y, value, state):
-        barrier, K = self.parts[t].barrier, self.K_[t]
-        e = newton_climb(barrier, x, self.low_[t] + value * (self.high_[t] - self.low_[t]), self.steps, self.leash_[t]) - x
-        return K * e if K.numel() == 1 else e @ K.T
+        _check_counts(steps=steps)
+        if isinstance(leash, bool) or not isinstance(leash, (int, float)) or not leash > 0:
+            raise ValueError(f"leash must be a positive number; got {leash!r}")
+        _check_choice("jacobian", jacobian, "mean", "identity")
+        super().__init__(q=q, r=r, qf=qf, jacobian=jacobian, n_components=n_components, gamma=gamma, C=C, steps=steps,
+                         leash=leash, n_texts=n_texts, n_jacobian=n_jacobian, max_tokens=max_tokens, seed=seed)
+        self._new_parts(0)
 
 # %% ../nbs/12_control.ipynb #d9db713b
 @patch
-def _new(self: BarrierLQR, L):
-    "One unfitted ODESteer per block"
-    self.parts = nn.ModuleList(ODESteer(n_components=self.n_components, gamma=self.gamma, C=self.C, seed=self.seed) for _ in range(L))
-
-@patch
 def _fit(self: BarrierLQR, data):
     L, d = len(data.pos) - 1, data.pos.shape[-1]
-    self._new(L)
+    self._new_parts(L)
     for t, part in enumerate(self.parts): part.fit(data.pos[t], data.neg[t])
-    low, high = (torch.stack([part.barrier.value(x).median() for part, x in zip(self.parts, X)]) for X in (data.neg, data.pos))
+    low, high = self._median_levels(data.neg), self._median_levels(data.pos)
     blind = high - low < 0.1  # nats: these blocks cannot tell the classes apart, and have no say
-    if blind.all(): raise ValueError("wanted and unwanted texts look the same to the barriers of all blocks: are the right texts in pos and neg?")
+    if blind.all():
+        raise ValueError("wanted and unwanted texts look the same to the barriers of all blocks: "
+                         "are the right texts in pos and neg?")
     A = torch.ones(L, 1, 1, dtype=torch.float64) if self.jacobian == "identity" else data.jacobians
-    K = torch.stack([K_t.to(low) for _, K_t, _ in riccati_steps(A, self.q, self.r, self.qf, torch.float64)][::-1])
-    if K.shape[-1] not in (1, d): raise ValueError(f"the Jacobians have width {K.shape[-1]}, but the states have {d}: are these the Jacobians of this model?")
+    K = _gain_matrices(A, self.q, self.r, self.qf, low)
+    if K.shape[-1] not in (1, d):
+        raise ValueError(f"the Jacobians have width {K.shape[-1]}, but the states have {d}: "
+                         "are these the Jacobians of this model?")
     K[blind] = 0
-    self._store(low_=low, high_=high, leash_=self.leash * torch.cat([data.pos, data.neg], 1)[:-1].norm(dim=-1).median(1).values, K_=K)
+    norms = torch.cat([data.pos, data.neg], 1)[:-1].norm(dim=-1)
+    self._store(low_=low, high_=high, leash_=self.leash * norms.median(1).values, K_=K)
+
+@patch
+def _control(self: BarrierLQR, t, x, y, value, state):
+    barrier, K = self.parts[t].barrier, self.K_[t]
+    level = self.low_[t] + value * (self.high_[t] - self.low_[t])
+    error = newton_climb(barrier, x, level, self.steps, self.leash_[t]) - x
+    return K * error if K.numel() == 1 else error @ K.T
+
+# %% ../nbs/12_control.ipynb #8d0f5a24
+@patch
+def _new_parts(self: BarrierLQR, L):
+    "One unfitted ODESteer per block"
+    how = dict(n_components=self.n_components, gamma=self.gamma, C=self.C, seed=self.seed)
+    self.parts = nn.ModuleList(ODESteer(**how) for _ in range(L))
+
+@patch
+def _median_levels(self: BarrierLQR, states):
+    "Median of h_t before each block, (L,)"
+    return torch.stack([part.barrier.value(x).median() for part, x in zip(self.parts, states)])
 
 @patch
 def _restore(self: BarrierLQR, tensors):
-    self._new(len(tensors["K_"]))
+    self._new_parts(len(tensors["K_"]))
     for t, part in enumerate(self.parts):
         part.width, head = self.width, f"parts.{t}."
         part._restore({k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)})
@@ -547,25 +676,38 @@ def _restore(self: BarrierLQR, tensors):
 # %% ../nbs/12_control.ipynb #ee4f8583
 class EffortMeter(Recorder):
     "Wraps a steerer or controller and adds up |u_t| / |x_{t+1}| of its edits, block by block."
+    def __init__(self,
+        part,  # fitted steerer or controller
+        sums: dict = None,  # shared with other meters: block -> (sum of shares, count), on its device
+    ):
+        super().__init__(part)
+        self.sums = {} if sums is None else sums
+
     def edits(self, model, layer, strength):
+        "The edits of what is wrapped, measured."
         found, stack = super().edits(model, layer, strength), decoder_layers(model)
         with torch.inference_mode(False):
-            for t in found: self.seen.setdefault(t, torch.zeros(2, device=device_of(stack[t])))  # sum and count
+            for t in found: self.sums.setdefault(t, torch.zeros(2, device=device_of(stack[t])))
         return found
 
-    def see(self, t, x, y, moved):
-        moved = moved.float()
-        share = (moved - y.float()).norm(dim=-1) / moved.norm(dim=-1).clamp_min(torch.finfo(moved.dtype).tiny)
-        self.seen[t][0] += share.sum()
-        self.seen[t][1] += len(share)
+    def see(self, t, x, y, steered):
+        "Add one pass of block t."
+        steered = steered.float()
+        tiny = torch.finfo(steered.dtype).tiny
+        share = (steered - y.float()).norm(dim=-1) / steered.norm(dim=-1).clamp_min(tiny)
+        self.sums[t][0] += share.sum()
+        self.sums[t][1] += len(share)
 
-    def read(self,
-        depth: int,  # blocks of the model
-    ) -> dict:
-        "Mean effort over all blocks and steered tokens, that of each block, and the number of tokens"
-        sums = {t: s.tolist() for t, s in self.seen.items()}
-        per_layer = [sums[t][0] / max(sums[t][1], 1) if t in sums else 0.0 for t in range(depth)]
-        return dict(effort=sum(per_layer) / depth, per_layer=per_layer, tokens=int(max((n for _, n in sums.values()), default=0)))
+# %% ../nbs/12_control.ipynb #8d0f5a25
+@patch
+def read(self: EffortMeter,
+    depth: int,  # blocks of the model
+) -> dict:  # effort, per_layer (a list of `depth`), tokens
+    "Mean effort over all blocks and steered tokens, that of each block, and the number of tokens."
+    sums = {t: s.tolist() for t, s in self.sums.items()}
+    per_layer = [sums[t][0] / max(sums[t][1], 1) if t in sums else 0.0 for t in range(depth)]
+    tokens = max((count for _, count in sums.values()), default=0)
+    return dict(effort=sum(per_layer) / depth, per_layer=per_layer, tokens=int(tokens))
 
 # %% ../nbs/12_control.ipynb #a3b8d6fc
 def effort(
@@ -575,21 +717,31 @@ def effort(
     obj,  # a steerer or controller, or {layer: steerer}
     strength=None,  # as for `steering`
     layer: int = None,  # block of a steerer
-    answers=None,  # what the steered model said, one or k in a row per prompt; default: generated here
+    answers=None,  # what the steered model wrote, one or k in a row per prompt; default: generated here
     positions="last",  # as for `steering`
-    batch_size: int = 32,
+    batch_size: int = 32,  # texts at once
     **generate_kw,  # for `generate_text`, without `answers`
 ) -> dict:  # effort, per_layer (L floats), tokens
     "How hard something pushes: mean |u_t| / |x_{t+1}| over blocks and over the tokens of its own answers."
     many, depth = isinstance(obj, dict), len(decoder_layers(unwrapped(model)))
     meter = EffortMeter(None if many else obj)
-    watched = {i: EffortMeter(part, meter.seen) for i, part in obj.items()} if many else meter
+    watched = {i: EffortMeter(part, meter.sums) for i, part in obj.items()} if many else meter
     how = dict(layer=layer, strength=strength, positions=positions)
     if answers is None:
-        with steering(model, obj, **how): answers = generate_text(model, tokenizer, prompts, batch_size=batch_size, **generate_kw)
-    k = len(answers) // max(len(prompts), 1)
-    if k < 1 or len(answers) != k * len(prompts): raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers: give as many, or the same number for each prompt")
-    # one pass over prompts with their answers: in `generate`, rows that have ended go on being steered until the last one ends
-    texts = [(p, a) if a else p for p, a in zip((p for p in prompts for _ in range(k)), answers)]
-    with steering(model, watched, **how): collect_activations(model, tokenizer, texts, layers=-1, batch_size=batch_size, progress=False)
+        with steering(model, obj, **how):
+            answers = generate_text(model, tokenizer, prompts, batch_size=batch_size, **generate_kw)
+    # one pass over prompts with their answers: `generate` goes on steering rows that have ended
+    texts = _with_answers(prompts, answers)
+    with steering(model, watched, **how):
+        collect_activations(model, tokenizer, texts, layers=-1, batch_size=batch_size, progress=False)
     return meter.read(depth)
+
+# %% ../nbs/12_control.ipynb #8d0f5a26
+def _with_answers(prompts, answers):
+    "Each prompt with each of its answers, or alone where the answer is empty"
+    k = len(answers) // max(len(prompts), 1)
+    if k < 1 or len(answers) != k * len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers: "
+                         "give as many, or the same number for each prompt")
+    repeated = (p for p in prompts for _ in range(k))
+    return [(p, a) if a else p for p, a in zip(repeated, answers)]

@@ -70,7 +70,7 @@ def _encoded(model, tokenizer, texts, max_tokens):
 
 # %% ../nbs/11_linear.ipynb #b0c5e101
 def _one_pass(model, ids, start=0, **kwargs):
-    "Run tokens `start`, ...: what the decoder returns, the state before each block and after the last, what else blocks get"
+    "Run tokens `start`, ...: the decoder's output, states before each block and after the last, what else blocks get"
     stack = decoder_layers(model)
     owner = next(m for m in model.modules() if any(c is stack for c in m.children()))
     states, given = [], []
@@ -90,7 +90,7 @@ def _one_pass(model, ids, start=0, **kwargs):
 
 # %% ../nbs/11_linear.ipynb #33dbe5b8
 def _contexts(model, encoded) -> list:
-    "By keys and values if blocks have no other memory, which is tried on the longest text; else by the states of all tokens"
+    "By keys and values if blocks have no other memory, as tried on the longest text; else by the states of all tokens"
     if "flash" in str(getattr(text_config(model), "_attn_implementation", "")):
         raise ValueError("flash attention has no derivatives in float32: "
                          "load the model with attn_implementation='sdpa'")
@@ -244,7 +244,7 @@ def _push(f, x, z):
 def _twice(model, contexts, t):
     """Can block t be differentiated twice?
 
-    Kernels for packed weights or experts may raise, or drop out without a word: then z J^T . z J^T is not (z J^T J) . z"""
+    Kernels for packed weights or experts may raise, or drop out silently: then z J^T . z J^T is not (z J^T J) . z"""
     one = contexts[:1]
     z = torch.linspace(-1, 1, text_config(model).hidden_size)[None].cos()
     try: y = _mean_product(_push, model, one, t, z, 1)
@@ -342,7 +342,7 @@ def vjp(self: Jacobians,
 
 # %% ../nbs/11_linear.ipynb #8bfb1458
 def riccati_steps(
-    A,  # Jacobians, each asked for once: any sequence of L matrices (d, d), or a tensor (L, d, d)
+    A,  # Jacobians, each read once: any sequence of L matrices (d, d), or a tensor (L, d, d)
     q: float = .1,  # cost of a deviation before each block
     r: float = 1.,  # cost of a correction
     qf: float = .1,  # cost of a deviation at the end

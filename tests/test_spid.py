@@ -10,6 +10,7 @@ from torch import nn
 import odesteer as ods
 from odesteer.barrier import LinearBarrier
 from odesteer.control import EffortMeter, Recorder, Rollouts, effort, newton_climb
+from odesteer.euler import Edit
 from odesteer.linear import Jacobians, block_inputs, riccati
 from odesteer.models import decoder_layers, generate_text
 
@@ -263,7 +264,7 @@ def test_blocks_that_see_no_difference_have_no_say():
 class Everything:
     "A controller with known corrections"
     def __init__(self, layers=range(LAYERS)): self.layers = layers
-    def edits(self, model, layer, strength): return {t: lambda x, y, value, t=t: (y.float() + value[..., None] * (t + 1) * torch.tanh(x.float())).to(y.dtype) for t in self.layers}
+    def edits(self, model, layer, strength): return {t: Edit(lambda x, y, value, t=t: (y.float() + value[..., None] * (t + 1) * torch.tanh(x.float())).to(y.dtype)) for t in self.layers}
 
 
 def test_a_recorder_sees_what_hooks_see_and_changes_nothing():
