@@ -9,7 +9,7 @@ from torch import nn
 
 import odesteer as ods
 from odesteer.barrier import LinearBarrier
-from odesteer.control import EffortMeter, Recorder, Rollouts, effort, newton_climb
+from odesteer.control import EffortMeter, Recorder, Rollouts, Tracker, effort, newton_climb
 from odesteer.euler import Edit
 from odesteer.linear import Jacobians, block_inputs, riccati
 from odesteer.models import decoder_layers, generate_text
@@ -288,6 +288,9 @@ def test_a_recorder_stands_for_what_it_wraps():
     with pytest.raises(ValueError, match="is a number"): steered(rec, strength=dict(share=.3))
     with pytest.raises(ValueError, match="leave out layer="): steered(Recorder(c), layer=1)
     with pytest.raises(AttributeError): rec.nonsense
+    tracker = Tracker().fit(the_model(), TOK, "the quick brown", progress=False)  # whose edits remember
+    assert all(isinstance(edit, Edit) and edit.remember is not None for edit in Recorder(tracker).edits(the_model(), None, 1.).values())
+    assert torch.equal(steered(Recorder(tracker)), steered(tracker))
     caa = ods.CAA().fit(torch.ones(3, WIDTH), torch.zeros(3, WIDTH))
     assert torch.equal(steered(Recorder(caa), layer=1), steered(caa, layer=1))
 
