@@ -155,7 +155,7 @@ def test_gradients_pass_through_every_route():
     assert torch.isfinite(low.grad).all() and (low.grad != 0).any()
 
 
-# ---- low rank: exact where eigenvalues are equal, said where they are not
+# ---- low rank: exact where eigenvalues are equal, measured where they are not
 
 @pytest.mark.parametrize("equal", [0., -1.3])
 def test_equal_eigenvalues_are_left_out_exactly(equal):
