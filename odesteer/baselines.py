@@ -125,7 +125,7 @@ class LinAcT(Steerer):
         v = self.strength * (self.excess_ * (x - self.center_) + self.shift_)
         return torch.where((x >= self.low_) & (x <= self.high_), v, 0.0) if self.support else v
 
-# %% ../nbs/06_baselines.ipynb #a5b4ffa9
+# %% ../nbs/06_baselines.ipynb #f50c7f2c
 @patch
 def _map(self: LinAcT, pos, neg):
     "Scale and shift of each coordinate about the unwanted mean, and that mean."
@@ -206,7 +206,7 @@ def _components(edges, N):
     graph = coo_matrix((np.ones(len(edges)), edges.T), (N, N))
     return connected_components(graph, directed=False)[1]
 
-# %% ../nbs/06_baselines.ipynb #25ca4630
+# %% ../nbs/06_baselines.ipynb #d07646c7
 def _relabel(data, deal, pairs, rng):
     "The data with the labels dealt out."
     n, X = len(data.pos), data.X
@@ -265,7 +265,7 @@ class ShuffledLabels(Steerer):
         "What the fitted method itself does at the layer's output."
         return self.inner.edits(model, layer, strength)
 
-# %% ../nbs/06_baselines.ipynb #7b02dc14
+# %% ../nbs/06_baselines.ipynb #3e650026
 @patch
 def _restore(self: ShuffledLabels, tensors):
     "Put saved tensors back: those of the method under `inner.`, the rest here."
@@ -348,10 +348,23 @@ def _train_epoch(net, optimizer, loss, batches, rates, g):
         total = total + len(batch) / n * now.detach()
     return total
 
+# %% ../nbs/06_baselines.ipynb #1267c92e
 def _judge(net, loss, rows, seed):
     "The loss of held-out rows, with the same draws every time."
     net.eval()
     with torch.no_grad(): return loss(rows, torch.Generator().manual_seed(seed)).item()
+
+def _digits(loss):
+    "A loss that is short enough for a card."
+    loss = float(loss)
+    if not math.isfinite(loss):
+        raise ValueError(f"training diverged (loss {loss}): use a smaller lr, "
+                         "and look for activations of enormous size")
+    return float(f"{loss:.4g}")
+
+def _rms(*xs):
+    "Typical size of an entry: divided by it, activations of every layer of every model suit one learning rate."
+    return torch.cat(xs).square().mean().sqrt().clamp_min(torch.finfo(xs[0].dtype).tiny)
 
 # %% ../nbs/06_baselines.ipynb #daeff4fa
 def draw_weights(
@@ -424,19 +437,7 @@ def _check_training(params):
     if not 0 <= share < 1:
         raise ValueError(f"held_out is a share of the questions, at least 0 and below 1; got {share!r}")
 
-def _digits(loss):
-    "A loss that is short enough for a card."
-    loss = float(loss)
-    if not math.isfinite(loss):
-        raise ValueError(f"training diverged (loss {loss}): use a smaller lr, "
-                         "and look for activations of enormous size")
-    return float(f"{loss:.4g}")
-
-def _rms(*xs):
-    "Typical size of an entry: divided by it, activations of every layer of every model suit one learning rate."
-    return torch.cat(xs).square().mean().sqrt().clamp_min(torch.finfo(xs[0].dtype).tiny)
-
-# %% ../nbs/06_baselines.ipynb #ee6b914d
+# %% ../nbs/06_baselines.ipynb #6e831b3d
 def _pair_groups(data):
     "The question of every pair; without question ids, its wanted row."
     i = np.arange(len(data.pos)) if data.pairs is None else data.pairs[:, 0]
@@ -587,7 +588,7 @@ def _train(self: REControl, data):
     net[-1].weight *= std
     net[-1].bias.mul_(std).add_(mean)
 
-# %% ../nbs/06_baselines.ipynb #8c769342
+# %% ../nbs/06_baselines.ipynb #bfed532b
 def _tokens(data):
     "The tokens of all responses in one table: activations, reward, row of the next token (-1: none), question."
     X, device = data.X, data.pos.device
@@ -632,7 +633,7 @@ class _Block(nn.Module):
         x = torch.cat([x, e], -1)
         return self.path(x) + self.skip(x)
 
-# %% ../nbs/06_baselines.ipynb #0d95bd9e
+# %% ../nbs/06_baselines.ipynb #2e6c5dbb
 class UNet(nn.Module):
     "A fully connected U-Net: widths halve on the way down, and the way up sees them again."
     def __init__(self,
@@ -732,7 +733,7 @@ def steer(self: TruthFlow,
     if source is None: return Steerer.steer(self, a, **strength)
     return self._add(a, self.correction(source), **strength)
 
-# %% ../nbs/06_baselines.ipynb #84ad718f
+# %% ../nbs/06_baselines.ipynb #a8ea72c6
 @patch
 @in_full_precision
 def _add(self: TruthFlow, a, correction, T=None, share=None, nats=None, until=None):
