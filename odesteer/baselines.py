@@ -499,8 +499,7 @@ class HPR(TrainedSteerer, GatedSteerer):
         return theta * w
     def _flow(self, x, T):
         theta, w = self._turn(x)
-        angle = T[..., None] * theta
-        return angle.cos() * x + angle.sin() * w
+        return (T[..., None] * theta).cos() * x + (T[..., None] * theta).sin() * w
 
 # %% ../nbs/06_baselines.ipynb #435e709c
 def angle_between(
