@@ -436,12 +436,6 @@ def test_kl_says_what_is_wrong(small):
     with pytest.raises(TypeError, match="pass `lambda: ods.steering"): kl_to_unsteered(model, LLAMA, ["what ?"], [" a"], handle)
 
 
-def test_speed_counts_the_tokens_of_the_answers(monkeypatch):
-    clock = iter([0, 100, 200, 202, 300, 304])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    assert tokens_per_second(lambda: ["a bird .", "the zib is red ."], LLAMA, runs=2).tolist() == [4, 2]
-
-
 # The check of a steerer
 
 @pytest.fixture(scope="module")
