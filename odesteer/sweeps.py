@@ -15,7 +15,7 @@ from .euler import load_class, write_atomic
 from .runs import VARIES, Bench, Run, arm_label, canonical_params, environment, own_params, run_key, say
 from .statistics import paired_difference
 from .data import SAMPLING, feedback
-from .tasks import DECODING, Task, micro_task
+from .tasks import REAL_TASKS, Task, micro_task
 
 # %% auto #0
 __all__ = ['SHARES', 'SETPOINTS', 'ABLATIONS', 'MICRO_PARAMS', 'QUICK', 'STUDIED', 'FULL', 'PAPER_METHODS', 'PRESETS',
@@ -348,8 +348,8 @@ def _paper(model, layer, distances, template="plain", toxicity=None):
     return dict(model=model, dtype="float32", layer=layer, seeds=[42, 43, 44], batch_size=10,
                 methods={m: dict(params=p, T=along if unit == "length" else 1) for m, p, unit in PAPER_METHODS},
                 tasks={"truthfulqa": dict(template=qa, fluency="gpt2-xl"), "ultrafeedback": dict(template=template), "realtoxicityprompts": dict(filter="gpt2", fluency="gpt2-xl")},
-                decoding={t: SAMPLING | DECODING[t] for t in along},
-                judges={"truthfulqa": "truth+info", "ultrafeedback": "reward", "realtoxicityprompts": "toxicity+toxic-bert"})
+                decoding={t: SAMPLING | REAL_TASKS[t].decoding for t in along},
+                judges={t: REAL_TASKS[t].judge for t in along})
 
 _SKETCH = dict(n_components=8000, degree=2, gamma=.1, coef0=1.)
 PAPER_METHODS = [("odesteer", _SKETCH | dict(solver="euler", steps=10), "length"), ("step-odesteer", _SKETCH, "length"), ("iti", {}, "length"), ("repe", {}, "length"),
@@ -370,7 +370,8 @@ def _alqr(model, spid, toxicity, truth, spid_at=([.5, 1], [.5, 1, 1.5])):
     return dict(model=model, dtype="bfloat16", layer=None, seeds=[0], batch_size=20,
                 methods={"alqr": dict(params={t: weights(*g[:3], 35 if t == "truthfulqa" else 50) for t, g in own.items()}, T={t: g[3] for t, g in own.items()}),
                          "spid": dict(params=dict(zip(("kp", "ki", "kd"), spid)), T=dict(zip(own, spid_at)))},
-                tasks={t: dict(protocol="alqr") for t in own}, decoding={t: SAMPLING | DECODING[f"{t}, alqr"] for t in own}, judges={"realtoxicityprompts": "toxicity", "truthfulqa": "truth+info"}, note=ALQR_NOTE)
+                tasks={t: dict(protocol="alqr") for t in own}, decoding={t: SAMPLING | REAL_TASKS[t].rules("alqr")["decoding"] for t in own},
+                judges={t: REAL_TASKS[t].rules("alqr")["judge"] for t in own}, note=ALQR_NOTE)
 
 ALQR_NOTE = "published with 4-bit weights, without seeds and with prompts that were fitted on among those tested; here folds are kept apart, and strengths are chosen on validation"
 
@@ -378,7 +379,7 @@ def _refusal(model):
     "Its settings for refusal, turned around as published: red-team evaluation"
     return dict(model=model, dtype="bfloat16", layer=None, seeds=[0], batch_size=16, tasks={"refusal": dict(direction="comply", positions="all", n_harmless=0, suffix="\n\n")},
                 methods={"alqr": dict(params=dict(q=.2, r=7., qf=.2, n_texts=200, n_jacobian=50), T={"refusal": [1]}), "spid": dict(params=dict(kp=.1, ki=.025, kd=.025), T={"refusal": [1]})},
-                decoding={"refusal": SAMPLING | DECODING["refusal"]}, judges={"refusal": "harmful"}, note=ALQR_NOTE + "; give your files: --data harmful.csv,harmless.jsonl; S-PID's published grid is kp .05 and .1, ki and kd 0 and .025")
+                decoding={"refusal": SAMPLING | REAL_TASKS["refusal"].decoding}, judges={"refusal": REAL_TASKS["refusal"].judge}, note=ALQR_NOTE + "; give your files: --data harmful.csv,harmless.jsonl; S-PID's published grid is kp .05 and .1, ki and kd 0 and .025")
 
 # %% ../nbs/15_sweeps.ipynb #a9e9363a
 PRESETS |= {f"alqr-{name}": _alqr(*settings) for name, settings in {
@@ -392,7 +393,7 @@ PRESETS |= {f"alqr-{name}": _alqr(*settings) for name, settings in {
 PRESETS |= {f"alqr-red-team-{name}": _refusal(model) for name, model in {
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct", "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct", "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct", "qwen2.5-14b": "Qwen/Qwen2.5-14B-Instruct",
     "gemma-2-2b": "google/gemma-2-2b-it", "gemma-2-9b": "google/gemma-2-9b-it"}.items()}
-PRESETS["alqr-concept"] = dict(model="google/gemma-2-2b", dtype="bfloat16", layer=None, seeds=[0], batch_size=50, tasks={"concept": {}}, decoding={"concept": SAMPLING | DECODING["concept"]}, judges={"concept": "prevalence"},
+PRESETS["alqr-concept"] = dict(model="google/gemma-2-2b", dtype="bfloat16", layer=None, seeds=[0], batch_size=50, tasks={"concept": {}}, decoding={"concept": SAMPLING | REAL_TASKS["concept"].decoding}, judges={"concept": REAL_TASKS["concept"].judge},
                                methods={"alqr": dict(params=dict(q=.1, r=1., qf=.1, n_texts=200, n_jacobian=50), T={"concept": [.5, 1, 1.5, 2, 2.5]})},
                                note="give your file and concept: --data sentences.csv --option target=football --option 'definition=...'; any of the base models: --model")
 
