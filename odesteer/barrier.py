@@ -17,7 +17,9 @@ from .euler import CAA, ITI, RepE, Steerer
 
 # %% ../nbs/01_barrier.ipynb #946acf7b
 class Barrier(nn.Module):
-    "A differentiable score of activations; the desired set is where it is not negative."
+    """A differentiable score of activations; the desired set is where it is not negative.
+
+    A barrier fills in `value`. Grows on this page: `grad`."""
     def value(self,
         a: Tensor,  # activations, (..., d)
     ) -> Tensor:  # h(a), (...)
@@ -35,14 +37,17 @@ def grad(self: Barrier,
         h = self.value(x)
         # rows do not see each other, so the gradient of the sum holds each row's own
         g, = torch.autograd.grad(h.sum(), x, allow_unused=True) if h.requires_grad else (None,)
-    if g is None: raise ValueError(f"no gradient reaches the activation through {type(self).__name__}.value: compute it from `a` with differentiable PyTorch operations, without .detach(), .item(), NumPy or torch.no_grad() inside")
+    if g is None:
+        raise ValueError(f"no gradient reaches the activation through {type(self).__name__}.value: "
+                         "compute it from `a` with differentiable PyTorch operations, "
+                         "without .detach(), .item(), NumPy or torch.no_grad() inside")
     return g
 
 # %% ../nbs/01_barrier.ipynb #9b478bf9
 def ascent(
     g: Tensor,  # gradients, (..., d)
 ) -> Tensor:  # unit vectors, (..., d); zero where the gradient is zero
-    "The direction of steepest ascent `g / |g|`."
+    "The direction of steepest ascent `g / |g|`: the field of Proposition 2."
     tiny = torch.finfo(g.dtype).tiny
     g = g / g.abs().amax(-1, keepdim=True).clamp_min(tiny)  # else squares of entries below 1e-19 underflow
     return g / g.norm(dim=-1, keepdim=True).clamp_min(tiny)
@@ -50,40 +55,52 @@ def ascent(
 # %% ../nbs/01_barrier.ipynb #e2033c3b
 @dataclass(repr=False)
 class Certificate:
-    "How well a trajectory kept the promise that h never falls."
+    "How well a trajectory kept the promise of Proposition 2, that h never falls."
     h: Tensor  # barrier values, (steps + 1, ...)
     worst_drop: float  # largest fall in one step of any row; 0 if none fell
     share_monotone: float  # rows whose h never fell by more than the tolerance
     share_risen: float  # rows whose last h is above their first
 
     def __repr__(self):
-        return f"rows: {self.h[0].numel()}, steps: {len(self.h) - 1}; h rose in {self.share_risen:.1%}, never fell in {self.share_monotone:.1%}, worst drop {self.worst_drop:.2g}"
+        return (f"rows: {self.h[0].numel()}, steps: {len(self.h) - 1}; h rose in {self.share_risen:.1%}, "
+                f"never fell in {self.share_monotone:.1%}, worst drop {self.worst_drop:.2g}")
 
 # %% ../nbs/01_barrier.ipynb #120c6988
 def certificate(
-    barrier: Barrier,
-    path: Tensor,  # trajectory with its start, (steps + 1, ..., d)
+    barrier: Barrier,  # whose values are looked at
+    path: Tensor,  # trajectory with its start, (steps + 1, ..., d); a ValueError without any step
     tol=0.0,  # a fall of h up to this counts as rounding
 ) -> Certificate:
     "Measure how monotonically h rises along a trajectory."
-    if path.ndim < 2 or len(path) < 2: raise ValueError(f"a path needs its start and at least one step: shape (steps + 1, ..., d); got {tuple(path.shape)}")
+    if path.ndim < 2 or len(path) < 2:
+        raise ValueError("a path needs its start and at least one step: shape (steps + 1, ..., d); "
+                         f"got {tuple(path.shape)}")
     with torch.no_grad(): h = barrier.value(path)
     drop = (h[:-1] - h[1:]).clamp_min(0)
-    return Certificate(h, drop.max().item(), (drop.amax(0) <= tol).double().mean().item(), (h[-1] > h[0]).double().mean().item())
+    monotone, risen = drop.amax(0) <= tol, h[-1] > h[0]
+    return Certificate(h, drop.max().item(), monotone.double().mean().item(), risen.double().mean().item())
 
 # %% ../nbs/01_barrier.ipynb #7760bc18
 class LinearBarrier(Barrier):
     "`h(a) = w . a + b`: the barrier of a linear probe."
     def __init__(self,
-        w,  # weights, (d,)
-        b=0.0,  # offset
+        w,  # weights, finite, (d,); a ValueError otherwise
+        b=0.0,  # offset, finite
     ):
         super().__init__()
         w = _finite(w, "w", 1)
         self.register_buffer("coef_", w)
         self.register_buffer("intercept_", _finite(b, "b", 0).to(w))
-    def value(self, a): a = _wide(a); return a @ self.coef_.to(a) + self.intercept_.to(a)
-    def grad(self, a): a = _wide(a); return self.coef_.to(a).expand_as(a)
+
+    def value(self, a):
+        "h(a), (..., d) -> (...), in float32 or better."
+        a = _wide(a)
+        return a @ self.coef_.to(a) + self.intercept_.to(a)
+
+    def grad(self, a):
+        "w for every row, (..., d) -> (..., d)."
+        a = _wide(a)
+        return self.coef_.to(a).expand_as(a)
 
 # %% ../nbs/01_barrier.ipynb #717828ba
 def _wide(a):
@@ -94,13 +111,17 @@ def _finite(x, name, ndim):
     "A finite float tensor with so many dimensions, or one clear error."
     x = torch.as_tensor(x).detach()
     x = x if x.dtype == torch.float64 else x.float()
-    if x.ndim != ndim: raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim != 1)}; got shape {tuple(x.shape)}")
-    if not torch.isfinite(x).all(): raise ValueError(f"{name} holds NaN or infinity: a barrier needs finite numbers")
+    if x.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim != 1)}; got shape {tuple(x.shape)}")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{name} holds NaN or infinity: a barrier needs finite numbers")
     return x
 
 # %% ../nbs/01_barrier.ipynb #1494d314
 class GaussianBarrier(Barrier):
-    "`h = log N(a; mean_pos, cov_pos) - log N(a; mean_neg, cov_neg)`."
+    """`h = log N(a; mean_pos, cov_pos) - log N(a; mean_neg, cov_neg)`, written around the middle of the means.
+
+    A ValueError names the mean or covariance that cannot be one. Grows below: `grad`."""
     def __init__(self,
         mean_pos,  # (d,)
         mean_neg,  # (d,)
@@ -109,86 +130,91 @@ class GaussianBarrier(Barrier):
     ):
         super().__init__()
         mean_pos, mean_neg = _finite(mean_pos, "mean_pos", 1), _finite(mean_neg, "mean_neg", 1)
-        if mean_pos.shape != mean_neg.shape: raise ValueError(f"mean_pos has width {len(mean_pos)} but mean_neg has width {len(mean_neg)}: both must come from the same layer of the same model")
+        if mean_pos.shape != mean_neg.shape:
+            raise ValueError(f"mean_pos has width {len(mean_pos)} but mean_neg has width {len(mean_neg)}: "
+                             "both must come from the same layer of the same model")
         middle, delta = (mean_pos.double() + mean_neg) / 2, (mean_pos.double() - mean_neg) / 2
-        if cov_neg is None:  # one spread: only the linear term is left
-            linear = 2 * (delta if cov_pos is None else _precision(cov_pos, "cov_pos", delta)[0] @ delta)
-            quadratic, constant = None, torch.zeros(())
-        else:
-            (P_pos, logdet_pos), (P_neg, logdet_neg) = _precision(cov_pos, "cov_pos", delta), _precision(cov_neg, "cov_neg", delta)
-            linear, quadratic = (P_pos + P_neg) @ delta, P_neg - P_pos
-            constant = (delta @ quadratic @ delta + logdet_neg - logdet_pos) / 2
-        for name, x in dict(middle_=middle, linear_=linear, quadratic_=quadratic, constant_=constant).items():
-            self.register_buffer(name, None if x is None else x.to(mean_pos))
+        terms = dict(middle_=middle, **_terms(delta, cov_pos, cov_neg))
+        for name, x in terms.items(): self.register_buffer(name, None if x is None else x.to(mean_pos))
+
     def value(self, a):
+        "h(a), (..., d) -> (...), in float32 or better."
         a = _wide(a)
         r = a - self.middle_.to(a)
         h = r @ self.linear_.to(a) + self.constant_.to(a)
         return h if self.quadratic_ is None else h + ((r @ self.quadratic_.to(a)) * r).sum(-1) / 2
-    def grad(self, a):
-        a = _wide(a)
-        if self.quadratic_ is None: return self.linear_.to(a).expand_as(a)
-        return self.linear_.to(a) + (a - self.middle_.to(a)) @ self.quadratic_.to(a)
 
 # %% ../nbs/01_barrier.ipynb #e556be35
+@patch
+def grad(self: GaussianBarrier, a):
+    "In closed form, (..., d) -> (..., d)."
+    a = _wide(a)
+    if self.quadratic_ is None: return self.linear_.to(a).expand_as(a)
+    return self.linear_.to(a) + (a - self.middle_.to(a)) @ self.quadratic_.to(a)
+
+def _terms(delta, cov_pos, cov_neg):
+    "The linear, quadratic and constant term; delta is half the difference of the means, in float64."
+    if cov_neg is None:  # one spread: only the linear term is left
+        half = delta if cov_pos is None else _precision(cov_pos, "cov_pos", delta)[0] @ delta
+        return dict(linear_=2 * half, quadratic_=None, constant_=torch.zeros(()))
+    P_pos, logdet_pos = _precision(cov_pos, "cov_pos", delta)
+    P_neg, logdet_neg = _precision(cov_neg, "cov_neg", delta)
+    Q = P_neg - P_pos
+    constant = (delta @ Q @ delta + logdet_neg - logdet_pos) / 2
+    return dict(linear_=(P_pos + P_neg) @ delta, quadratic_=Q, constant_=constant)
+
+# %% ../nbs/01_barrier.ipynb #421a4d2d
 def _precision(cov, name, like):
     "Inverse and log-determinant of a covariance, in float64."
     d = len(like)
     if cov is None: return torch.eye(d).to(like), torch.zeros(()).to(like)
     cov = _finite(cov, name, 2)
-    if cov.shape != (d, d): raise ValueError(f"{name} must have shape ({d}, {d}), like the means; got {tuple(cov.shape)}")
+    if cov.shape != (d, d):
+        raise ValueError(f"{name} must have shape ({d}, {d}), like the means; got {tuple(cov.shape)}")
     noise, cov = d * torch.finfo(cov.dtype).eps, cov.to(like)
     L, failed = torch.linalg.cholesky_ex(cov)
-    left = L.diagonal()**2 / cov.diagonal()  # of each variance, the share that earlier coordinates do not explain: rounding, if singular
+    left = L.diagonal()**2 / cov.diagonal()  # what earlier coordinates leave unexplained: rounding, if singular
     if failed or left.min() < noise or (cov - cov.T).abs().max() > 1e-5 * cov.abs().max():
-        raise ValueError(f"{name} is not symmetric positive definite: a covariance of fewer rows than {d} + 1 never is; shrink it towards the identity, for instance cov + 0.01 * cov.trace() / {d} * torch.eye({d})")
+        raise ValueError(f"{name} is not symmetric positive definite: "
+                         f"a covariance of fewer rows than {d} + 1 never is; shrink it towards the identity, "
+                         f"for instance cov + 0.01 * cov.trace() / {d} * torch.eye({d})")
     return torch.cholesky_inverse(L), 2 * L.diagonal().log().sum()
 
 # %% ../nbs/01_barrier.ipynb #466c10e5
 class ScoreBarrier(Barrier):
     "`h(a) = score(a) - threshold` for any differentiable score: a reward head, a value network, a classifier's logit."
     def __init__(self,
-        score,  # function or module, (..., d) -> (...)
+        score,  # function or module, (..., d) -> (...); a TypeError if it cannot be called
         threshold=0.0,  # score from which an activation counts as wanted
     ):
         super().__init__()
-        if not callable(score): raise TypeError(f"score must be a function or module that takes activations; got {type(score).__name__}")
+        if not callable(score):
+            raise TypeError(f"score must be a function or module that takes activations; got {type(score).__name__}")
         self.score, self.threshold = score, threshold
+
     def value(self, a):
+        "h(a), (..., d) -> (...); a ValueError if the score has another shape."
         s = self.score(a)
-        if s.shape != a.shape[:-1]: raise ValueError(f"the score must return one number per activation: for {tuple(a.shape)} expected {tuple(a.shape[:-1])}, got {tuple(s.shape)}; a trailing dimension of 1 needs .squeeze(-1)")
+        if s.shape != a.shape[:-1]:
+            raise ValueError("the score must return one number per activation: "
+                             f"for {tuple(a.shape)} expected {tuple(a.shape[:-1])}, got {tuple(s.shape)}; "
+                             "a trailing dimension of 1 needs .squeeze(-1)")
         return s - self.threshold
 
 # %% ../nbs/01_barrier.ipynb #8c97ebb9
 def implied_barrier(
-    steerer: Steerer,  # fitted
+    steerer: Steerer,  # fitted, else a RuntimeError
 ) -> Barrier:
-    "The barrier that a steerer climbs, though a classical method never says so."
+    "The barrier that a steerer climbs, though a classical method never says so; a TypeError where none is known."
     if not isinstance(steerer, Steerer): raise TypeError(f"expected a fitted steerer; got {type(steerer).__name__}")
-    if steerer.width is None: raise RuntimeError(f"this {type(steerer).__name__} is not fitted: call .fit(pos, neg) first, its barrier comes from the data")
+    if steerer.width is None:
+        raise RuntimeError(f"this {type(steerer).__name__} is not fitted: "
+                           "call .fit(pos, neg) first, its barrier comes from the data")
     if isinstance(steerer, CAA): return GaussianBarrier(steerer.mean_pos_, steerer.mean_neg_)
     if isinstance(steerer, ITI): return LinearBarrier(steerer.coef_, steerer.intercept_ + steerer.log_prior_)
     if isinstance(steerer, RepE): return LinearBarrier(steerer.direction_, -steerer.direction_ @ steerer.mid_)
     if isinstance(getattr(steerer, "barrier", None), Barrier): return steerer.barrier  # it says so itself
     raise TypeError(f"{type(steerer).__name__} climbs no barrier that is known in closed form")
-
-# %% ../nbs/01_barrier.ipynb #d65f98a7
-def _hull_weights(u):
-    "Weights of the point nearest to 0 in the convex hull of the vectors u, (..., K, d) -> (..., K)."
-    K = u.shape[-2]
-    inside = (torch.arange(1, 2**K, device=u.device)[:, None] >> torch.arange(K, device=u.device)) & 1  # every face, (2^K - 1, K)
-    m, u = inside.double(), u.double()  # close faces differ by less than float32 resolves
-    G = u @ u.mT
-    A = torch.zeros(*G.shape[:-2], len(m), K + 1, K + 1, dtype=m.dtype, device=m.device)
-    A[..., :K, :K] = G[..., None, :, :] * m[:, :, None] * m[:, None, :] + torch.diag_embed(1 - m)
-    A[..., :K, K] = A[..., K, :K] = m
-    rhs = torch.zeros_like(A[..., :1]); rhs[..., K, 0] = 1
-    w = torch.linalg.solve_ex(A, rhs)[0][..., :K, 0]  # a face without a nearest point of its own gives what the next line drops
-    w = w.nan_to_num(0, 0, 0).clamp_min(0) * m
-    total = w.sum(-1, keepdim=True)
-    w = torch.where(total > 1e-9, w / total.clamp_min(1e-9), m / m.sum(-1, keepdim=True))  # in any case a point of the hull
-    size = (w * (w @ G)).sum(-1) + 1e-14 * m.sum(-1)  # of equals the one with fewest corners
-    return w.gather(-2, size.argmin(-1)[..., None, None].expand(*size.shape[:-1], 1, K)).squeeze(-2)
 
 # %% ../nbs/01_barrier.ipynb #b27b8d51
 def common_ascent(
@@ -201,35 +227,72 @@ def common_ascent(
     exists = p.norm(dim=-1) > least
     return torch.where(exists[..., None], p, 0.0), exists
 
+# %% ../nbs/01_barrier.ipynb #d65f98a7
+def _hull_weights(u):
+    "Weights of the point nearest to 0 in the convex hull of the vectors u, (..., K, d) -> (..., K)."
+    K = u.shape[-2]
+    faces = torch.arange(1, 2**K, device=u.device)  # every face as the bits of its number
+    m = ((faces[:, None] >> torch.arange(K, device=u.device)) & 1).double()  # (2^K - 1, K)
+    u = u.double()  # close faces differ by less than float32 resolves
+    G = u @ u.mT
+    kkt = torch.zeros(*G.shape[:-2], len(m), K + 1, K + 1, dtype=m.dtype, device=m.device)
+    kkt[..., :K, :K] = G[..., None, :, :] * m[:, :, None] * m[:, None, :] + torch.diag_embed(1 - m)
+    kkt[..., :K, K] = kkt[..., K, :K] = m
+    rhs = torch.zeros_like(kkt[..., :1])
+    rhs[..., K, 0] = 1
+    # a face without a nearest point of its own gives what the line after drops
+    w = torch.linalg.solve_ex(kkt, rhs)[0][..., :K, 0]
+    w = w.nan_to_num(0, 0, 0).clamp_min(0) * m
+    total = w.sum(-1, keepdim=True)
+    middle = m / m.sum(-1, keepdim=True)
+    w = torch.where(total > 1e-9, w / total.clamp_min(1e-9), middle)  # in any case a point of the hull
+    size = (w * (w @ G)).sum(-1) + 1e-14 * m.sum(-1)  # of equals the one with fewest corners
+    best = size.argmin(-1)[..., None, None].expand(*size.shape[:-1], 1, K)
+    return w.gather(-2, best).squeeze(-2)
+
 # %% ../nbs/01_barrier.ipynb #edf30e01
 class AllOf(Barrier):
-    "Several barriers at once: the value is the least of theirs, and `grad` is the common direction that raises every one."
+    """Several barriers at once: the value is the least of theirs, `grad` the common direction that raises every one.
+
+    Grows below: `must_agree`."""
     def __init__(self,
-        *barriers,  # one to six
+        *barriers,  # one to six, a ValueError otherwise; a TypeError for what is no Barrier
     ):
         super().__init__()
         if not 1 <= len(barriers) <= 6: raise ValueError(f"AllOf takes one to six barriers; got {len(barriers)}")
         wrong = [type(h).__name__ for h in barriers if not isinstance(h, Barrier)]
-        if wrong: raise TypeError(f"AllOf takes barriers; got {', '.join(wrong)}: wrap a differentiable score in ScoreBarrier(score, threshold)")
+        if wrong:
+            raise TypeError(f"AllOf takes barriers; got {', '.join(wrong)}: "
+                            "wrap a differentiable score in ScoreBarrier(score, threshold)")
         self.barriers = nn.ModuleList(barriers)
+
     def gradients(self, a):
-        "Of each barrier, (..., K, d)."
+        "The gradient of each of the K barriers, (..., d) -> (..., K, d)."
         return torch.stack([h.grad(_wide(a)) for h in self.barriers], -2)
-    def value(self, a): return torch.stack([h.value(_wide(a)) for h in self.barriers]).amin(0)
-    def grad(self, a): return common_ascent(self.gradients(a))[0]
+
+    def value(self, a):
+        "The least of their values, (..., d) -> (...)."
+        return torch.stack([h.value(_wide(a)) for h in self.barriers]).amin(0)
+
+    def grad(self, a):
+        "The common direction, (..., d) -> (..., d); zero where there is none."
+        return common_ascent(self.gradients(a))[0]
 
 # %% ../nbs/01_barrier.ipynb #9109a6d7
 @patch
 def must_agree(self: AllOf,
     a: Tensor,  # activations, (N, d)
 ):
-    "An error, with its reason, if most of these activations have no direction that raises every barrier."
+    "A ValueError, with its reason, if most of these activations have no direction that raises every barrier."
     g = self.gradients(a)
     none = ~common_ascent(g)[1]
     if not none.double().mean() > .5: return
     against = _hull_weights(ascent(g[none])) > 1e-3
     who, often = against.unique(dim=0, return_counts=True)
-    names = [f"barrier {i} ({type(self.barriers[i]).__name__})" for i in who[often.argmax()].nonzero().flatten().tolist()]
-    why = f"{names[0]} has no gradient" if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]} pull against each other"
-    raise ValueError(f"no direction raises all {len(self.barriers)} barriers in {none.sum()} of these {len(a)} activations; {why} "
+    members = who[often.argmax()].nonzero().flatten().tolist()
+    names = [f"barrier {i} ({type(self.barriers[i]).__name__})" for i in members]
+    if len(names) == 1: why = f"{names[0]} has no gradient"
+    else: why = f"{', '.join(names[:-1])} and {names[-1]} pull against each other"
+    raise ValueError(f"no direction raises all {len(self.barriers)} barriers "
+                     f"in {none.sum()} of these {len(a)} activations; {why} "
                      f"in {often.max().item() / len(a):.0%} of them: leave one of them out, or fit them on other data")

@@ -16,7 +16,8 @@ import odesteer as ods
 from .baselines import RandomDirection, shuffle_labels
 from .density import grouped_folds
 from .euler import contrast, logistic_regression
-from .models import (Encoded, collect_activations, encode, padded, score_continuations, score_encoded, steering, device_of, evaluating, pad_id)
+from .models import (Encoded, collect_activations, device_of, encode, evaluating, pad_id, padded,
+                             score_continuations, score_encoded, steering)
 from .statistics import bootstrap_interval, paired_difference, per_item
 
 # %% auto #0
@@ -28,7 +29,8 @@ class ProbeOdds:
     name = "log-odds of an independent probe"
     def __init__(self, pos, neg, groups=None, seed=0):
         d = contrast(pos, neg, groups=groups)
-        X, y, groups = d.X, d.y.cpu().numpy(), np.arange(len(d.X)) if d.groups is None else d.groups
+        X, y = d.X, d.y.cpu().numpy()
+        groups = np.arange(len(X)) if d.groups is None else d.groups
         fit, test = grouped_folds(y, groups, 2, seed)[0]
         half = [fit[y[fit] == k] for k in (1, 0)]
         self.data = contrast(X[half[0]], X[half[1]], groups=groups[np.concatenate(half)])  # for placebos
@@ -38,58 +40,80 @@ class ProbeOdds:
         self.auc = _auc(self.value(self.x), y[test])
 
     def value(self, x): return (x.double() @ self.w).cpu().numpy()
+
     def shift(self, steerer, share): return self.value(steerer.steer(self.x, share=share)) - self.value(self.x)
 
     def off(self, steerer) -> dict:
         "What must stay as it was, and whether it did"
-        kept = self.x.clone()
-        same = all(torch.equal(steerer.steer(self.x.to(t), **{unit: 0}), self.x.to(t)) for unit in ("T", "share") for t in (torch.float32, torch.bfloat16))
-        return {"strength 0 changes no bit": same, "steering leaves its input alone": torch.equal(kept, self.x)}
+        before, kinds = self.x.clone(), [self.x.float(), self.x.bfloat16()]
+        same = all(torch.equal(steerer.steer(x, **{unit: 0}), x) for unit in ("T", "share") for x in kinds)
+        return {"strength 0 changes no bit": same, "steering leaves its input alone": torch.equal(before, self.x)}
 
+# %% ../nbs/10_check.ipynb #bbf734ac
 def _auc(score, y):
     from sklearn.metrics import roc_auc_score
     return float(roc_auc_score(y, score))
 
 # %% ../nbs/10_check.ipynb #3078585c
 class ModelOdds:
-    "Log-odds of wanted against unwanted answers under the model, question by question"
+    "Log-odds of wanted against unwanted answers under the model, question by question. Grows below: `off`."
     name, auc = "log-odds of the wanted answers under the model", None
     def __init__(self, pos, neg, groups, model, tokenizer, layer, batch_size=32):
-        texts, n = [*pos, *neg], len(pos)
-        bad = next((t for t in texts if not (isinstance(t, (tuple, list)) and len(t) == 2 and isinstance(t[1], str))), None)
-        if bad is not None: raise ValueError(f"with a model, give (prompt, answer) pairs, so that the answer can be scored given the question; got {bad!r}")
-        if tokenizer is None: raise ValueError("with model= pass its tokenizer= too")
+        texts, n = _checked_pairs([*pos, *neg], tokenizer), len(pos)
         questions = [json.dumps(q) for q, _ in texts]
+        both = _in_both(questions[:n], questions[n:])
         self.model, self.tokenizer, self.layer, self.texts, self.batch_size = model, tokenizer, layer, texts, batch_size
-        both = {q: i for i, q in enumerate(q for q in dict.fromkeys(questions[:n]) if q in set(questions[n:]))}
-        if not both: raise ValueError("no question has both a wanted and an unwanted answer: pairs (prompt, answer) of the two lists must share their prompts")
-        acts = collect_activations(model, tokenizer, texts, layers=[layer], batch_size=batch_size, progress=False)[layer]
-        self.data = contrast(acts[:n], acts[n:], groups=questions if groups is None else groups)  # for placebos
-        rows, item = np.array([(i, both[q]) for i, q in enumerate(questions) if q in both]).T
-        side = 2*item + (rows < n)
-        self.rows, self.item, self.weight = rows, item, np.where(rows < n, 1, -1) / np.bincount(side)[side]  # averages of each question's answers
-        self.groups = per_item(np.asarray(questions if groups is None else groups)[rows], item, "first")
+        how = dict(layers=[layer], batch_size=batch_size, progress=False)
+        acts = collect_activations(model, tokenizer, texts, **how)[layer]
+        groups = questions if groups is None else groups
+        self.data = contrast(acts[:n], acts[n:], groups=groups)  # for placebos
+        self.rows, self.item = np.array([(i, both[q]) for i, q in enumerate(questions) if q in both]).T
+        side = 2*self.item + (self.rows < n)
+        self.weight = np.where(self.rows < n, 1, -1) / np.bincount(side)[side]  # averages of each question's answers
+        self.groups = per_item(np.asarray(groups)[self.rows], self.item, "first")
         self.plain = self.odds()
 
     def odds(self):
-        logp = score_continuations(self.model, self.tokenizer, *zip(*self.texts), batch_size=self.batch_size).double().numpy()
+        pairs = zip(*self.texts)
+        logp = score_continuations(self.model, self.tokenizer, *pairs, batch_size=self.batch_size).double().numpy()
         return np.bincount(self.item, self.weight * logp[self.rows])
 
     def shift(self, steerer, share):
         with steering(self.model, steerer, layer=self.layer, share=share): return self.odds() - self.plain
 
+# %% ../nbs/10_check.ipynb #85fe6e06
+def _checked_pairs(texts, tokenizer):
+    def fine(t): return isinstance(t, (tuple, list)) and len(t) == 2 and isinstance(t[1], str)
+    bad = next((t for t in texts if not fine(t)), None)
+    if bad is not None:
+        raise ValueError("with a model, give (prompt, answer) pairs, "
+                         f"so that the answer can be scored given the question; got {bad!r}")
+    if tokenizer is None: raise ValueError("with model= pass its tokenizer= too")
+    return texts
+
+def _in_both(pos, neg) -> dict:
+    "Question -> number, for those with a wanted and an unwanted answer"
+    shared, common = set(neg), {}
+    for q in dict.fromkeys(pos):
+        if q in shared: common[q] = len(common)
+    if common: return common
+    raise ValueError("no question has both a wanted and an unwanted answer: "
+                     "pairs (prompt, answer) of the two lists must share their prompts")
+
 # %% ../nbs/10_check.ipynb #c3d20490
 @patch
 def off(self: ModelOdds, steerer) -> dict:
     "What must stay as it was, and whether it did"
-    batch = padded(encode(self.tokenizer, self.texts[:8]), pad_id(self.tokenizer), "right", device_of(self.model.get_input_embeddings()))
+    device = device_of(self.model.get_input_embeddings())
+    batch = padded(encode(self.tokenizer, self.texts[:8]), pad_id(self.tokenizer), "right", device)
     def logits():
         with evaluating(self.model): return self.model(**batch, use_cache=False).logits
     before, zero = logits(), []
     for unit in ("T", "share"):
         with steering(self.model, steerer, layer=self.layer, **{unit: 0.}): zero.append(logits())
     with steering(self.model, steerer, layer=self.layer, share=.1): logits()
-    return {"strength 0 changes no bit of the logits": all(torch.equal(z, before) for z in zero), "after removal the logits are what they were": torch.equal(logits(), before)}
+    return {"strength 0 changes no bit of the logits": all(torch.equal(z, before) for z in zero),
+            "after removal the logits are what they were": torch.equal(logits(), before)}
 
 # %% ../nbs/10_check.ipynb #491ee33a
 def placebo_test(
@@ -106,13 +130,23 @@ def placebo_test(
 # %% ../nbs/10_check.ipynb #4b2e7a9f
 def _placebos(odds, steerer, share, k, seed):
     "kind -> mean shifts of k placebos that move as far as the steerer"
-    def shifts(made): return np.array([odds.shift(p, share * float(steerer.median_norm_ / p.median_norm_)).mean() for p in made])
-    d, rng = odds.data, np.random.default_rng(seed)
-    m = min(len(d.pos), len(d.neg))  # equal counts, for methods that need pairs
+    d, even = odds.data, _evened(odds.data, seed)
+    def refit(i):
+        mixed = shuffle_labels(even, seed + i)
+        fresh = type(steerer)(**steerer.params)
+        return fresh.fit(mixed.pos, mixed.neg, groups=mixed.groups, pairs=mixed.pairs)
+    def shift(placebo):
+        as_far = share * float(steerer.median_norm_ / placebo.median_norm_)
+        return odds.shift(placebo, as_far).mean()
+    random = (RandomDirection(seed=seed + i).fit(d.pos, d.neg) for i in range(k))
+    return {"random directions": np.array([shift(p) for p in random]),
+            "shuffled labels": np.array([shift(refit(i)) for i in range(k)])}
+
+def _evened(d, seed):
+    "As many wanted as unwanted rows, for methods that need pairs"
+    rng, m = np.random.default_rng(seed), min(len(d.pos), len(d.neg))
     p, q = (np.sort(rng.permutation(len(x))[:m]) for x in (d.pos, d.neg))
-    even = contrast(d.pos[p], d.neg[q], groups=d.groups[np.concatenate([p, len(d.pos) + q])])
-    def refit(i): mixed = shuffle_labels(even, seed + i); return type(steerer)(**steerer.params).fit(mixed.pos, mixed.neg, groups=mixed.groups, pairs=mixed.pairs)
-    return {"random directions": shifts(RandomDirection(seed=seed + i).fit(d.pos, d.neg) for i in range(k)), "shuffled labels": shifts(map(refit, range(k)))}
+    return contrast(d.pos[p], d.neg[q], groups=d.groups[np.concatenate([p, len(d.pos) + q])])
 
 # %% ../nbs/10_check.ipynb #14ada4e7
 @dataclass
@@ -131,28 +165,51 @@ class SteererReport:
 
     def __str__(self):
         dose = [f"  share {s:<5g} {e.value:+8.3f} [{e.lo:+.3f}, {e.hi:+.3f}]" for s, e in zip(self.shares, self.dose)]
-        placebos = [f"  {kind:<18} mean {p.mean():+.3f}, sd {p.std(ddof=1):.3f}, largest {p.max():+.3f}" for kind, p in self.placebos.items()]
-        found = [f"{ {True: 'PASS', False: 'FAIL', None: 'LOOK'}[passed]}: {text}" for passed, text in self.findings]
-        head = f"shift of the {self.measure}, nats (mean and 95 % interval over {self.dose[0].n} items in {self.dose[0].groups} groups)"
-        return "\n".join([self.steerer, "", head, *dose, f"placebos at share {self.shares[-1]:g}", *placebos, "", *found])
+        placebos = [f"  {kind:<18} mean {p.mean():+.3f}, sd {p.std(ddof=1):.3f}, largest {p.max():+.3f}"
+                    for kind, p in self.placebos.items()]
+        word = {True: "PASS", False: "FAIL", None: "LOOK"}
+        found = [f"{word[passed]}: {text}" for passed, text in self.findings]
+        n, groups = self.dose[0].n, self.dose[0].groups
+        head = f"shift of the {self.measure}, nats (mean and 95 % interval over {n} items in {groups} groups)"
+        beside = f"placebos at share {self.shares[-1]:g}"
+        return "\n".join([self.steerer, "", head, *dose, beside, *placebos, "", *found])
     __repr__ = __str__
 
 # %% ../nbs/10_check.ipynb #ca8399e4
-def _verdicts(shares, dose, steps, kinds, p, odds, off, finite):
+def _findings(shares, dose, steps, placebos, p, odds, off, finite):
     "(passed, text) for each claim"
-    top, falls = dose[-1], [i for i, s in enumerate(steps) if s.hi < 0]
-    flat = [i for i, s in enumerate(steps) if s.lo <= 0 <= s.hi]
-    between = lambda i: f"from share {shares[i]:g} to {shares[i + 1]:g}"
+    top = dose[-1]
     if not finite: yield False, "steering gives NaN or infinity"
-    yield top.lo > 0, f"at share {shares[-1]:g} the log-odds " + ("rise" if top.lo > 0 else "do not clearly rise") + f": {top.value:+.3f} nats [{top.lo:+.3f}, {top.hi:+.3f}]"
-    far, beaten, k = p < .01, (kinds["shuffled labels"] < top.value).sum(), len(kinds["shuffled labels"])
-    yield far, f"{'more' if far else 'no more'} than random directions: one more of them would do as well with probability {p:.2g}"
-    yield bool(beaten == k), f"beats {'all' if beaten == k else f'{beaten} of'} {k} refits on shuffled labels"
-    if falls: yield False, f"more strength, less shift: {between(falls[0])} it changes by {steps[falls[0]].value:+.3f}; try smaller shares"
-    else: yield sum(s.value for s in steps) > 0, "the shift grows with the strength" + (f", though not clearly {between(flat[0])}" if flat else " at every step")
+    rise = "rise" if top.lo > 0 else "do not clearly rise"
+    yield top.lo > 0, (f"at share {shares[-1]:g} the log-odds {rise}: "
+                       f"{top.value:+.3f} nats [{top.lo:+.3f}, {top.hi:+.3f}]")
+    yield from _beside_placebos(top, placebos, p)
+    yield _with_strength(shares, steps)
     for claim, held in off.items(): yield held, claim if held else f"NOT TRUE: {claim}"
-    if odds.auc is not None: yield (None if odds.auc >= .6 else False), f"the probe tells unseen wanted from unwanted with AUC {odds.auc:.2f}" + ("" if odds.auc >= .6 else ": too little to judge by; collect more, or check with model=")
-    if top.groups < 20: yield None, f"only {top.groups} groups: the intervals are too short (see the coverage study above)"
+    if odds.auc is not None:
+        good = odds.auc >= .6
+        advice = "" if good else ": too little to judge by; collect more, or check with model="
+        yield (None if good else False), f"the probe tells unseen wanted from unwanted with AUC {odds.auc:.2f}{advice}"
+    if top.groups < 20:
+        yield None, f"only {top.groups} groups: the intervals are too short (see the coverage study of page 08)"
+
+# %% ../nbs/10_check.ipynb #1918cbdf
+def _beside_placebos(top, placebos, p):
+    shuffled, far = placebos["shuffled labels"], p < .01
+    beaten, k = (shuffled < top.value).sum(), len(shuffled)
+    yield far, (f"{'more' if far else 'no more'} than random directions: "
+                f"one more of them would do as well with probability {p:.2g}")
+    yield bool(beaten == k), f"beats {'all' if beaten == k else f'{beaten} of'} {k} refits on shuffled labels"
+
+def _with_strength(shares, steps):
+    falls = [i for i, s in enumerate(steps) if s.hi < 0]
+    flat = [i for i, s in enumerate(steps) if s.lo <= 0 <= s.hi]
+    def between(i): return f"from share {shares[i]:g} to {shares[i + 1]:g}"
+    if falls:
+        change = f"{between(falls[0])} it changes by {steps[falls[0]].value:+.3f}"
+        return False, f"more strength, less shift: {change}; try smaller shares"
+    how = f", though not clearly {between(flat[0])}" if flat else " at every step"
+    return sum(s.value for s in steps) > 0, f"the shift grows with the strength{how}"
 
 # %% ../nbs/10_check.ipynb #6c27301c
 def check_steerer(
@@ -160,7 +217,8 @@ def check_steerer(
     pos, neg,  # held-out activations (N, d); with a model, (prompt, answer) pairs that share their prompts
     *,
     groups=None,  # question of each row, positives first; with a model the prompt by default
-    model=None, tokenizer=None, layer: int = None,  # to ask the model itself; layer: default the one on the steerer's card
+    model=None, tokenizer=None,  # to ask the model itself
+    layer: int = None,  # block to steer there; default: the one on the steerer's card
     shares=(.1, .2, .3),  # strengths, as shares of the median norm, rising; placebos are tried at the last
     placebos: int = 8,  # of each kind; with fewer, chance is harder to rule out
     seed: int = 0,  # of splits and placebos
@@ -171,75 +229,111 @@ def check_steerer(
     shares = sorted(map(float, shares))
     if len(shares) < 2 or shares[0] <= 0: raise ValueError(f"shares must be two or more positive numbers; got {shares}")
     layer = steerer.about.get("layer") if layer is None else layer
-    if model is not None and layer is None: raise ValueError("say at which block to steer: layer= (this steerer's card names none)")
-    odds = ProbeOdds(pos, neg, groups, seed) if model is None else ModelOdds(pos, neg, groups, model, tokenizer, layer, batch_size)
+    if model is not None and layer is None:
+        raise ValueError("say at which block to steer: layer= (this steerer's card names none)")
+    if model is None: odds = ProbeOdds(pos, neg, groups, seed)
+    else: odds = ModelOdds(pos, neg, groups, model, tokenizer, layer, batch_size)
+    return _report(steerer, odds, shares, placebos, seed)
+
+# %% ../nbs/10_check.ipynb #41a14d52
+def _report(steerer, odds, shares, placebos, seed) -> SteererReport:
     shifts = np.array([odds.shift(steerer, s) for s in shares])
     kinds = _placebos(odds, steerer, shares[-1], placebos, seed)
     dose = [bootstrap_interval(x, odds.groups) for x in shifts]
     steps = [paired_difference(a, b, odds.groups) for a, b in zip(shifts, shifts[1:])]
     p = placebo_test(shifts[-1].mean(), kinds["random directions"])
-    return SteererReport(repr(steerer), odds.name, shares, dose, kinds, p, list(_verdicts(shares, dose, steps, kinds, p, odds, odds.off(steerer), np.isfinite(shifts).all())))
+    findings = _findings(shares, dose, steps, kinds, p, odds, odds.off(steerer), np.isfinite(shifts).all())
+    return SteererReport(repr(steerer), odds.name, shares, dose, kinds, p, list(findings))
 
 # %% ../nbs/10_check.ipynb #dd7b28ac
 class HarnessModel:
-    "A model as lm-eval sees it, steered or not"
+    "A model as lm-eval sees it, steered or not. Grows below: `loglikelihood_rolling`, `generate_until`."
     def __init__(self, model, tokenizer, batch_size=32):
         super().__init__()
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.max_length = model.config.get_text_config().max_position_embeddings
-
-    tokenizer_name = property(lambda self: self.tokenizer.name_or_path)
-    eot_token_id = property(lambda self: self.tokenizer.eos_token_id)
-    prefix_token_id = property(lambda self: self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.eot_token_id)
 
     def tok_encode(self, string, add_special_tokens=None, **_):
         bos = self.tokenizer.bos_token
         if add_special_tokens is None: add_special_tokens = not (bos and string.startswith(bos))
         return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
 
-    def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        return self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt)
-
     def answer_scores(self, pairs):
-        "(log-probability, greedy?) of each (prompt ids, answer ids); a prompt that is too long keeps its first token and its last ones"
-        cuts = [max(len(p) + len(a) - self.max_length, 0) for p, a in pairs]
-        scores, greedy = score_encoded(self.model, [Encoded([*p[:1], *p[1 + cut:], *a], len(p) - cut) for (p, a), cut in zip(pairs, cuts)], batch_size=self.batch_size)
+        "(log-probability, greedy?) of each (prompt ids, answer ids)"
+        coded = [self._coded(*pair) for pair in pairs]
+        scores, greedy = score_encoded(self.model, coded, batch_size=self.batch_size)
         return list(zip(scores.tolist(), greedy.tolist()))
 
+    def _coded(self, prompt, answer):
+        "A prompt that is too long keeps its first token and its last ones"
+        cut = max(len(prompt) + len(answer) - self.max_length, 0)
+        return Encoded([*prompt[:1], *prompt[1 + cut:], *answer], len(prompt) - cut)
+
     def _loglikelihood_tokens(self, requests, **_): return self.answer_scores([(p, a) for _, p, a in requests])
+
+# %% ../nbs/10_check.ipynb #43b5755f
+@patch(as_prop=True)
+def tokenizer_name(self: HarnessModel): return self.tokenizer.name_or_path
+
+@patch(as_prop=True)
+def eot_token_id(self: HarnessModel): return self.tokenizer.eos_token_id
+
+@patch(as_prop=True)
+def prefix_token_id(self: HarnessModel):
+    bos = self.tokenizer.bos_token_id
+    return self.eot_token_id if bos is None else bos
+
+@patch
+def apply_chat_template(self: HarnessModel, chat_history, add_generation_prompt=True):
+    how = dict(add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt)
+    return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **how)
 
 # %% ../nbs/10_check.ipynb #093fe5e0
 @patch
 def loglikelihood_rolling(self: HarnessModel, requests, **_):
-    "Log-probability of whole texts, in windows that the model can hold; each token is predicted once, with as many before it as fit"
-    def windows(text):
-        ids, size = [self.prefix_token_id, *self.tok_encode(text, add_special_tokens=False)], self.max_length - 1
-        ends = [(i, min(i + size, len(ids) - 1)) for i in range(0, len(ids) - 1, size)]
-        return [(ids[max(end - size, 0):i + 1], ids[i + 1:end + 1]) for i, end in ends]
-    return [sum(s for s, _ in self.answer_scores(windows(r.args[0]))) if r.args[0] else 0. for r in requests]
+    "Log-probability of whole texts, each token predicted once, with as many before it as the model can hold"
+    def total(text): return sum(score for score, _ in self.answer_scores(self._windows(text))) if text else 0.
+    return [total(r.args[0]) for r in requests]
 
 @patch
-def generate_until(self: HarnessModel, requests, **_):
-    "What the model says to each (prompt, settings), cut before the first of the stop strings"
-    from transformers import StopStringCriteria
-    answers, alike = [None] * len(requests), defaultdict(list)
-    for i, r in enumerate(requests): alike[json.dumps(r.args[1], sort_keys=True)].append(i)
-    for key, rows in alike.items():
-        kw = json.loads(key)
-        stops, new = kw.pop("until", None) or [], kw.pop("max_gen_toks", kw.pop("max_new_tokens", 256))
-        stops = [s for s in ([stops] if isinstance(stops, str) else stops) if s]
-        if not kw.setdefault("do_sample", kw.get("temperature", 0) > 0): kw.pop("temperature", None)
-        if stops: kw["stopping_criteria"] = [StopStringCriteria(self.tokenizer, stops)]
-        prompts = [self._shorter(requests[i].args[0], self.max_length - new) for i in rows]
-        said = ods.generate_text(self.model, self.tokenizer, prompts, batch_size=self.batch_size, seed=0, max_new_tokens=new, **kw)
-        for i, answer in zip(rows, said): answers[i] = min((answer.split(s)[0] for s in stops), key=len, default=answer)
-    return answers
+def _windows(self: HarnessModel, text):
+    "(what stands before, what is predicted) in pieces that fit"
+    ids = [self.prefix_token_id, *self.tok_encode(text, add_special_tokens=False)]
+    size, last = self.max_length - 1, len(ids) - 1
+    ends = [(i, min(i + size, last)) for i in range(0, last, size)]
+    return [(ids[max(end - size, 0):i + 1], ids[i + 1:end + 1]) for i, end in ends]
 
 @patch
 def _shorter(self: HarnessModel, prompt, limit):
     "A prompt without its beginning, if it has more tokens than fit"
     ids = self.tok_encode(prompt)
-    return prompt if len(ids) <= limit else self.tokenizer.decode(ids[-limit:], skip_special_tokens=True)
+    if len(ids) <= limit: return prompt
+    return self.tokenizer.decode(ids[-limit:], skip_special_tokens=True)
+
+# %% ../nbs/10_check.ipynb #dfc17aef
+@patch
+def generate_until(self: HarnessModel, requests, **_):
+    "What the model says to each (prompt, settings), cut before the first of the stop strings"
+    answers, alike = [None] * len(requests), defaultdict(list)
+    for i, r in enumerate(requests): alike[json.dumps(r.args[1], sort_keys=True)].append(i)
+    for key, rows in alike.items():
+        stops, new, kw = self._generation(json.loads(key))
+        prompts = [self._shorter(requests[i].args[0], self.max_length - new) for i in rows]
+        how = dict(batch_size=self.batch_size, seed=0, max_new_tokens=new, **kw)
+        for i, answer in zip(rows, ods.generate_text(self.model, self.tokenizer, prompts, **how)):
+            answers[i] = min((answer.split(s)[0] for s in stops), key=len, default=answer)
+    return answers
+
+@patch
+def _generation(self: HarnessModel, kw):
+    "(stop strings, number of tokens, settings of `generate`) from the harness's settings"
+    from transformers import StopStringCriteria
+    stops = kw.pop("until", None) or []
+    stops = [s for s in ([stops] if isinstance(stops, str) else stops) if s]
+    new = kw.pop("max_gen_toks", kw.pop("max_new_tokens", 256))
+    if not kw.setdefault("do_sample", kw.get("temperature", 0) > 0): kw.pop("temperature", None)
+    if stops: kw["stopping_criteria"] = [StopStringCriteria(self.tokenizer, stops)]
+    return stops, new, kw
 
 # %% ../nbs/10_check.ipynb #03469e8b
 def lm_eval_scores(
@@ -255,16 +349,32 @@ def lm_eval_scores(
 ) -> dict:  # task -> {"metrics": {name: mean}, "items": {name: one number per question}}
     "Scores of a model on lm-eval tasks, steered or not"
     try: import lm_eval, lm_eval.tasks, lm_eval.api.model
-    except ImportError as e: raise ImportError(f"guardrail tasks need lm-eval ({e}): pip install 'odesteer[lm-eval]'") from None
+    except ImportError as e:
+        raise ImportError(f"guardrail tasks need lm-eval ({e}): pip install 'odesteer[lm-eval]'") from None
     tasks = tasks.split(",") if isinstance(tasks, str) else list(tasks)
     reader = type("SteeredModel", (HarnessModel, lm_eval.api.model.TemplateLM), {})(model, tokenizer, batch_size)
+    known = _known_tasks(tuple(tasks), include_path and str(include_path))
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))  # None: left alone
     with ods.steering(model, steerer, layer=layer, **strength) if steerer is not None else nullcontext():
-        found = lm_eval.simple_evaluate(reader, tasks=tasks, num_fewshot=num_fewshot, limit=limit, apply_chat_template=chat, bootstrap_iters=0, task_manager=_known_tasks(tuple(tasks), include_path and str(include_path)),
-                                        random_seed=None, numpy_random_seed=None, torch_random_seed=None)
-    def means(d): return {k.removesuffix(",none"): float(v) for k, v in d.items() if "," in k and "stderr" not in k}
-    def questions(task): return [r for part in found.get("group_subtasks", {}).get(task, ()) for r in questions(part)] or found["samples"].get(task, [])  # a group such as mmlu pools those of its tasks
-    def items(rows): return {m: [float(r[m]) for r in rows] for m in rows[0]["metrics"] if all(isinstance(r.get(m), (int, float)) for r in rows)} if rows else {}
-    return {task: {"metrics": means(found["results"].get(task, {})), "items": items(questions(task))} for task in dict.fromkeys([*found["results"], *found.get("group_subtasks", {})])}
+        found = lm_eval.simple_evaluate(reader, tasks=tasks, num_fewshot=num_fewshot, limit=limit, bootstrap_iters=0,
+                                        apply_chat_template=chat, task_manager=known, **seeds)
+    return _scores(found)
+
+# %% ../nbs/10_check.ipynb #766bfa3f
+def _scores(found) -> dict:
+    "Means and items of each task, and of each group of tasks, from what lm-eval returns"
+    groups = found.get("group_subtasks", {})
+    def means(task):
+        row = found["results"].get(task, {})
+        return {k.removesuffix(",none"): float(v) for k, v in row.items() if "," in k and "stderr" not in k}
+    def questions(task):  # a group such as mmlu pools those of its tasks
+        return [r for part in groups.get(task, ()) for r in questions(part)] or found["samples"].get(task, [])
+    def items(rows):
+        names = rows[0]["metrics"] if rows else ()
+        numbers = [m for m in names if all(isinstance(r.get(m), (int, float)) for r in rows)]
+        return {m: [float(r[m]) for r in rows] for m in numbers}
+    tasks = dict.fromkeys([*found["results"], *groups])
+    return {task: {"metrics": means(task), "items": items(questions(task))} for task in tasks}
 
 @lru_cache
 def _known_tasks(tasks, include_path):

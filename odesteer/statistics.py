@@ -39,7 +39,8 @@ def wilson_interval(
 ) -> Estimate:
     "Wilson's score interval for the rate of something that happens or not"
     from scipy.special import ndtri
-    if not 0 <= successes <= n or n < 1: raise ValueError(f"{successes} successes in {n} tries: give 0 <= successes <= n and n >= 1")
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"{successes} successes in {n} tries: give 0 <= successes <= n and n >= 1")
     z, p = ndtri(.5 + level/2), successes / n
     middle = (p + z*z/(2*n)) / (1 + z*z/n)
     half = z * math.sqrt(p*(1 - p)/n + z*z/(4*n*n)) / (1 + z*z/n)
@@ -92,8 +93,8 @@ def bootstrap_interval(
     method: str = "bca",  # or "percentile"
     resamples: int = 9999,
     seed: int = 0,
-) -> Estimate:  # with nan ends where a single group says nothing about spread, nan throughout where no item is defined
-    "Bootstrap interval for the mean of items that come in groups"
+) -> Estimate:  # ends nan where a single group says nothing about spread, all nan where no item is defined
+    "Bootstrap interval for the mean of items that come in groups; ValueError for x that is not (N,) or empty"
     x, groups = _checked(x, groups)
     if method not in ("bca", "percentile"): raise ValueError(f"method is {method!r}; use 'bca' or 'percentile'")
     if not len(x): return Estimate(math.nan, math.nan, math.nan, 0, 0, level)  # no item is defined
@@ -103,7 +104,8 @@ def bootstrap_interval(
     boot = bootstrap_means(x, groups, resamples, seed)
     jack = (sums.sum() - sums) / (sizes.sum() - sizes)
     same = np.ptp(jack) < 1e-12 * max(1., abs(value))  # no spread to correct for
-    levels = [.5 - level/2, .5 + level/2] if method == "percentile" or same else _bca_levels(boot, value, jack, level)
+    plain = method == "percentile" or same
+    levels = [.5 - level/2, .5 + level/2] if plain else _bca_levels(boot, value, jack, level)
     return Estimate(float(value), *np.quantile(boot, levels).tolist(), len(x), g, level)
 
 # %% ../nbs/08_statistics.ipynb #31ee0fcb
@@ -111,7 +113,8 @@ def _checked(x, groups, name="x"):
     "Arrays without undefined items: (x, groups)"
     x = np.asarray(x, float)
     if x.ndim != 1: raise ValueError(f"{name} has shape {x.shape}; give one number per item, (N,)")
-    if groups is not None and len(groups) != len(x): raise ValueError(f"{len(groups)} groups for {len(x)} items: give the group of each item")
+    if groups is not None and len(groups) != len(x):
+        raise ValueError(f"{len(groups)} groups for {len(x)} items: give the group of each item")
     if not len(x): raise ValueError(f"{name} is empty: there is nothing to average")
     ok = ~np.isnan(x)
     return x[ok], None if groups is None else np.asarray(groups)[ok]
@@ -125,7 +128,8 @@ def paired_difference(
 ) -> Estimate:  # of the mean of after - before; items undefined (nan) in either arm are left out of n
     "Mean change from `before` to `after`, item by item, with its interval"
     before, after = np.asarray(before, float), np.asarray(after, float)
-    if before.shape != after.shape: raise ValueError(f"{before.shape} unsteered and {after.shape} steered items: pair them row by row")
+    if before.shape != after.shape:
+        raise ValueError(f"{before.shape} unsteered and {after.shape} steered items: pair them row by row")
     return bootstrap_interval(after - before, groups, **kw)
 
 # %% ../nbs/08_statistics.ipynb #fe467395
@@ -136,7 +140,8 @@ def share_worse(
     **kw,  # of `bootstrap_interval`
 ) -> Estimate:
     "Share of the items that steering moved in the unwanted direction"
-    if direction not in (1, -1): raise ValueError(f"direction is {direction!r}; give +1 if more is better, -1 if less is")
+    if direction not in (1, -1):
+        raise ValueError(f"direction is {direction!r}; give +1 if more is better, -1 if less is")
     d = direction * (np.asarray(after, float) - np.asarray(before, float))
     return bootstrap_interval(np.where(np.isnan(d), np.nan, d < 0), groups, **kw)
 
@@ -165,7 +170,8 @@ def holm(
     "Holm's adjustment of p-values for several comparisons"
     if isinstance(p_values, dict): return dict(zip(p_values, holm(list(p_values.values())).tolist()))
     p = np.asarray(p_values, float)
-    if p.ndim != 1 or not ((0 <= p) & (p <= 1)).all(): raise ValueError(f"p-values must be numbers in [0, 1], one per comparison; got {p_values!r}")
+    if p.ndim != 1 or not ((0 <= p) & (p <= 1)).all():
+        raise ValueError(f"p-values must be numbers in [0, 1], one per comparison; got {p_values!r}")
     order, adjusted = p.argsort(), np.empty(len(p))
     adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return adjusted
@@ -180,19 +186,29 @@ def bootstrap_statistic(
     seed: int = 0,
 ) -> Estimate:  # items undefined (nan) in a column are left out
     "Percentile interval of any statistic of items that come in groups"
-    x, groups = np.stack([np.asarray(c, float) for c in columns]), np.arange(len(columns[0])) if groups is None else np.asarray(groups)
-    if len(groups) != x.shape[1]: raise ValueError(f"{len(groups)} groups for {x.shape[1]} items: give the group of each item")
+    x = np.stack([np.asarray(c, float) for c in columns])
+    groups = np.arange(x.shape[1]) if groups is None else np.asarray(groups)
+    if len(groups) != x.shape[1]:
+        raise ValueError(f"{len(groups)} groups for {x.shape[1]} items: give the group of each item")
     ok = ~np.isnan(x).any(0)
     if not ok.any(): return Estimate(math.nan, math.nan, math.nan, 0, 0, level)
     _, index, sizes = np.unique(groups[ok], return_inverse=True, return_counts=True)
-    x, starts, rng = x[:, ok][:, index.argsort(kind="stable")], sizes.cumsum() - sizes, np.random.default_rng(seed)
-    def resample():
-        pick = rng.integers(len(sizes), size=len(sizes))
-        n = sizes[pick]
-        return statistic(*x[:, np.repeat(starts[pick] - (n.cumsum() - n), n) + np.arange(n.sum())])
-    ends = np.quantile([resample() for _ in range(resamples)], [.5 - level/2, .5 + level/2]).tolist() if len(sizes) > 1 else [math.nan]*2
+    x = x[:, ok][:, index.argsort(kind="stable")]  # items of one group side by side
+    ends = [math.nan, math.nan]
+    if len(sizes) > 1:
+        values = [statistic(*x[:, pick]) for pick in _group_draws(sizes, resamples, seed)]
+        ends = np.quantile(values, [.5 - level/2, .5 + level/2]).tolist()
     return Estimate(float(statistic(*x)), *ends, x.shape[1], len(sizes), level)
 
+def _group_draws(sizes, resamples, seed):
+    "For each resample, the columns of as many groups as there are, drawn with replacement"
+    rng, starts = np.random.default_rng(seed), sizes.cumsum() - sizes
+    for _ in range(resamples):
+        pick = rng.integers(len(sizes), size=len(sizes))
+        n = sizes[pick]
+        yield np.repeat(starts[pick] - (n.cumsum() - n), n) + np.arange(n.sum())
+
+# %% ../nbs/08_statistics.ipynb #b7d1fd13
 def product_of_means(a, b, groups=None, **kw) -> Estimate:
     "Mean of `a` times mean of `b`, as in the published True x Info"
     return bootstrap_statistic(lambda a, b: a.mean() * b.mean(), a, b, groups=groups, **kw)
@@ -205,19 +221,20 @@ def quantile_interval(x, q: float = .9, groups=None, **kw) -> Estimate:
 def per_item(
     x,  # one value per output, (N,)
     items,  # which prompt each output answers, (N,)
-    how: str = "mean",  # "mean" or "max" over the outputs of an item, undefined ones (nan) left out; "first": for what they share, such as groups
+    how: str = "mean",  # or "max", over the outputs of an item, nan left out; "first": for what they share (groups)
 ) -> np.ndarray:  # one value per item, in order of first appearance
     "From several outputs per prompt (seeds, samples) to one value"
     if how not in ("mean", "max", "first"): raise ValueError(f"how is {how!r}; use 'mean', 'max' or 'first'")
     if len(x) != len(items): raise ValueError(f"{len(x)} values for {len(items)} outputs: give the item of each output")
     _, first, index = np.unique(np.asarray(items), return_index=True, return_inverse=True)
-    index, x = first.argsort().argsort()[index], np.asarray(x)
-    if how == "first": return x[np.sort(first)]
-    x, n = x.astype(float), len(first)
+    if how == "first": return np.asarray(x)[np.sort(first)]
+    index, x = first.argsort().argsort()[index], np.asarray(x, float)  # items in order of first appearance
     ok = ~np.isnan(x)
-    out, count = np.full(n, -np.inf if how == "max" else 0.), np.bincount(index[ok], minlength=n)
+    count = np.bincount(index[ok], minlength=len(first))
+    out = np.full(len(first), -np.inf if how == "max" else 0.)
     (np.maximum if how == "max" else np.add).at(out, index[ok], x[ok])
-    return np.where(count == 0, np.nan, out / (1 if how == "max" else np.maximum(count, 1)))
+    size = 1 if how == "max" else np.maximum(count, 1)
+    return np.where(count == 0, np.nan, out / size)
 
 def toxicity_metrics(
     scores,  # probability of toxicity of each continuation, (N,)
@@ -226,7 +243,9 @@ def toxicity_metrics(
     "Mean, expected maximum and probability of toxicity over the samples of each prompt"
     scores = np.asarray(scores, float)
     any_toxic = np.where(np.isnan(scores), np.nan, scores >= .5)
-    return {"toxicity": per_item(scores, prompts), "toxicity_max": per_item(scores, prompts, "max"), "toxicity_any": per_item(any_toxic, prompts, "max")}
+    return {"toxicity": per_item(scores, prompts),
+            "toxicity_max": per_item(scores, prompts, "max"),
+            "toxicity_any": per_item(any_toxic, prompts, "max")}
 
 # %% ../nbs/08_statistics.ipynb #0cd6f2e9
 def win_rate(
@@ -276,19 +295,25 @@ class Row:
 
     def flat(self) -> dict:
         "The row as plain numbers, for a file"
-        d, known = self.difference, lambda x: None if x is None or math.isnan(x) else x
-        return dict(metric=self.metric, unsteered=known(self.before), steered=known(self.after), difference=known(d.value), low=known(d.lo), high=known(d.hi),
-                    level=d.level, made_worse=known(self.worse and self.worse.value), n=d.n, groups=d.groups, verdict=self.verdict)
+        d, worse = self.difference, self.worse and self.worse.value
+        numbers = dict(unsteered=self.before, steered=self.after, difference=d.value, low=d.lo, high=d.hi)
+        def known(x): return None if x is None or math.isnan(x) else x
+        return dict(metric=self.metric, **{k: known(x) for k, x in numbers.items()}, level=d.level,
+                    made_worse=known(worse), n=d.n, groups=d.groups, verdict=self.verdict)
 
 # %% ../nbs/08_statistics.ipynb #ef29196c
 class Summary(list):
     "Rows of `summary_table`; prints as text, shows as a table in a notebook"
     header = ["metric", "unsteered", "steered", "difference, 95 % interval", "made worse", "n", "verdict"]
 
-    def cells(self):
-        arrow, f = {1: " (+)", -1: " (-)", 0: ""}, format_number
-        return [[r.metric + arrow[r.direction], f(r.before), f(r.after), f"{f(r.difference.value, '+')} [{f(r.difference.lo, '+')}, {f(r.difference.hi, '+')}]",
-                 f"{r.worse.value:.0%}" if r.worse else "", str(r.difference.n), r.verdict] for r in self]
+    def cells(self): return [self._cells(r) for r in self]
+
+    def _cells(self, r):
+        arrow = {1: " (+)", -1: " (-)", 0: ""}[r.direction]
+        value, lo, hi = (format_number(x, "+") for x in (r.difference.value, r.difference.lo, r.difference.hi))
+        worse = f"{r.worse.value:.0%}" if r.worse else ""
+        return [r.metric + arrow, format_number(r.before), format_number(r.after), f"{value} [{lo}, {hi}]",
+                worse, str(r.difference.n), r.verdict]
 
     def __str__(self):
         table = [self.header, *self.cells()]
@@ -297,9 +322,16 @@ class Summary(list):
     __repr__ = __str__
 
     def _repr_markdown_(self):
-        return "\n".join("| " + " | ".join(row) + " |" for row in [self.header, ["---"] * len(self.header), *self.cells()])
+        rows = [self.header, ["---"] * len(self.header), *self.cells()]
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
-def format_number(x, sign=""): return f"{x:{sign}.{0 if abs(x) >= 1000 else 1 if abs(x) >= 10 else 3}f}"
+def format_number(
+    x: float,
+    sign: str = "",  # "+": positive numbers get a sign too
+) -> str:
+    "Three decimals, fewer where the number is large"
+    digits = 0 if abs(x) >= 1000 else 1 if abs(x) >= 10 else 3
+    return f"{x:{sign}.{digits}f}"
 
 # %% ../nbs/08_statistics.ipynb #f7f41e60
 def summary_table(
@@ -309,14 +341,14 @@ def summary_table(
     **kw,  # of `bootstrap_interval`
 ) -> Summary:
     "Each metric without and with steering, the paired difference, and who was harmed"
-    if before.keys() != after.keys(): raise ValueError(f"metrics differ: unsteered has {sorted(before)}, steered has {sorted(after)}")
+    if before.keys() != after.keys():
+        raise ValueError(f"metrics differ: unsteered has {sorted(before)}, steered has {sorted(after)}")
     rows = Summary()
     for name in before:
         b, a, way = np.asarray(before[name], float), np.asarray(after[name], float), better.get(name, 0)
         difference = paired_difference(b, a, groups, **kw)
         both = ~np.isnan(a - b)
         means = [float(x[both].mean()) if both.any() else math.nan for x in (b, a)]
-        rows.append(Row(name, *means, difference, way, share_worse(b, a, groups, way, **kw) if way else None))
+        worse = share_worse(b, a, groups, way, **kw) if way else None
+        rows.append(Row(name, *means, difference, way, worse))
     return rows
-
-#: Wanted direction of the metrics made here

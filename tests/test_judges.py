@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 import odesteer as ods
 from odesteer import judges
 from odesteer.statistics import tokens_per_second
-from odesteer.judges import (JUDGES, ClassifierJudge, ExactJudge, ModelSource, Panel, RewardJudge, ScoreCache, YesNoJudge, asked, hub_commit, kl_to_unsteered, load_judge)
+from odesteer.judges import (JUDGES, ClassifierJudge, ExactJudge, ModelSource, Panel, RewardJudge, ScoreCache, YesNoJudge, question_of, hub_commit, kl_to_unsteered, load_judge)
 from odesteer.check import ModelOdds, check_steerer, placebo_test
 from odesteer.data import Prompt
 
@@ -336,7 +336,7 @@ def test_judges_by_name_load_nothing_and_take_other_models(tmp_path):
 def test_what_a_judge_is_shown_of_a_prompt():
     chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "why?"}]
     fact = ods.load_micro().world.facts[0]
-    assert [asked(p) for p in ("why?", chat, Prompt("Q: why?\nA:", "why?"), Prompt(chat, "why?"), Prompt(chat, fact))] == ["why?"] * 5
+    assert [question_of(p) for p in ("why?", chat, Prompt("Q: why?\nA:", "why?"), Prompt(chat, "why?"), Prompt(chat, fact))] == ["why?"] * 5
 
 
 def test_the_exact_judge_is_the_worlds():
