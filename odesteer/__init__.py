@@ -16,6 +16,7 @@ _MODULES = {
     "statistics": "paired_difference bootstrap_interval wilson_interval summary_table",
     "judges": "load_judge YesNoJudge ClassifierJudge RewardJudge kl_to_unsteered",
     "check": "check_steerer",
+    "linear": "",
     "control": "Controller ALQR FeatureLQR Tracker SPID ActAddLFS PIDAcT BarrierLQR effort",
     "tasks": "",
     "runs": "",

@@ -4,34 +4,41 @@
 
 # %% auto #0
 __all__ = ['square_root', 'gaussian_map', 'GatedSteerer', 'MiMiC', 'sorted_map', 'LinAcT', 'RandomDirection', 'shuffle_labels',
-           'ShuffledLabels', 'split_groups', 'fit_network', 'draw_weights', 'Scalar', 'mlp', 'TrainedSteerer', 'across',
-           'HPR', 'angle_between', 'td_loss', 'REControl', 'time_embedding', 'Block', 'UNet', 'TruthFlow']
+           'ShuffledLabels', 'split_groups', 'fit_network', 'draw_weights', 'mlp', 'TrainedSteerer', 'across', 'HPR',
+           'angle_between', 'td_loss', 'REControl', 'UNet', 'TruthFlow']
 
 # %% ../nbs/07_baselines.ipynb #64eb3ff3
+import copy
+import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from fastcore.basics import patch
+from torch import Tensor, nn
 
-from .euler import Contrast, Steerer, in_full_precision, contrast, logistic_regression, make_steerer, steerer_names
+from .barrier import ScoreBarrier, ascent
+from .euler import (Contrast, Edit, Steerer, contrast, in_full_precision, logistic_regression, make_steerer,
+                            steerer_names)
+from .ode import integrate
 
 # %% ../nbs/07_baselines.ipynb #c8ec21ea
 def square_root(
-    C: Tensor,  # symmetric, no negative eigenvalues, (d, d)
-) -> Tensor:  # C^(1/2), (d, d)
+    Sigma: Tensor,  # symmetric, no negative eigenvalues, (d, d)
+) -> Tensor:  # Sigma^(1/2), (d, d)
     "The symmetric square root of a matrix."
-    lam, Q = torch.linalg.eigh(C)
-    return (Q * lam.clamp_min(0).sqrt()) @ Q.T
+    lam, U = torch.linalg.eigh(Sigma)
+    return (U * lam.clamp_min(0).sqrt()) @ U.T
 
 def gaussian_map(
-    cov_from: Tensor,  # (d, d), positive definite
-    cov_to: Tensor,  # (d, d)
-) -> Tensor:  # M, (d, d), symmetric: M cov_from M = cov_to
+    Sigma_from: Tensor,  # (d, d), positive definite
+    Sigma_to: Tensor,  # (d, d)
+) -> Tensor:  # M, (d, d), symmetric: M Sigma_from M = Sigma_to
     "The matrix of the optimal transport map between two Gaussians."
-    lam, Q = torch.linalg.eigh(cov_from)
-    r = lam.sqrt()  # the formula in the eigenvectors of cov_from, where its roots are diagonal
-    M = Q @ (square_root(r[:, None] * (Q.T @ cov_to @ Q) * r) / r[:, None] / r) @ Q.T
+    lam, U = torch.linalg.eigh(Sigma_from)
+    r = lam.sqrt()  # the formula in the eigenvectors of Sigma_from, where its roots are diagonal
+    M = U @ (square_root(r[:, None] * (U.T @ Sigma_to @ U) * r) / r[:, None] / r) @ U.T
     return (M + M.T) / 2
 
 # %% ../nbs/07_baselines.ipynb #cef668df
@@ -48,30 +55,38 @@ class MiMiC(GatedSteerer):
         ridge=1e-2,  # added to the diagonal of both covariances
         C=1.0,  # inverse ridge penalty of the probe
     ):
-        for name, v, least in ("ridge", ridge, 0), ("C", C, 1e-12):
-            if isinstance(v, bool) or not isinstance(v, (int, float)) or not least <= v < float("inf"): raise ValueError(f"{name} must be a {'positive' if least else 'non-negative'} number; got {v!r}")
+        if not (_is_number(ridge) and 0 <= ridge < math.inf):
+            raise ValueError(f"ridge must be a non-negative number; got {ridge!r}")
+        if not (_is_number(C) and 1e-12 <= C < math.inf): raise ValueError(f"C must be a positive number; got {C!r}")
         super().__init__(ridge=ridge, C=C)
     def _fit(self, data):
         data.mean_difference()  # without one the probe says nothing
         w, b = logistic_regression(data.X, data.y, self.C)
-        like, (pos, neg) = data.pos, (data.pos.double(), data.neg.double())
-        C_pos, C_neg = (_covariance(x, self.ridge, name) for x, name in ((pos, "wanted"), (neg, "unwanted")))
-        M = gaussian_map(C_neg, C_pos)
-        self._store(coef_=w.to(like), intercept_=b.to(like), mean_neg_=neg.mean(0).to(like), mean_pos_=pos.mean(0).to(like),
-                    excess_=(M - torch.eye(len(M)).to(M)).to(like))  # M - 1: what moves is computed without cancellation
+        pos, neg = data.pos.double(), data.neg.double()
+        Sigma_pos, Sigma_neg = _covariance(pos, self.ridge, "wanted"), _covariance(neg, self.ridge, "unwanted")
+        M = gaussian_map(Sigma_neg, Sigma_pos)
+        excess = M - torch.eye(len(M)).to(M)  # M - 1: what moves is computed without cancellation
+        fitted = dict(coef_=w, intercept_=b, mean_neg_=neg.mean(0), mean_pos_=pos.mean(0), excess_=excess)
+        self._store(**{name: t.to(data.pos) for name, t in fitted.items()})
     def _field(self, x):
         v = (x - self.mean_neg_) @ self.excess_ + (self.mean_pos_ - self.mean_neg_)
         return torch.where(self._unwanted(x)[..., None], v, 0.0)
 
 # %% ../nbs/07_baselines.ipynb #a278e9ec
+def _is_number(v):
+    "Is it a real number? True and False are none."
+    return isinstance(v, (int, float)) and not isinstance(v, bool)
+
 def _covariance(x, ridge, name):
     "Covariance (over N) with a ridge on its diagonal, or one clear error."
     x = x - x.mean(0)
-    C = x.T @ x / len(x) + ridge * torch.eye(x.shape[1]).to(x)
-    L, failed = torch.linalg.cholesky_ex(C)
-    if failed or (L.diagonal()**2 / C.diagonal()).min() < len(C) * torch.finfo(C.dtype).eps:
-        raise ValueError(f"the covariance of the {len(x)} {name} activations of width {len(C)} has no inverse with ridge={ridge!r}: use a larger ridge=, or more activations")
-    return C
+    Sigma = x.T @ x / len(x) + ridge * torch.eye(x.shape[1]).to(x)
+    L, failed = torch.linalg.cholesky_ex(Sigma)
+    alone = L.diagonal()**2 / Sigma.diagonal()  # share of a variance that the coordinates before it do not explain
+    if failed or alone.min() < len(Sigma) * torch.finfo(Sigma.dtype).eps:
+        raise ValueError(f"the covariance of the {len(x)} {name} activations of width {len(Sigma)} has no inverse with "
+                         f"ridge={ridge!r}: use a larger ridge=, or more activations")
+    return Sigma
 
 # %% ../nbs/07_baselines.ipynb #6054d53c
 def sorted_map(
@@ -86,30 +101,43 @@ def sorted_map(
 class LinAcT(Steerer):
     "Linear-AcT: an affine map of each coordinate by itself, from sorted unwanted to sorted wanted values."
     unit = "fraction"
+    # grows on this page: `_map`
     def __init__(self,
         variant="linear",  # or "mean" (a shift), "gaussian" (mean and standard deviation of each coordinate)
         strength=1.0,  # the original's lambda in (0, 1]: the share of the way that T = 1 goes
-        support=None,  # "q_0_100": move a coordinate only where it lies between these percentiles of the unwanted values
+        support=None,  # "q_0_100": move a coordinate only between these percentiles of its unwanted values
         seed=0,  # shuffles the rows before the longer table is cut
     ):
-        if variant not in ("linear", "mean", "gaussian"): raise ValueError(f"variant must be 'linear', 'mean' or 'gaussian'; got {variant!r}")
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1: raise ValueError(f"strength must lie in (0, 1]; got {strength!r}: T goes further")
+        if variant not in ("linear", "mean", "gaussian"):
+            raise ValueError(f"variant must be 'linear', 'mean' or 'gaussian'; got {variant!r}")
+        if not (_is_number(strength) and 0 < strength <= 1):
+            raise ValueError(f"strength must lie in (0, 1]; got {strength!r}: T goes further")
         _percentiles(support)
         super().__init__(variant=variant, strength=strength, support=support, seed=seed)
     def _fit(self, data):
-        pos, neg = data.pos.double(), data.neg.double()
-        if self.variant == "linear": pos, neg = _equal_counts(pos, neg, self.seed)
-        scale, shift = torch.ones_like(pos[0]), pos.mean(0) - neg.mean(0)
-        if self.variant == "linear": scale = sorted_map(neg, pos)
-        if self.variant == "gaussian":
-            (s_pos, s_neg), still = (x.std(0, correction=0) for x in (pos, neg)), 1e-4
-            moves = (s_pos >= still) & (s_neg >= still)
-            scale, shift = torch.where(moves, s_pos / s_neg, 1.0), torch.where(moves, shift, 0.0)
-        self._store(excess_=(scale - 1).to(data.pos), shift_=shift.to(data.pos), center_=neg.mean(0).to(data.pos))
-        if self.support: self._store(**dict(zip(("low_", "high_"), _quantiles(data.neg, _percentiles(self.support)))))
+        scale, shift, center = self._map(data.pos.double(), data.neg.double())
+        fitted = dict(excess_=scale - 1, shift_=shift, center_=center)
+        self._store(**{name: t.to(data.pos) for name, t in fitted.items()})
+        if self.support:
+            low, high = _quantiles(data.neg, _percentiles(self.support))
+            self._store(low_=low, high_=high)
     def _field(self, x):
         v = self.strength * (self.excess_ * (x - self.center_) + self.shift_)
         return torch.where((x >= self.low_) & (x <= self.high_), v, 0.0) if self.support else v
+
+# %% ../nbs/07_baselines.ipynb #f50c7f2c
+@patch
+def _map(self: LinAcT, pos, neg):
+    "Scale and shift of each coordinate about the unwanted mean, and that mean."
+    if self.variant == "linear": pos, neg = _equal_counts(pos, neg, self.seed)
+    shift = pos.mean(0) - neg.mean(0)
+    if self.variant == "linear": scale = sorted_map(neg, pos)
+    elif self.variant == "mean": scale = torch.ones_like(shift)
+    else:
+        s_pos, s_neg, still = pos.std(0, correction=0), neg.std(0, correction=0), 1e-4
+        varies = (s_pos >= still) & (s_neg >= still)
+        scale, shift = torch.where(varies, s_pos / s_neg, 1.0), torch.where(varies, shift, 0.0)
+    return scale, shift, neg.mean(0)
 
 # %% ../nbs/07_baselines.ipynb #689e5934
 def _percentiles(support):
@@ -117,7 +145,9 @@ def _percentiles(support):
     if support is None: return None
     found = re.fullmatch(r"q_(\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)", support) if isinstance(support, str) else None
     lo, hi = (float(x) / 100 for x in found.groups()) if found else (1, 0)
-    if not 0 <= lo < hi <= 1: raise ValueError(f"support must be None or 'q_LOW_HIGH' with percentiles 0 <= LOW < HIGH <= 100, such as 'q_0_100'; got {support!r}")
+    if not 0 <= lo < hi <= 1:
+        raise ValueError("support must be None or 'q_LOW_HIGH' with percentiles 0 <= LOW < HIGH <= 100, "
+                         f"such as 'q_0_100'; got {support!r}")
     return lo, hi
 
 def _quantiles(X, shares):
@@ -127,7 +157,8 @@ def _quantiles(X, shares):
 def _equal_counts(pos, neg, seed):
     "As many rows of each, the longer table shuffled and cut."
     n, g = min(len(pos), len(neg)), torch.Generator().manual_seed(seed)
-    return [x if len(x) == n else x[torch.randperm(len(x), generator=g)[:n].to(x.device)] for x in (pos, neg)]
+    def cut(x): return x if len(x) == n else x[torch.randperm(len(x), generator=g)[:n].to(x.device)]
+    return cut(pos), cut(neg)
 
 # %% ../nbs/07_baselines.ipynb #926a4549
 class RandomDirection(Steerer):
@@ -138,19 +169,22 @@ class RandomDirection(Steerer):
     ):
         super().__init__(seed=seed)
     def _fit(self, data):
-        v = torch.randn(data.pos.shape[1], generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        g = torch.Generator().manual_seed(self.seed)
+        v = torch.randn(data.pos.shape[1], generator=g, dtype=torch.float64)
         self._store(direction_=(v / v.norm()).to(data.pos) * data.mean_difference().norm())
     def _field(self, x): return self.direction_.expand_as(x)
 
 # %% ../nbs/07_baselines.ipynb #3d0617fc
 def shuffle_labels(
-    data: Contrast,
-    seed=0,
-) -> Contrast:
+    data: Contrast,  # from `contrast`: activations, and what is known about their rows
+    seed=0,  # of the shuffle
+) -> Contrast:  # as many wanted and unwanted rows as before, with what is known about them
     "The same rows with labels exchanged: within a pair, else within a question, else among all rows."
     rng, n, N = np.random.default_rng(seed), len(data.pos), len(data.X)
     y, pairs = np.arange(N) < n, _row_pairs(data)
-    block = _components(pairs + [0, n], N) if pairs is not None else np.zeros(N, int) if data.groups is None else np.unique(data.groups, return_inverse=True)[1]
+    if pairs is not None: block = _components(pairs + [0, n], N)
+    elif data.groups is not None: block = np.unique(data.groups, return_inverse=True)[1]
+    else: block = np.zeros(N, int)
     mixed = np.isin(block, np.intersect1d(block[y], block[~y]))
     block = np.where(mixed, block, -1)  # rows whose block has one label only trade with one another
     deal = np.empty(N, int)  # row r takes the label of row deal[r]
@@ -169,69 +203,83 @@ def _components(edges, N):
     "Number of the connected component of each of N rows."
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
-    return connected_components(coo_matrix((np.ones(len(edges)), edges.T), (N, N)), directed=False)[1]
+    graph = coo_matrix((np.ones(len(edges)), edges.T), (N, N))
+    return connected_components(graph, directed=False)[1]
 
+# %% ../nbs/07_baselines.ipynb #d07646c7
 def _relabel(data, deal, pairs, rng):
-    "The data with the labels dealt out; a pair that still has one row of each is kept, the right way round."
-    new = deal < len(data.pos)
-    order = np.concatenate([new.nonzero()[0], (~new).nonzero()[0]])
-    place, n, X = np.argsort(order), len(data.pos), data.X
-    at = torch.as_tensor(order, device=X.device)
-    out = dict(groups=None if data.groups is None else data.groups[order], sequences=data.sequences)
-    per_row = data.sequences is not None and len(data.sequences) == len(X)  # each row has its own response: it moves with it
-    if per_row: out["sequences"] = [data.sequences[i] for i in order]
-    if data.rewards is not None: out["rewards"] = data.rewards[torch.as_tensor(deal[order] if per_row else rng.permutation(len(data.rewards)), device=X.device)]
-    if pairs is not None:
-        i, j = (pairs + [0, n]).T
-        kept = new[i] != new[j]
-        i, j = np.where(new[i], i, j)[kept], np.where(new[i], j, i)[kept]
-        out["pairs"] = np.stack([place[i], place[j] - n], 1)
-        if data.source is not None: out["source"] = data.source[torch.as_tensor(kept.nonzero()[0], device=X.device)] if len(data.source) == len(pairs) else data.source
-    return contrast(X[at[:n]], X[at[n:]], **out)
+    "The data with the labels dealt out."
+    n, X = len(data.pos), data.X
+    wanted = deal < n  # the new labels
+    order = np.concatenate([wanted.nonzero()[0], (~wanted).nonzero()[0]])
+    known = _deal_rewards(data, deal, order, rng)
+    if data.groups is not None: known["groups"] = data.groups[order]
+    if pairs is not None: known |= _surviving_pairs(data, pairs, wanted, order)
+    rows = torch.as_tensor(order, device=X.device)
+    return contrast(X[rows[:n]], X[rows[n:]], **known)
+
+def _deal_rewards(data, deal, order, rng):
+    "A row's own response goes where the row goes, and takes the reward that comes with the row's new label."
+    sequences, rewards = data.sequences, data.rewards
+    per_row = sequences is not None and len(sequences) == len(data.X)
+    if per_row: sequences = [sequences[i] for i in order]
+    if rewards is not None:
+        rows = deal[order] if per_row else rng.permutation(len(rewards))
+        rewards = rewards[torch.as_tensor(rows, device=rewards.device)]
+    return dict(sequences=sequences, rewards=rewards)
+
+def _surviving_pairs(data, pairs, wanted, order):
+    "The pairs that still have one row of each label, the right way round, and their sources."
+    n, place, source = len(data.pos), np.argsort(order), data.source
+    i, j = (pairs + [0, n]).T
+    survives = wanted[i] != wanted[j]
+    i, j = np.where(wanted[i], i, j)[survives], np.where(wanted[i], j, i)[survives]
+    if source is not None and len(source) == len(pairs):
+        source = source[torch.as_tensor(survives, device=source.device)]
+    return dict(pairs=np.stack([place[i], place[j] - n], 1), source=source)
 
 # %% ../nbs/07_baselines.ipynb #c853b4cf
 class ShuffledLabels(Steerer):
     "Placebo: any method, fitted on the same activations with their labels shuffled."
+    # grows on this page: `_restore`
     def __init__(self,
         method="caa",  # one of steerer_names()
         seed=0,  # of the shuffle
         settings=None,  # hyper-parameters of the method, a dict
     ):
-        if method not in steerer_names(): raise ValueError(f"method must be one of {', '.join(steerer_names())}; got {method!r}")
+        names = steerer_names()
+        if method not in names: raise ValueError(f"method must be one of {', '.join(names)}; got {method!r}")
         super().__init__(method=method, seed=seed, settings=settings)
         self.inner = make_steerer(method, **(settings or {}))
         self.unit = self.inner.unit
     def _fit(self, data):
         d = shuffle_labels(data, self.seed)
-        self.inner.fit(d.pos, d.neg, groups=d.groups, pairs=d.pairs, source=d.source, sequences=d.sequences, rewards=d.rewards)
+        known = dict(groups=d.groups, pairs=d.pairs, source=d.source, sequences=d.sequences, rewards=d.rewards)
+        self.inner.fit(d.pos, d.neg, **known)
         self.chosen = self.inner.chosen
     def _field(self, x): return self.inner._field(x)
     def _flow(self, x, T): return self.inner._flow(x, T)
     def _climb(self, *args): return self.inner._climb(*args)
-    def edits(self, *args): return self.inner.edits(*args)
     def _displacement(self, x): return self.inner.displacement_.clone()
-    def _restore(self, tensors):
-        self.inner.width, self.inner.chosen, mine = self.width, self.chosen, {}
-        self.inner._restore({k.removeprefix("inner."): v for k, v in tensors.items() if k.startswith("inner.")})
-        super()._restore({k: v for k, v in tensors.items() if not k.startswith("inner.")})
+    def edits(self, model, layer, strength):
+        "What the fitted method itself does at the layer's output."
+        return self.inner.edits(model, layer, strength)
 
-# %% ../nbs/07_baselines.ipynb #785ae933
-import copy
-import math
-from dataclasses import replace
-
-from fastcore.basics import patch
-from torch import nn
-
-from .barrier import ScoreBarrier, ascent
-from .ode import integrate
+# %% ../nbs/07_baselines.ipynb #3e650026
+@patch
+def _restore(self: ShuffledLabels, tensors):
+    "Put saved tensors back: those of the method under `inner.`, the rest here."
+    inner = {k.removeprefix("inner."): v for k, v in tensors.items() if k.startswith("inner.")}
+    self.inner.width, self.inner.chosen = self.width, self.chosen
+    self.inner._restore(inner)
+    Steerer._restore(self, {k: v for k, v in tensors.items() if not k.startswith("inner.")})
 
 # %% ../nbs/07_baselines.ipynb #246aa34e
 def split_groups(
     groups,  # question id of each row, (n,)
     share,  # of the questions to hold out; 0 holds out nothing
-    g: torch.Generator,
-) -> tuple:  # (rows to train on, rows held out)
+    g: torch.Generator,  # of the draw
+) -> tuple:  # (rows to train on, rows held out), two tensors of integers
     "Split rows so that no question is in both parts."
     ids = torch.from_numpy(np.unique(np.asarray(groups), return_inverse=True)[1])
     n = int(ids.max()) + 1
@@ -240,79 +288,111 @@ def split_groups(
 
 # %% ../nbs/07_baselines.ipynb #40e516c6
 def fit_network(
-    net,  # module; ends with its best weights
+    net: nn.Module,  # ends with its best weights, in evaluation mode
     loss,  # (rows, generator) -> mean loss of these rows
     groups,  # question id of each row
     seed=0,  # of every draw
-    lr=1e-3, epochs=100, batch_size=64, weight_decay=0.0,  # of AdamW
+    lr=1e-3,  # learning rate of AdamW
+    epochs=100,  # at most
+    batch_size=64,  # rows
+    weight_decay=0.0,  # of AdamW
     held_out=0.2,  # share of the questions that decides when to stop; 0: train for all epochs
     patience=10,  # stop after so many epochs without a better held-out loss; None: never
     schedule=lambda step, steps: 1.0,  # factor of the learning rate
     judge=None,  # (rows, generator) -> loss that held-out rows are judged by; default: `loss`
     label="training",  # of the progress bar, which is there only when somebody watches
-) -> dict:  # the losses of every epoch, and which epoch was best
-    "Train a network with early stopping."
-    g, start = torch.Generator().manual_seed(seed), torch.Generator()
+) -> dict:  # train= and held_out= losses of every epoch; best= the epoch whose weights are kept
+    "Train a network with early stopping; a ValueError where no two rows are left or a loss is not finite."
+    g = torch.Generator().manual_seed(seed)
     rows, held = split_groups(groups, held_out, g)
-    if len(rows) < 2: raise ValueError(f"{len(rows)} of {len(groups)} rows left to train on: give more questions, or a smaller held_out than {held_out}")
-    fused = next(net.parameters()).device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=weight_decay, fused=fused)
-    batches, best, history = math.ceil(len(rows) / batch_size), (math.inf, 0, None), dict(train=[], held_out=[])
-    for epoch in _bar(epochs, label):
-        total = 0.0
-        for i, batch in enumerate(rows[torch.randperm(len(rows), generator=g)].tensor_split(batches)):
-            for group in optimizer.param_groups: group["lr"] = lr * schedule(epoch * batches + i, epochs * batches)
-            total = total + len(batch) / len(rows) * _step(net.train(), optimizer, loss(batch, g))
-        history["train"].append(_digits(total))
-        if not len(held): best = total, epoch, None; continue
-        with torch.no_grad(): net.eval(); now = (judge or loss)(held, start.manual_seed(seed)).item()  # the same draws every time
+    if len(rows) < 2:
+        raise ValueError(f"{len(rows)} of {len(groups)} rows left to train on: "
+                         f"give more questions, or a smaller held_out than {held_out}")
+    optimizer, batches = _adamw(net, lr, weight_decay), math.ceil(len(rows) / batch_size)
+    history, lowest, best, weights = dict(train=[], held_out=[]), math.inf, 0, None
+    for epoch in _progress_bar(epochs, label):
+        parts = rows[torch.randperm(len(rows), generator=g)].tensor_split(batches)
+        rates = [lr * schedule(epoch * batches + i, epochs * batches) for i in range(batches)]
+        history["train"].append(_digits(_train_epoch(net, optimizer, loss, parts, rates, g)))
+        if not len(held):
+            best = epoch
+            continue
+        now = _judge(net, judge or loss, held, seed)
         history["held_out"].append(_digits(now))
-        if now < best[0]: best = now, epoch, copy.deepcopy(net.state_dict())
-        elif patience and epoch - best[1] >= patience: break
-    if best[2]: net.load_state_dict(best[2])
+        if now < lowest: lowest, best, weights = now, epoch, copy.deepcopy(net.state_dict())
+        elif patience and epoch - best >= patience: break
+    if weights: net.load_state_dict(weights)
     net.eval()
-    return dict(history, best=best[1])
+    return dict(history, best=best)
 
 # %% ../nbs/07_baselines.ipynb #52daeed7
-def _bar(epochs, label):
+def _adamw(net, lr, weight_decay):
+    "The optimizer, in one kernel where the device has it."
+    fused = next(net.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(net.parameters(), lr, weight_decay=weight_decay, fused=fused)
+
+def _progress_bar(epochs, label):
     from tqdm import tqdm
     return tqdm(range(epochs), label, disable=None, leave=False)
 
-def _step(net, optimizer, loss):
-    "One step down the slope; the loss stays on its device."
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
+def _train_epoch(net, optimizer, loss, batches, rates, g):
+    "A step down the slope for every batch; the mean loss stays on its device."
+    net.train()
+    n, total = sum(map(len, batches)), 0.0
+    for batch, rate in zip(batches, rates):
+        for group in optimizer.param_groups: group["lr"] = rate
+        now = loss(batch, g)
+        optimizer.zero_grad()
+        now.backward()
+        optimizer.step()
+        total = total + len(batch) / n * now.detach()
+    return total
+
+# %% ../nbs/07_baselines.ipynb #1267c92e
+def _judge(net, loss, rows, seed):
+    "The loss of held-out rows, with the same draws every time."
+    net.eval()
+    with torch.no_grad(): return loss(rows, torch.Generator().manual_seed(seed)).item()
 
 def _digits(loss):
     "A loss that is short enough for a card."
-    if not math.isfinite(loss := float(loss)): raise ValueError(f"training diverged (loss {loss}): use a smaller lr, and look for activations of enormous size")
+    loss = float(loss)
+    if not math.isfinite(loss):
+        raise ValueError(f"training diverged (loss {loss}): use a smaller lr, "
+                         "and look for activations of enormous size")
     return float(f"{loss:.4g}")
+
+def _rms(*xs):
+    "Typical size of an entry: divided by it, activations of every layer of every model suit one learning rate."
+    return torch.cat(xs).square().mean().sqrt().clamp_min(torch.finfo(xs[0].dtype).tiny)
 
 # %% ../nbs/07_baselines.ipynb #daeff4fa
 def draw_weights(
-    net,  # module made on the "meta" device
-    seed,
+    net: nn.Module,  # made on the "meta" device
+    seed,  # of the draw
     like: Tensor,  # dtype and device of the weights
-):
+) -> nn.Module:  # the same module
     "PyTorch's usual first weights from a generator of their own: the same on every device, the global one untouched."
     net.to_empty(device="cpu")
     g = torch.Generator().manual_seed(seed)
     for m in net.modules():
         if isinstance(m, nn.Linear):
-            for p in m.parameters(): nn.init.uniform_(p, -m.in_features**-0.5, m.in_features**-0.5, generator=g)
+            bound = m.in_features**-0.5
+            for p in m.parameters(): nn.init.uniform_(p, -bound, bound, generator=g)
         elif isinstance(m, nn.BatchNorm1d): m.reset_parameters()
     return net.to(like)
 
-class Scalar(nn.Sequential):
+class _Scalar(nn.Sequential):
     "Layers whose last has one output, without its axis: (..., d) -> (...)."
     def forward(self, x): return super().forward(x).squeeze(-1)
 
-def mlp(widths, activation):
+def mlp(
+    widths,  # numbers of entries, from the input to the last layer
+    activation,  # class of the activation function, such as nn.ReLU
+) -> nn.Module:  # (..., widths[0]) -> (...) where the last width is 1
     "Linear layers of these widths with an activation between them."
     layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), activation())]
-    return Scalar(*layers[:-1])
+    return _Scalar(*layers[:-1])
 
 # %% ../nbs/07_baselines.ipynb #6f9f0831
 class TrainedSteerer(Steerer):
@@ -321,23 +401,19 @@ class TrainedSteerer(Steerer):
 
     def __init__(self, **params):
         super().__init__(**params)
-        for k, least in dict(epochs=1, batch_size=3, patience=1, steps=1, k=1).items():
-            v = params.get(k, least)
-            if (isinstance(v, bool) or not isinstance(v, int) or v < least) and (k, v) != ("patience", None): raise ValueError(f"{k} must be an integer of at least {least}; got {v!r}")
-        for k in "lr", "eta", "alpha":
-            v = params.get(k, 1.0)
-            if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 < v < math.inf: raise ValueError(f"{k} must be a positive number; got {v!r}")
-        if not 0 <= self.held_out < 1: raise ValueError(f"held_out is a share of the questions, at least 0 and below 1; got {self.held_out!r}")
+        _check_training(params)
 
     def _fit(self, data):
+        tensors = {k: v.float() for k, v in vars(data).items() if isinstance(v, Tensor)}
         with torch.inference_mode(False), torch.enable_grad():
-            self._train(replace(data, **{k: v.float() for k, v in vars(data).items() if isinstance(v, Tensor)}))  # training is no more exact in float64
+            self._train(replace(data, **tensors))  # training is no more exact in float64
             self.to(data.pos.dtype)
 
     def _learn(self, net, loss, groups, like, **kw):
         "Draw the network's weights and train it."
         draw_weights(net, self.seed, like)
-        self.chosen = fit_network(net, loss, groups, self.seed, self.lr, self.epochs, self.batch_size, held_out=self.held_out, patience=self.patience, label=type(self).__name__, **kw)
+        kw |= dict(held_out=self.held_out, patience=self.patience, label=type(self).__name__)
+        self.chosen = fit_network(net, loss, groups, self.seed, self.lr, self.epochs, self.batch_size, **kw)
         net.requires_grad_(False)
 
     def _restore(self, tensors):
@@ -347,14 +423,45 @@ class TrainedSteerer(Steerer):
         self.requires_grad_(False).eval()
 
 # %% ../nbs/07_baselines.ipynb #022160d1
-def _rms(*xs):
-    "Typical size of an entry: networks see activations divided by it, so that one learning rate fits every layer of every model."
-    return torch.cat(xs).square().mean().sqrt().clamp_min(torch.finfo(xs[0].dtype).tiny)
+def _check_training(params):
+    "One clear error for settings of a training that cannot be meant."
+    for k, least in dict(epochs=1, batch_size=3, patience=1, steps=1, k=1).items():
+        v = params.get(k, least)
+        whole = isinstance(v, int) and not isinstance(v, bool) and v >= least
+        if not whole and (k, v) != ("patience", None):
+            raise ValueError(f"{k} must be an integer of at least {least}; got {v!r}")
+    for k in "lr", "eta", "alpha":
+        v = params.get(k, 1.0)
+        if not (_is_number(v) and 0 < v < math.inf): raise ValueError(f"{k} must be a positive number; got {v!r}")
+    share = params["held_out"]
+    if not 0 <= share < 1:
+        raise ValueError(f"held_out is a share of the questions, at least 0 and below 1; got {share!r}")
 
+# %% ../nbs/07_baselines.ipynb #6e831b3d
 def _pair_groups(data):
     "The question of every pair; without question ids, its wanted row."
     i = np.arange(len(data.pos)) if data.pairs is None else data.pairs[:, 0]
     return i if data.groups is None else data.groups[i]
+
+def _differing_pairs(data):
+    "Wanted rows, their unwanted partners and their questions; pairs that are mostly equal have nothing to teach."
+    good, bad = data.row_pairs()
+    differ = (good == bad).double().mean(-1) < 0.75
+    if not differ.any():
+        raise ValueError("in every pair the wanted and the unwanted activation agree in most entries: "
+                         "are these pairs of different answers?")
+    return good[differ], bad[differ], _pair_groups(data)[differ.cpu().numpy()]
+
+def _flow_ends(data):
+    "Where a flow starts and where it should end, pair by pair, or one clear error."
+    good, bad = data.row_pairs()
+    start, goal = bad if data.source is None else data.source, good - bad
+    if len(start) != len(goal):
+        raise ValueError(f"source must hold one state per pair: {len(goal)} pairs, {len(start)} states")
+    if start.shape != goal.shape:
+        raise ValueError(f"source has width {start.shape[1]}, the activations {goal.shape[1]}: same layer?")
+    if len(goal) < 3: raise ValueError(f"a flow cannot be trained on {len(goal)} pairs: give at least 3")
+    return start, goal
 
 # %% ../nbs/07_baselines.ipynb #c2a40a87
 def across(
@@ -370,7 +477,8 @@ def across(
 
 # %% ../nbs/07_baselines.ipynb #53cf5878
 class HPR(TrainedSteerer, GatedSteerer):
-    "Householder pseudo-rotation: activations on the wrong side of a mirror turn towards the right one by a learned angle."
+    "Householder pseudo-rotation: activations behind a mirror turn towards their images by a learned angle."
+    # grows on this page: `_train`
     def __init__(self,
         lr=5e-4,  # of AdamW, rising for a twentieth of the steps and then falling to 0
         epochs=20,  # at most (published, for more data: 5)
@@ -379,29 +487,32 @@ class HPR(TrainedSteerer, GatedSteerer):
         patience=10,  # epochs without a better held-out loss
         seed=0,  # of first weights, split and batches
     ):
-        super().__init__(lr=lr, epochs=epochs, batch_size=batch_size, held_out=held_out, patience=patience, seed=seed)
+        training = dict(lr=lr, epochs=epochs, batch_size=batch_size, held_out=held_out, patience=patience)
+        super().__init__(**training, seed=seed)
     def _build(self, d): self.angle = mlp([d, *(max(d // k, 16) for k in (2, 4, 8)), 1], nn.GELU)
     def _theta(self, x): return math.pi * self.angle(x).sigmoid()
     def _turn(self, x):
         "The angle of each row, and the vector that it turns to."
         return torch.where(self._unwanted(x), self._theta(x), 0.0)[..., None], across(x, self.coef_)
-    def _field(self, x): theta, w = self._turn(x); return theta * w
+    def _field(self, x):
+        theta, w = self._turn(x)
+        return theta * w
     def _flow(self, x, T):
         theta, w = self._turn(x)
         return (T[..., None] * theta).cos() * x + (T[..., None] * theta).sin() * w
 
 # %% ../nbs/07_baselines.ipynb #435e709c
-def angle_between(a, b):
-    "Angle between rows in [0, pi], exact at both ends."
+def angle_between(
+    a: Tensor,  # (..., d)
+    b: Tensor,  # (..., d)
+) -> Tensor:  # in [0, pi], (...)
+    "Angle between rows, exact at both ends."
     a, b = ascent(a), ascent(b)
     return 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1))
 
 @patch
 def _train(self: HPR, data):
-    good, bad = data.row_pairs()
-    differ = (good == bad).double().mean(-1) < 0.75  # pairs that are mostly equal have nothing to teach
-    if not differ.any(): raise ValueError("in every pair the wanted and the unwanted activation agree in most entries: are these pairs of different answers?")
-    good, bad = good[differ], bad[differ]
+    good, bad, questions = _differing_pairs(data)
     target, scale = angle_between(bad, good), _rms(good, bad)
     with torch.device("meta"):
         self._build(good.shape[1])
@@ -410,9 +521,10 @@ def _train(self: HPR, data):
         rows = rows.to(good.device)
         a, wanted = torch.cat([good[rows], bad[rows]]) / scale, torch.ones_like(target[rows])
         label, theta = torch.cat([wanted, 0 * wanted]), torch.cat([0 * wanted, target[rows]])
-        return nn.functional.binary_cross_entropy_with_logits(net["probe"](a)[:, 0], label) + (self._theta(a) - theta).square().mean()
+        probe = nn.functional.binary_cross_entropy_with_logits(net["probe"](a)[:, 0], label)
+        return probe + (self._theta(a) - theta).square().mean()
     def schedule(step, steps): return min((step + 1) / (0.05 * steps), (steps - step) / (0.95 * steps), 1.0)
-    self._learn(net, loss, _pair_groups(data)[differ.cpu().numpy()], good, schedule=schedule)
+    self._learn(net, loss, questions, good, schedule=schedule)
     self.angle[0].weight /= scale  # from here on it reads activations as they are
     self._store(coef_=net["probe"].weight[0] / scale, intercept_=torch.zeros_like(scale))
 
@@ -422,16 +534,18 @@ def td_loss(
     X: Tensor,  # activations of all tokens, response after response, (n, d)
     reward: Tensor,  # of the response that each token belongs to, (n,)
     after: Tensor,  # row of the next token, -1 at the last of a response, (n,)
-    rows: Tensor,  # the tokens of this batch
-) -> Tensor:
+    rows: Tensor,  # the tokens of this batch, integers
+) -> Tensor:  # ()
     "Mean squared temporal difference."
     rows = rows.to(X.device)
-    with torch.no_grad(): target = torch.where(after[rows] < 0, reward[rows], value(X[after[rows].clamp_min(0)]))
+    after = after[rows]
+    with torch.no_grad(): target = torch.where(after < 0, reward[rows], value(X[after.clamp_min(0)]))
     return (value(X[rows]) - target).square().mean()
 
 # %% ../nbs/07_baselines.ipynb #4aacb208
 class REControl(TrainedSteerer):
-    "RE-Control: gradient ascent on a learned value, the expected reward of the answer."
+    "RE-Control: gradient ascent on a learned value, the expected reward of the answer. `barrier` is value - threshold."
+    # grows on this page: `_train`
     def __init__(self,
         eta=1.0,  # size of a gradient step
         steps=30,  # E, gradient steps; T = 1 takes E steps of size eta, T = 0.5 takes E steps of half the size
@@ -443,11 +557,16 @@ class REControl(TrainedSteerer):
         patience=10,  # epochs without a better held-out loss
         seed=0,  # of first weights, split and batches
     ):
-        super().__init__(eta=eta, steps=steps, threshold=threshold, lr=lr, epochs=epochs, batch_size=batch_size, held_out=held_out, patience=patience, seed=seed)
-    def _build(self, d): self.barrier = ScoreBarrier(mlp([d, max(d, 16), max(d, 16), 1], nn.ReLU), self.threshold)
+        training = dict(lr=lr, epochs=epochs, batch_size=batch_size, held_out=held_out, patience=patience)
+        super().__init__(eta=eta, steps=steps, threshold=threshold, **training, seed=seed)
+    def _build(self, d):
+        score = mlp([d, max(d, 16), max(d, 16), 1], nn.ReLU)
+        self.barrier = ScoreBarrier(score, self.threshold)
     def _field(self, x): return self.steps * self.eta * self.barrier.grad(x)
     def _flow(self, x, T): return integrate(self._field, x, T, self.steps)
-    def _climb(self, *_): raise ValueError("REControl takes a fixed number of steps and has no barrier to stop at: use T= or share=, or ODESteer(barrier=steerer.barrier), which stops where the value reaches a level")
+    def _climb(self, *_):
+        raise ValueError("REControl takes a fixed number of steps and has no barrier to stop at: use T= or share=, or "
+                         "ODESteer(barrier=steerer.barrier), which stops where the value reaches a level")
 
 # %% ../nbs/07_baselines.ipynb #3f4c032d
 @patch
@@ -460,61 +579,89 @@ def _train(self: REControl, data):
     def value(a): return net(a / scale)
     R = (reward - mean) / std
     def loss(rows, g): return td_loss(value, X, R, after, rows)
-    def judge(rows, g): rows = rows.to(X.device); return (value(X[rows]) - R[rows]).square().mean()
+    def judge(rows, g):
+        rows = rows.to(X.device)
+        return (value(X[rows]) - R[rows]).square().mean()
     self._learn(net, loss, groups, X, judge=judge)
     net[0].weight /= scale  # from here on it reads activations as they are and answers in rewards
     net[-1].weight *= std
     net[-1].bias.mul_(std).add_(mean)
 
+# %% ../nbs/07_baselines.ipynb #bfed532b
 def _tokens(data):
     "The tokens of all responses in one table: activations, reward, row of the next token (-1: none), question."
-    seqs, n = data.sequences, len(data.X)
-    if seqs is None: return data.X, data.y, torch.full((n,), -1, device=data.pos.device), np.arange(n) if data.groups is None else data.groups
-    if data.rewards is None or data.rewards.shape != (len(seqs),): raise ValueError(f"{len(seqs)} sequences need rewards=, one number each; got {None if data.rewards is None else tuple(data.rewards.shape)}")
-    seqs = [torch.as_tensor(s).to(data.pos) for s in seqs]
-    bad = next((i for i, s in enumerate(seqs) if s.ndim != 2 or len(s) == 0 or s.shape[1] != data.pos.shape[1] or not torch.isfinite(s).all()), None)
-    if bad is not None: raise ValueError(f"sequences[{bad}] must be finite activations of shape (n_tokens, {data.pos.shape[1]}), at least one token; got {tuple(seqs[bad].shape)}")
+    X, device = data.X, data.pos.device
+    if data.sequences is None:  # every row is the only token of its response
+        groups = np.arange(len(X)) if data.groups is None else data.groups
+        return X, data.y, torch.full((len(X),), -1, device=device), groups
+    seqs = _responses(data)
     lengths = torch.tensor([len(s) for s in seqs])
     owner, after = torch.arange(len(seqs)).repeat_interleave(lengths), torch.arange(1, int(lengths.sum()) + 1)
     after[lengths.cumsum(0) - 1] = -1
-    groups = data.groups if data.groups is not None and len(data.groups) == len(seqs) else np.arange(len(seqs))
-    return torch.cat(seqs), data.rewards[owner.to(data.pos.device)], after.to(data.pos.device), groups[owner.numpy()]
+    groups = data.groups
+    if groups is None or len(groups) != len(seqs): groups = np.arange(len(seqs))
+    return torch.cat(seqs), data.rewards[owner.to(device)], after.to(device), groups[owner.numpy()]
+
+def _responses(data):
+    "The sequences as tensors, each with its reward, or one clear error."
+    n, width = len(data.sequences), data.pos.shape[1]
+    if data.rewards is None or data.rewards.shape != (n,):
+        got = None if data.rewards is None else tuple(data.rewards.shape)
+        raise ValueError(f"{n} sequences need rewards=, one number each; got {got}")
+    seqs = [torch.as_tensor(s).to(data.pos) for s in data.sequences]
+    for i, s in enumerate(seqs):
+        if s.ndim != 2 or len(s) == 0 or s.shape[1] != width or not torch.isfinite(s).all():
+            raise ValueError(f"sequences[{i}] must be finite activations of shape (n_tokens, {width}), "
+                             f"at least one token; got {tuple(s.shape)}")
+    return seqs
 
 # %% ../nbs/07_baselines.ipynb #1a5fd901
-def time_embedding(
-    t: Tensor,  # (..., 1)
-    width=128,
-) -> Tensor:  # (..., width)
-    "Sines and cosines of the time, from slow to fast."
+def _time_embedding(t, width=128):
+    "Sines and cosines of the time, from slow to fast: (..., 1) -> (..., width)."
     f = 100 ** torch.linspace(0, 1, width // 2, dtype=t.dtype, device=t.device)
     return torch.cat([(t * f).sin(), (t * f).cos()], -1)
 
-class Block(nn.Module):
-    "A residual block that is told the time."
+class _Block(nn.Module):
+    "A residual block that is conditioned on the time."
     def __init__(self, i, o, time=128):
         super().__init__()
-        self.path = nn.Sequential(nn.Linear(i + time, o, bias=False), nn.BatchNorm1d(o), nn.ReLU(), nn.Linear(o, o, bias=False), nn.BatchNorm1d(o))  # normalising removes a bias
+        into, out = nn.Linear(i + time, o, bias=False), nn.Linear(o, o, bias=False)  # normalising removes a bias
+        self.path = nn.Sequential(into, nn.BatchNorm1d(o), nn.ReLU(), out, nn.BatchNorm1d(o))
         self.skip = nn.Linear(i + time, o)
-    def forward(self, x, e): x = torch.cat([x, e], -1); return self.path(x) + self.skip(x)
+    def forward(self, x, e):
+        x = torch.cat([x, e], -1)
+        return self.path(x) + self.skip(x)
 
+# %% ../nbs/07_baselines.ipynb #2e6c5dbb
 class UNet(nn.Module):
     "A fully connected U-Net: widths halve on the way down, and the way up sees them again."
-    def __init__(self, d, depth=4):
+    def __init__(self,
+        d,  # entries of a state
+        depth=4,  # blocks on the way down, and on the way up
+    ):
         super().__init__()
         w = [d, *(max(d >> i, 16) for i in range(1, depth + 1))]
-        self.down = nn.ModuleList(Block(i, o) for i, o in zip(w, w[1:]))
-        self.up = nn.ModuleList(Block(i + o, o) for i, o in zip(w[:0:-1], w[-2::-1]))
+        self.down = nn.ModuleList(_Block(i, o) for i, o in zip(w, w[1:]))
+        self.up = nn.ModuleList(_Block(i + o, o) for i, o in zip(w[:0:-1], w[-2::-1]))
         self.out = nn.Linear(d, d)
-    def forward(self, x, t):
-        e, seen = time_embedding(t), []
-        for block in self.down: seen.append(x); x = block(x, e)
+    def forward(self,
+        x: Tensor,  # states, (n, d)
+        t: Tensor,  # times, (n, 1)
+    ) -> Tensor:  # velocities, (n, d)
+        "The velocity of each state at its time."
+        e, seen = _time_embedding(t), []
+        for block in self.down:
+            seen.append(x)
+            x = block(x, e)
         for block in self.up: x = block(torch.cat([x, seen.pop()], -1), e)
         return self.out(x)
 
 # %% ../nbs/07_baselines.ipynb #0d2d9747
 class TruthFlow(TrainedSteerer):
-    "TruthFlow: a rectified flow carries a state to its own correction, which is added along the main directions of the corrections."
-    wants = "source",  # of `fit`, to steer per query
+    """TruthFlow: a rectified flow carries a state to its own correction, added along the corrections' main directions.
+
+    Grows on this page: `correction`, and `steer` and `edits` that also take the state of the query; `_train`."""
+    wants = ("source",)  # of `fit`, to steer per query
     def __init__(self,
         alpha=1.5,  # how much of the correction T = 1 adds
         k=20,  # directions that are kept
@@ -526,7 +673,8 @@ class TruthFlow(TrainedSteerer):
         patience=10,  # epochs without a better held-out loss
         seed=0,  # of first weights, split, batches and times
     ):
-        super().__init__(alpha=alpha, k=k, steps=steps, lr=lr, epochs=epochs, batch_size=batch_size, held_out=held_out, patience=patience, seed=seed)
+        training = dict(lr=lr, epochs=epochs, batch_size=batch_size, held_out=held_out, patience=patience)
+        super().__init__(alpha=alpha, k=k, steps=steps, **training, seed=seed)
     def _build(self, d): self.net = UNet(d)
     def _carry(self, x):
         "Follow the flow for its whole time; its time is one more coordinate of the state."
@@ -538,27 +686,26 @@ class TruthFlow(TrainedSteerer):
 # %% ../nbs/07_baselines.ipynb #15243f47
 @patch
 def _train(self: TruthFlow, data):
-    good, bad = data.row_pairs()
-    start, goal = bad if data.source is None else data.source, good - bad
-    if len(start) != len(goal): raise ValueError(f"source must hold one state per pair: {len(goal)} pairs, {len(start)} states")
-    if start.shape != goal.shape: raise ValueError(f"source has width {start.shape[1]}, the activations {goal.shape[1]}: same layer?")
-    if len(goal) < 3: raise ValueError(f"a flow cannot be trained on {len(goal)} pairs: give at least 3")
+    start, goal = _flow_ends(data)
     scale = _rms(start, goal)
     start, goal = start / scale, goal / scale
     with torch.device("meta"): self._build(goal.shape[1])
     def loss(rows, g):
         t, rows = torch.rand(len(rows), 1, generator=g).to(goal), rows.to(goal.device)
-        a, b = start[rows], goal[rows]
-        return (self.net((1 - t) * a + t * b, t) - (b - a)).square().mean()
+        x0, x1 = start[rows], goal[rows]
+        return (self.net((1 - t) * x0 + t * x1, t) - (x1 - x0)).square().mean()
     def schedule(step, steps):
         warm = min(100, steps // 10)
-        return (step + 1) / warm if step < warm else max(0.7, (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2)
+        if step < warm: return (step + 1) / warm
+        return max(0.7, (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2)
     self._learn(self.net, loss, _pair_groups(data), goal, schedule=schedule, weight_decay=0.01)
-    self._store(scale_=scale, basis_=torch.linalg.svd(goal, full_matrices=False).Vh[:self.k].T.contiguous(), per_query_=torch.tensor(data.source is not None))
+    basis = torch.linalg.svd(goal, full_matrices=False).Vh[:self.k].T.contiguous()
+    self._store(scale_=scale, basis_=basis, per_query_=torch.tensor(data.source is not None))
     if self.per_query_: self._store(query_move_=self._field(data.source.to(goal)).norm(dim=-1).median())
 
 @patch
-def _displacement(self: TruthFlow, x): return self.query_move_.clone() if self.per_query_ else Steerer._displacement(self, x)  # what T = 1 adds to a typical query
+def _displacement(self: TruthFlow, x):  # what T = 1 adds to a typical query
+    return self.query_move_.clone() if self.per_query_ else Steerer._displacement(self, x)
 
 # %% ../nbs/07_baselines.ipynb #0589abb8
 @patch
@@ -573,26 +720,37 @@ def correction(self: TruthFlow,
 @patch
 def steer(self: TruthFlow,
     a: Tensor,  # activations, (..., d)
-    T=None, *, share=None, nats=None, until=None,  # as for every steerer
-    source=None,  # states of the queries, of a shape that broadcasts to `a`: correct these, not each activation by itself
+    T=None,  # time: a number, or one per row
+    *,
+    share=None,  # instead of T: the distance as a share of the median norm of the fitted activations
+    nats=None,  # as for every steerer; an error here, as there is no barrier to stop at
+    until=None,  # likewise
+    source=None,  # states of the queries, broadcast to `a`: correct these, not each activation by itself
 ) -> Tensor:  # (..., d), dtype and device of `a`
     "Add `T` times the correction of the activation's own state, or of its query's."
-    return Steerer.steer(self, a, T, share=share, nats=nats, until=until) if source is None else self._add(a, self.correction(source), T=T, share=share, nats=nats, until=until)
+    strength = dict(T=T, share=share, nats=nats, until=until)
+    if source is None: return Steerer.steer(self, a, **strength)
+    return self._add(a, self.correction(source), **strength)
 
+# %% ../nbs/07_baselines.ipynb #a8ea72c6
 @patch
 @in_full_precision
 def _add(self: TruthFlow, a, correction, T=None, share=None, nats=None, until=None):
     a, x, me = self._ready(a)
     T = me._time(x, T, share, nats, until)
     if nats is not None or until is not None: return me._climb(x, T, nats, until, a)
-    return torch.where((T != 0)[..., None], (x + T[..., None] * correction.to(x)).to(a.dtype), a)
+    steered = (x + T[..., None] * correction.to(x)).to(a.dtype)
+    return torch.where((T != 0)[..., None], steered, a)
 
 @patch
-def edits(self: TruthFlow, model, layer, strength):
-    "What to do at the layer's output; if fitted with `source=`, every token of an answer gets the correction of the last prompt token."
+def edits(self: TruthFlow,
+    model,  # the model to be steered (unused: a steerer looks at one layer only)
+    layer,  # 0-based decoder block
+    strength,  # number, one per row, or a dict of units such as {"share": 0.3}
+) -> dict:  # {layer: Edit}
+    "What to do at the layer's output; after `fit(source=)`, all of an answer gets the last prompt token's correction."
     unit, _, limits = self._unit(strength)
-    def edit(block_in, block_out, value, correction=None):
+    def apply(block_in, block_out, value, correction=None):
         if correction is None: return self.steer(block_out, **{unit: value}, **limits)
         return self._add(block_out, correction, **{unit: value}, **limits)
-    if self.per_query_: edit.remember = self.correction
-    return {layer: edit}
+    return {layer: Edit(apply, remember=self.correction if self.per_query_ else None)}

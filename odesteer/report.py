@@ -114,7 +114,7 @@ def _named(r): return r["method"] + " (placebo)"*(r["method"] in PLACEBOS) + f" 
 def study_table(scope, name) -> Table:
     "An ablation of a scope"
     rows = [[place, arm, v[:3], v[3:6] if v[3] is not None else "reference", v[6], *(v[8:11] + [None])[:3]] for arm, place, *v in scope["studies"][name]]
-    return Table(f"{ABLATIONS[name]['question']} {scope['task']}, {_title(scope)}", ["where", "arm", scope["primary"], "change", "p", "moved", "angle", "effort"], rows, signed=("change",),
+    return Table(f"{ABLATIONS[name].question} {scope['task']}, {_title(scope)}", ["where", "arm", scope["primary"], "change", "p", "moved", "angle", "effort"], rows, signed=("change",),
                  note="change: paired difference to the first arm at the same place (at a level: to walking on); angle in degrees; moved: share of the norm; effort: what is added over the activation, mean over all blocks.")
 
 def pair_table(scope) -> Table:
@@ -232,14 +232,14 @@ def setting_matters(scope, study, question) -> Verdict:
     "Does a setting matter? By the arms of its study"
     gains = together({f"{arm} ({place})": g for (arm, place), g in study_gains(scope, study).items()})
     if not gains: return None
-    clear, reference = {k: g for k, g in gains.items() if g.reading != "no clear difference from"}, ABLATIONS[study]["arms"][0][0]
+    clear, reference = {k: g for k, g in gains.items() if g.reading != "no clear difference from"}, ABLATIONS[study].reference
     said = "; ".join(f"{k} is {g.reading} {reference}" for k, g in clear.items())
     return Verdict(question, f"Yes: {said}" if clear else f"No clear difference from {reference}", _listed(gains, f"{{}} over {reference}"))
 
 # %% ../nbs/17_report.ipynb #63ef2a14
 def closed_loop(scope) -> Verdict:
     "Does it pay to close the loop? By the arms of that study, against pushing at one block"
-    gains, reference = together({f"{arm}, {place}": g for (arm, place), g in study_gains(scope, "closed loop").items()}), ABLATIONS["closed loop"]["arms"][0][0]
+    gains, reference = together({f"{arm}, {place}": g for (arm, place), g in study_gains(scope, "closed loop").items()}), ABLATIONS["closed loop"].reference
     loops = {k: g for k, g in gains.items() if not k.startswith(("one block", "every block"))}
     if not loops: return None
     said = {r: [k for k, g in loops.items() if g.reading == r] for r in ("better than", "worse than", "no clear difference from")}
@@ -374,7 +374,7 @@ def study_figure(scope: dict, name: str):  # matplotlib figure
     import matplotlib.pyplot as plt
     from odesteer.plots import style
     if name in ("steps", "stop level"): return _line_figure(scope, name)
-    rows, reference = averaged(scope["studies"][name]), ABLATIONS[name]["arms"][0][0]
+    rows, reference = averaged(scope["studies"][name]), ABLATIONS[name].reference
     panels = list(dict.fromkeys(place for _, place, *_ in rows))
     arms = list(dict.fromkeys(arm for arm, *_ in rows if arm != reference))
     with style(**{"figure.figsize": (2 + 1.9*len(panels), 1 + .26*len(arms)), "font.size": 9}):
@@ -456,7 +456,7 @@ def _pages(results, found, drawn):
         why = [f"- {r['arm']}: {r['why']}" for r in s["rows"] if "why" in r]
         if why: yield "What validation chose, and why:\n\n" + "\n".join(why)
         for what in ("strength", "pareto", "layers"): yield from picture(what)
-        for study in s.get("studies", {}): yield from [f"### {ABLATIONS[study]['question']}", *picture(study), found[f"{name}, {study}"].markdown()]
+        for study in s.get("studies", {}): yield from [f"### {ABLATIONS[study].question}", *picture(study), found[f"{name}, {study}"].markdown()]
         if f"{name}, pairs" in found: yield from ["### Pairs", found[f"{name}, pairs"].markdown()]
 
 # %% ../nbs/17_report.ipynb #39bba241

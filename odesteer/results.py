@@ -182,7 +182,7 @@ def guardrail_rows(
     folders,  # folder of runs, or several
     count: Counter = None,  # damaged files are counted here
 ) -> list:  # of dicts
-    "What `Bench.guardrails` found: model, task, metric, method, layer, strength, n, score and its change [value, low, high] from the unsteered model"
+    "What `guardrails` found: model, task, metric, method, layer, strength, n, score and its change [value, low, high] from the unsteered model"
     found, rows = {}, []
     for path in (p for root in _roots(folders) for p in sorted((root/"guardrails").glob("*.json"))):
         try: kept = json.loads(path.read_text(encoding="utf-8")); found.setdefault(path.stem, (kept["config"], kept["scores"], (kept["config"]["model"]["sha256"], json.dumps(kept["config"]["lm_eval"]))))
@@ -288,21 +288,21 @@ def met(self: Unit, study: str) -> dict:  # label of an arm -> place -> test run
     main = self.mains().get("odesteer")
     layer = main and self.choice(main)["layer"]
     if layer is None: return {}
-    out, coarse, own = {}, ABLATIONS[study].get("coarse", False), ABLATIONS[study].get("own", False)
-    for a in ablation_arms(study, self.arms[main][1], {m: self.arms[b][1] for m, b in self.mains().items() if feedback(m)}):
-        arm = arm_label(a["method"], a["params"])
-        where = None if feedback(a["method"]) else (c["layer"] if own and (c := self.choice(arm)) and c["strength"] else layer)
-        out[a["label"]] = {place(json.loads(s)): runs for (split, b, k, s), runs in self.points.items() if (split, b, k) == ("test", arm, where)}
-        if best := self.chosen(arm, None if own else where, coarse): out[a["label"]]["best"] = best
+    out, coarse, own = {}, ABLATIONS[study].coarse, ABLATIONS[study].own
+    for a in ablation_arms(study, {m: self.arms[b][1] for m, b in self.mains().items()}):
+        arm = arm_label(a.method, a.params)
+        where = None if feedback(a.method) else (c["layer"] if own and (c := self.choice(arm)) and c["strength"] else layer)
+        out[a.label] = {place(json.loads(s)): runs for (split, b, k, s), runs in self.points.items() if (split, b, k) == ("test", arm, where)}
+        if best := self.chosen(arm, None if own else where, coarse): out[a.label]["best"] = best
     return out
 
 # %% ../nbs/16_results.ipynb #0bbf1b3c
 @patch
 def study(self: Scope, name: str) -> list:
     "An ablation: [arm, place, value, low, high, difference to the reference, low, high, p, items, moved, angle, effort]"
-    met, labels, out = [u.met(name) for u in self.units], [a[0] for a in ABLATIONS[name]["arms"]], []
+    met, labels, out = [u.met(name) for u in self.units], [a.label for a in ABLATIONS[name].arms], []
     has = {label: set.intersection(*(set(m.get(label, {})) for m in met)) for label in labels}  # places reached in every unit
-    for kind in ABLATIONS[name]["at"]:
+    for kind in ABLATIONS[name].at:
         places = sorted({p for ps in has.values() for p in ps if p.split()[0] == kind}, key=lambda p: [float(w) for w in p.split() if w[0].isdigit()])
         arms = [label for label in labels if has[label] & set(places)]
         common = [p for p in places if all(p in has[label] for label in arms)]

@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -22,121 +23,145 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import odesteer as ods
-from .report import committed
 from .density import in_chunks
-from .euler import write_atomic
-from .models import device_of, evaluating, pad_id, decoder_layers, encode, padded
+from .euler import Edit, write_atomic
+from .models import decoder_layers, device_of, encode, pad_id, padded
 
 # %% auto #0
-__all__ = ['READ_ROWS', 'MOVES', 'SHAPES', 'ROUTES', 'LOW', 'FULL', 'TINY', 'PARTS', 'TARGETS', 'DIRECTION', 'Ratio', 'ratio',
-           'once', 'trials', 'Work', 'count', 'random_llama', 'Decoding', 'recipe_vjp', 'recipe_flow', 'tables',
-           'activations', 'measure_steer', 'spread', 'results', 'pick', 'plain_collect', 'measure_collect',
-           'measure_fit', 'objective', 'EmptyEdit', 'RecipeEdit', 'fitted_methods', 'measure_decode', 'attached',
-           'measure_import', 'describe_machine', 'measure', 'on_model', 'keep', 'endings', 'show', 'goals', 'width_of']
+__all__ = ['SHAPES', 'ROUTES', 'LOW', 'PARTS', 'TARGETS', 'Ratio', 'ratio', 'once', 'trials', 'Work', 'count', 'random_llama',
+           'Decoding', 'recipe_vjp', 'recipe_flow', 'tables', 'activations', 'measure_steer', 'results', 'pick',
+           'plain_collect', 'measure_collect', 'measure_fit', 'objective', 'EmptyEdit', 'RecipeEdit', 'fitted_methods',
+           'measure_decode', 'attached', 'measure_import', 'describe_machine', 'measure', 'keep', 'show', 'goals']
 
 # %% ../nbs/20_speed.ipynb #c961bf8e
 @dataclass
 class Ratio:
-    "Median of ratios taken within rounds, and their middle half"
-    value: float
-    lo: float
-    hi: float
+    "Median of ratios taken within rounds, and their middle half."
+    value: float  # the median
+    lo: float  # lower quartile
+    hi: float  # upper quartile
     def __str__(self): return f"{self.value:.3g} ({self.lo:.3g} to {self.hi:.3g})"
 
 def ratio(
-    a, b,  # (rounds,) seconds of two candidates
+    a,  # seconds of one candidate, (rounds,)
+    b,  # seconds of another in the same rounds, (rounds,)
 ) -> Ratio:  # how many times longer `a` takes than `b`
-    "Compare two candidates round by round"
+    "Compare two candidates round by round."
     return Ratio(*np.quantile(np.asarray(a) / np.asarray(b), [.5, .25, .75]).tolist())
 
-def once(f, times, clock, wait) -> float:
-    "Seconds per call of `times` calls in a row"
+def once(
+    f,  # function without arguments
+    times: int,  # calls in a row, 1 or more
+    clock,  # function that returns seconds
+    wait,  # function that returns when the device is idle
+) -> float:  # seconds per call
+    "Time some calls in a row."
     wait()
     start = clock()
     for _ in range(times): f()
     wait()
     return (clock() - start) / times
 
+# %% ../nbs/20_speed.ipynb #0b7d688c
 def trials(
     arms: dict,  # name -> function without arguments
-    rounds: int = 7,
+    rounds: int = 7,  # turns of each candidate
     least: float = .02,  # seconds: short functions are called as often in a row as this takes
     device="cpu",  # a GPU works on while Python goes on: there the clock stops when it is done
-    clock=time.perf_counter,
-) -> dict:  # name -> (rounds,) seconds per call
-    "Time candidates that take turns, after a warm-up"
+    clock=time.perf_counter,  # function that returns seconds
+) -> dict:  # name -> seconds per call, (rounds,)
+    "Time candidates that take turns in random order, after a warm-up."
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     first = {name: [once(f, 1, clock, wait)] for name, f in arms.items()}
     for name, f in arms.items():
         while len(first[name]) < 3 and sum(first[name]) < 1: first[name].append(once(f, 1, clock, wait))
     times = {name: max(1, math.ceil(least / max(min(first[name]), 1e-7))) for name in arms}
-    rng, seconds = np.random.default_rng(0), {name: [] for name in arms}
+    names, rng, seconds = list(arms), np.random.default_rng(0), {name: [] for name in arms}
     for _ in range(rounds):
-        for i in rng.permutation(len(arms)):
-            name = list(arms)[i]
+        for i in rng.permutation(len(names)):
+            name = names[i]
             seconds[name].append(once(arms[name], times[name], clock, wait))
     return {name: np.array(s) for name, s in seconds.items()}
 
 # %% ../nbs/20_speed.ipynb #8242e2c8
 @dataclass
 class Work:
-    "What was done: operations of PyTorch (kernels on a GPU), bytes read and written by them, floating-point operations"
-    kernels: int = 0
-    bytes: float = 0
-    flops: float = 0
-    def __sub__(self, other): return Work(self.kernels - other.kernels, self.bytes - other.bytes, self.flops - other.flops)
-
-READ_ROWS = "embedding", "gather", "index", "index_select", "index_add", "index_add_"  # look at as many entries of a table as they give or take
-MOVES = {*READ_ROWS[:4], "_to_copy", "clone", "copy_", "cat", "stack", "arange", "fill_", *(f"{new}{k}{like}" for k in ("zeros", "ones", "full") for new, like in (("", ""), ("new_", ""), ("", "_like")))}  # bytes and no arithmetic
+    "What a computation did."
+    kernels: int = 0  # operations of PyTorch; on a GPU, kernels
+    bytes: float = 0  # read and written by them
+    flops: float = 0  # floating-point operations
+    def __sub__(self, other):
+        return Work(self.kernels - other.kernels, self.bytes - other.bytes, self.flops - other.flops)
 
 class _Counting(TorchDispatchMode):
-    def __init__(self): super().__init__(); self.work = Work()
+    "Adds up the work of every operation that PyTorch runs inside the `with` block, in `work`."
+    def __init__(self):
+        super().__init__()
+        self.work = Work()
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        if not any(r.alias_info and not r.alias_info.is_write for r in op._schema.returns): self._add(op.overloadpacket, args, kwargs or {}, out)  # a view moves nothing
+        kwargs = kwargs or {}
+        out = op(*args, **kwargs)
+        view = any(r.alias_info and not r.alias_info.is_write for r in op._schema.returns)  # moves nothing
+        if not view: self._add(op.overloadpacket, args, kwargs, out)
         return out
-
     def _add(self, op, args, kwargs, out):
-        given, made = _tensors(args) + _tensors([v for k, v in kwargs.items() if k != "out"]), _tensors([out])
-        if not given + made or "empty" in op.__name__: return  # room is made, nothing is done
+        given, new = _tensors(args) + _tensors([v for k, v in kwargs.items() if k != "out"]), _tensors([out])
+        if not given + new or "empty" in op.__name__: return  # room is made, nothing is done
         sizes = [_size(t) for t in given]
-        if op.__name__ in READ_ROWS: sizes = [min(s, 2 * max(map(_size, made + given[-1:]))) for s in sizes]
+        if op.__name__ in _READ_ROWS: sizes = [min(s, 2 * max(map(_size, new + given[-1:]))) for s in sizes]
         self.work.kernels += 1
-        self.work.bytes += sum(sizes) + sum(map(_size, made))
-        self.work.flops += _flops(op, args, kwargs, out, made)
+        self.work.bytes += sum(sizes) + sum(map(_size, new))
+        self.work.flops += _flops(op, args, kwargs, out, new)
 
 # %% ../nbs/20_speed.ipynb #6291b74f
-def _tensors(x): return [t for a in x for t in (_tensors(a) if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
+# operations that look at as many entries of a table as they give or take
+_READ_ROWS = "embedding", "gather", "index", "index_select", "index_add", "index_add_"
+
+# operations that move bytes and do no arithmetic
+_NEW = {f"{new}{k}{like}" for k in ("zeros", "ones", "full") for new, like in (("", ""), ("new_", ""), ("", "_like"))}
+_MOVES = {*_READ_ROWS[:4], "_to_copy", "clone", "copy_", "cat", "stack", "arange", "fill_", *_NEW}
+
+def _tensors(x):
+    "All tensors in nested lists and tuples."
+    flat = [t for a in x for t in (_tensors(a) if isinstance(a, (list, tuple)) else [a])]
+    return [t for t in flat if isinstance(t, Tensor)]
+
 def _size(t): return min(t.numel() * t.element_size(), t.untyped_storage().nbytes())  # a repeated view is read once
 
-def _flops(op, args, kwargs, out, made):
-    "Matrix products and attention by PyTorch's own formulas, Fourier transforms by theirs, one for each number made by anything else"
+def _flops(op, args, kwargs, out, new):
+    "Matrix products, attention: PyTorch's formulas; Fourier transforms: theirs; else one for each number that is new."
     from torch.utils.flop_counter import flop_registry
-    if op.__name__ in MOVES: return 0
+    if op.__name__ in _MOVES: return 0
     if op in flop_registry: return flop_registry[op](*args, **kwargs, out_val=out)
     if op.__name__.startswith("_fft"):
         n, wide = max(args[0].shape[-1], out.shape[-1]), max(args[0].numel(), out.numel())
         return (5 if op.__name__ == "_fft_c2c" else 2.5) * wide * math.log2(max(n, 2))
-    return max((t.numel() for t in made), default=0)
+    return max((t.numel() for t in new), default=0)
 
-def count(f) -> Work:
-    "The work of one call"
-    with torch.no_grad(), _Counting() as c: f()
-    return c.work
+# %% ../nbs/20_speed.ipynb #edd511e0
+def count(
+    f,  # function without arguments
+) -> Work:
+    "The work of one call, without gradients."
+    with torch.no_grad(), _Counting() as counting: f()
+    return counting.work
 
 # %% ../nbs/20_speed.ipynb #d802c1c7
 SHAPES = {  # of Llama models
-    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=8000),
-    "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True),
-    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)}
+    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+                 num_attention_heads=4, num_key_value_heads=2, vocab_size=8000),
+    "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+               num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True),
+    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+               num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)}
 
 def random_llama(
     shape: str = "1b",  # one of SHAPES
     device="cpu",  # "meta": shapes without numbers
-    dtype=torch.float32,
-    seed: int = 0,
+    dtype=torch.float32,  # of the weights
+    seed: int = 0,  # of the weights
 ):  # a causal language model
-    "A model of a given shape with random weights: it says nothing, and takes exactly as long to say it"
+    "A model of a given shape with random weights: it says nothing, and takes exactly as long to say it."
     from transformers import LlamaConfig, LlamaForCausalLM
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     with torch.random.fork_rng(), torch.device(device):
@@ -145,38 +170,50 @@ def random_llama(
 
 # %% ../nbs/20_speed.ipynb #30d5a121
 class Decoding:
-    "One answer that grows token by token behind a cache, so that methods can take turns within it"
+    "One answer that grows token by token behind a cache, so that methods can take turns within it."
     def __init__(self,
         model,  # a causal language model
-        prompt: int = 64, batch: int = 1,  # tokens of the prompt, rows
+        prompt: int = 64,  # tokens of the prompt
+        batch: int = 1,  # rows
         room: int = 1024,  # tokens that the answer may grow to, for a static cache
         static=False,  # a cache of fixed size, as compiled code needs
     ):
         from transformers import DynamicCache, StaticCache
-        self.run, self.static = model, static
-        self.cache = StaticCache(config=model.config, max_cache_len=prompt + room) if static else DynamicCache(config=model.config)
+        self.run, self.static, config = model, static, model.config
+        self.cache = StaticCache(config=config, max_cache_len=prompt + room) if static else DynamicCache(config=config)
         ids = torch.arange(4, 4 + prompt, device=device_of(model.get_input_embeddings())).expand(batch, -1)
         self.step(ids)
 
     @torch.no_grad()
-    def step(self, token=None):
-        "One forward pass, and its likeliest next token"
+    def step(self,
+        token=None,  # (batch, n) tokens to read; default: the last answer, kept in `token`, (batch, 1)
+    ):
+        "One forward pass, and its likeliest next token."
         out = self.run(input_ids=self.token if token is None else token, past_key_values=self.cache, use_cache=True)
         self.token = out.logits[:, -1:].argmax(-1)
 
     def count(self) -> Work:
-        "The work of the next step, which is then forgotten: all counts are for one length of the cache"
+        "The work of the next step, which is then forgotten: all counts are for one length of the cache."
         token = self.token
         work, self.token = count(self.step), token
         if not self.static: self.cache.crop(-1)  # a static one is read as a whole, however full it is
         return work
 
 # %% ../nbs/20_speed.ipynb #8679984a
-def recipe_vjp(x, w, index, bit, gamma, coef0, n):
-    "`J(x)^T w` of a count sketch of any degree: x (B, d), w (n,), tables (D, d + 1) -> (B, d)"
+def recipe_vjp(
+    x: Tensor,  # points, (B, d)
+    w: Tensor,  # weights of the features, (n,)
+    index: Tensor,  # where each entry goes, one row for each degree, (D, d + 1), integers
+    bit: Tensor,  # its sign, (D, d + 1), +-1
+    gamma: float,  # of the kernel (gamma x.y + coef0)^D
+    coef0: float,  # likewise
+    n: int,  # number of features
+) -> Tensor:  # J(x)^T w, (B, d)
+    "Vector-Jacobian product of a count sketch of any degree, as published."
     z = gamma**.5 * x
     if coef0: z = torch.cat([z, torch.full_like(x[:, :1], coef0**.5)], 1)
-    F = [torch.fft.rfft(torch.zeros(len(x), n, dtype=x.dtype, device=x.device).index_add_(1, h, z * s)) for h, s in zip(index, bit)]
+    def sketch(i, s): return torch.zeros(len(x), n, dtype=x.dtype, device=x.device).index_add_(1, i, z * s)
+    F = [torch.fft.rfft(sketch(i, s)) for i, s in zip(index, bit)]
     out = torch.zeros_like(z)
     for k in range(len(F)):
         others = torch.ones_like(F[0])
@@ -187,8 +224,14 @@ def recipe_vjp(x, w, index, bit, gamma, coef0, n):
         out += bit[k] * c[:, index[k]]
     return gamma**.5 * out[:, :x.shape[1]]
 
-def recipe_flow(a, T, w, index, bit, gamma=.1, coef0=1., n=8000, steps=10):
-    "Euler steps along grad h / |grad h| as published: a (B, d), T a number"
+# %% ../nbs/20_speed.ipynb #67a36728
+def recipe_flow(
+    a: Tensor,  # activations, (B, d)
+    T: float,  # time
+    w: Tensor, index: Tensor, bit: Tensor, gamma=.1, coef0=1., n=8000,  # as for `recipe_vjp`
+    steps=10,  # of Euler's method
+) -> Tensor:  # (B, d)
+    "Euler steps along grad h / |grad h|, as published."
     for _ in range(steps):
         r = a.norm(dim=-1, keepdim=True) + 1e-12
         u = a / r
@@ -197,62 +240,100 @@ def recipe_flow(a, T, w, index, bit, gamma=.1, coef0=1., n=8000, steps=10):
         a = a + T / steps * g / (g.norm(dim=-1, keepdim=True) + 1e-10)
     return a
 
-def tables(steerer) -> dict:
-    "What `recipe_flow` needs of a fitted ODESteer"
+def tables(
+    steerer: ods.ODESteer,  # fitted, with a count sketch
+) -> dict:  # keyword arguments of `recipe_flow`
+    "What `recipe_flow` needs of a fitted ODESteer."
     f, w = steerer.barrier.features, steerer.barrier.coef_
     return dict(w=w, index=f.indexHash_, bit=f.bitHash_.to(w), gamma=f.gamma, coef0=f.coef0, n=f.n_components)
 
 # %% ../nbs/20_speed.ipynb #0d1ef816
-def activations(n: int, d: int, seed: int = 0, device="cpu") -> tuple:  # wanted and unwanted, (n, d) each
-    "Random activations of two classes"
+def activations(
+    n: int,  # rows of each class
+    d: int,  # width
+    seed: int = 0,  # of the draw
+    device="cpu",  # where they are put; the draw is the same everywhere
+) -> tuple:  # wanted and unwanted, (n, d) each
+    "Random activations of two classes."
     g = torch.Generator().manual_seed(seed)
     side = torch.randn(d, generator=g)
     return tuple((torch.randn(n, d, generator=g) + s * side + 1).to(device) for s in (.3, -.3))
 
 # %% ../nbs/20_speed.ipynb #1861d46a
+ROUTES = "auto", "spectral", "dense", "fft"  # of ODESteer: exact
+LOW = "rank d/4"  # and not
+
 def measure_steer(
     width: int,  # d of the activations
-    batches: tuple, steps: tuple,  # numbers of rows and of Euler steps
+    batches: tuple,  # numbers of rows
+    steps: tuple,  # numbers of Euler steps
     n_components: int = 8000,  # width of the sketch
-    device="cpu",
+    device="cpu",  # where it is measured
     **timing,  # of `trials`
-) -> list:  # one row for each batch, number of steps and route
-    "`ODESteer.steer` by each of its routes, the last not exact, against the published recipe: time, work, and how far the results are apart"
+) -> list:  # one row, a dict, for each batch, number of steps and route
+    "Time and work of `ODESteer.steer` by each of its routes against the published recipe, and how far the ends differ."
     pos, neg = activations(64, width, device=device)
-    ways, rows, wait = {**{m: dict(method=m) for m in ROUTES}, LOW: dict(rank=width // 4)}, [], torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    routes = {m: ods.ODESteer(n_components=n_components, **way).fit(pos, neg) for m, way in ways.items()}
-    recipe, T = tables(routes["auto"]), .3 * routes["auto"].median_norm_.item()
+    ways = {**{m: dict(method=m) for m in ROUTES}, LOW: dict(rank=width // 4)}
+    steerers = {m: ods.ODESteer(n_components=n_components, **way).fit(pos, neg) for m, way in ways.items()}
+    recipe, T = tables(steerers["auto"]), .3 * steerers["auto"].median_norm_.item()
+    rows = []
     for batch, n in itertools.product(batches, steps):
         a = activations(batch, width, 1, device)[1]
-        for s in routes.values(): s.steps = n
-        arms = {"recipe": lambda: recipe_flow(a, T, **recipe, steps=n), **{m: lambda s=s: s.steer(a, T) for m, s in routes.items()}}
-        with torch.no_grad():
-            ends, first = {}, {}
-            for name, f in arms.items():
-                start = time.perf_counter()
-                ends[name] = f()
-                wait()
-                first[name] = time.perf_counter() - start
-            seconds, moved = trials(arms, device=device, **timing), (ends["recipe"] - a).norm(dim=-1)
-        rows += [dict(width=width, batch=batch, steps=n, route=name, seconds=float(np.median(s)), ratio=spread(ratio(seconds["recipe"], s)), **vars(count(arms[name])),
-                      first=first[name], took=name if name == "recipe" else routes[name].route(a), error=((ends[name] - ends["recipe"]).norm(dim=-1) / moved).max().item()) for name, s in seconds.items()]
+        arms = {"recipe": lambda: recipe_flow(a, T, **recipe, steps=n)}
+        for name, s in steerers.items():
+            s.steps = n
+            arms[name] = lambda s=s: s.steer(a, T)
+        with torch.no_grad(): found = _side_by_side(arms, a, device, timing)
+        for name, row in found.items():
+            took = name if name == "recipe" else steerers[name].route(a)
+            error = row.pop("error")
+            rows.append(dict(width=width, batch=batch, steps=n, route=name, **row, took=took, error=error))
     return rows
 
-ROUTES, LOW = ("auto", "spectral", "dense", "fft"), "rank d/4"  # of ODESteer: exact, and not
-def spread(r: Ratio) -> list: return [r.value, r.lo, r.hi]
+# %% ../nbs/20_speed.ipynb #ea1c8f19
+def _side_by_side(arms, a, device, timing) -> dict:
+    "For each arm: time, ratio, work, seconds of its first call, and the error as a share of the recipe's way."
+    ends, first = {}, {}
+    for name, f in arms.items():
+        start = time.perf_counter()
+        ends[name] = f()
+        if torch.device(device).type == "cuda": torch.cuda.synchronize()
+        first[name] = time.perf_counter() - start
+    seconds, way = trials(arms, device=device, **timing), (ends["recipe"] - a).norm(dim=-1)
+    def row(name):
+        error = ((ends[name] - ends["recipe"]).norm(dim=-1) / way).max().item()
+        times = _times(seconds[name], ratio(seconds["recipe"], seconds[name]))
+        return dict(**times, **vars(count(arms[name])), first=first[name], error=error)
+    return {name: row(name) for name in arms}
+
+def _times(seconds, compared: Ratio) -> dict:
+    "What every row holds: median seconds, and a ratio with its middle half."
+    return dict(seconds=float(np.median(seconds)), ratio=[compared.value, compared.lo, compared.hi])
 
 # %% ../nbs/20_speed.ipynb #dd91c90d
 def results() -> dict:
-    "What `odesteer speed` measured for the tables of this page"
-    return committed("speed")
+    "What `odesteer speed` measured for the tables of this page: part -> rows, and `machine`."
+    asset = resources.files("odesteer")/"assets"/"speed.json"
+    return json.loads(asset.read_text(encoding="utf-8"))
 
-def pick(part: str, found: dict = None, **where) -> list:
-    "Rows of a part with the given values"
-    return [r for r in (results() if found is None else found).get(part, []) if all(r[k] == v for k, v in where.items())]
+def pick(
+    part: str,  # one of PARTS
+    found: dict = None,  # what `measure` returned; default: the committed results
+    **where,  # values that a row must have
+) -> list:  # of rows; empty where the part was not measured
+    "Rows of a part with the given values."
+    rows = (results() if found is None else found).get(part, [])
+    return [r for r in rows if all(r[k] == v for k, v in where.items())]
 
 # %% ../nbs/20_speed.ipynb #10fe0e01
-def plain_collect(model, tokenizer, texts: list, layer: int, batch_size: int = 32) -> Tensor:
-    "The last token's hidden state, with `output_hidden_states=True`, in batches as the texts come"
+def plain_collect(
+    model,  # a causal language model
+    tokenizer,  # its tokenizer
+    texts: list,  # of str
+    layer: int,  # 0-based decoder block
+    batch_size: int = 32,  # texts
+) -> Tensor:  # (len(texts), d), float32, on the CPU
+    "The last token's hidden state, with `output_hidden_states=True`, in batches as the texts come."
     states, device = [], device_of(model.get_input_embeddings())
     for i in range(0, len(texts), batch_size):
         batch = padded(encode(tokenizer, texts[i:i + batch_size]), pad_id(tokenizer), "right", device)
@@ -260,53 +341,74 @@ def plain_collect(model, tokenizer, texts: list, layer: int, batch_size: int = 3
         states.append(hidden[torch.arange(len(hidden)), batch["attention_mask"].sum(1) - 1].float().cpu())
     return torch.cat(states)
 
+# %% ../nbs/20_speed.ipynb #a2644766
 def measure_collect(
-    model, tokenizer, texts: list,
-    batch_size: int = 32,
-    rounds: int = 5,
+    model,  # a causal language model
+    tokenizer,  # its tokenizer
+    texts: list,  # of str
+    batch_size: int = 32,  # texts
+    rounds: int = 5,  # of `trials`
     shape: str = "",  # name of the model in the rows
     **timing,  # of `trials`
-) -> list:
-    "Activations of layers at a quarter, half, three quarters and the end of the model, against the plain loop"
+) -> list:  # of rows, the plain loop first
+    "Activations of layers at a quarter, half, three quarters and the end of the model, against the plain loop."
     depth = len(decoder_layers(model))
     layers = sorted({max(depth * q // 4 - 1, 0) for q in (1, 2, 3, 4)})
-    collect = lambda layer: ods.collect_activations(model, tokenizer, texts, layers=layer, batch_size=batch_size, progress=False)[layer]
-    arms = {"plain": lambda: plain_collect(model, tokenizer, texts, layers[0], batch_size), **{layer: lambda layer=layer: collect(layer) for layer in layers}}
-    apart = (collect(layers[0]) - arms["plain"]()).norm(dim=-1) / collect(layers[0]).norm(dim=-1)
+    how = dict(batch_size=batch_size, progress=False)
+    def collect(layer): return ods.collect_activations(model, tokenizer, texts, layers=layer, **how)[layer]
+    arms = {"plain": lambda: plain_collect(model, tokenizer, texts, layers[0], batch_size)}
+    arms |= {layer: lambda layer=layer: collect(layer) for layer in layers}
+    ours = collect(layers[0])
+    error = ((ours - arms["plain"]()).norm(dim=-1) / ours.norm(dim=-1)).max().item()
     seconds = trials(arms, rounds, device=device_of(model), **timing)
-    return [dict(shape=shape, layer=layer, depth=depth, texts=len(texts), seconds=float(np.median(s)), ratio=spread(ratio(seconds["plain"], s)), error=apart.max().item()) for layer, s in seconds.items()]
+    return [dict(shape=shape, layer=layer, depth=depth, texts=len(texts), **_times(s, ratio(seconds["plain"], s)),
+                 error=error) for layer, s in seconds.items()]
 
 # %% ../nbs/20_speed.ipynb #1fcd0f55
 def measure_fit(
-    n: int, width: int,  # activations in all, and their width
-    n_components: int = 8000,
-    rounds: int = 3,
-    device="cpu",
+    n: int,  # activations in all
+    width: int,  # of the activations
+    n_components: int = 8000,  # features
+    rounds: int = 3,  # of `trials`
+    device="cpu",  # where it is measured
     **timing,  # of `trials`
-) -> list:
-    "`DensityRatioBarrier.fit` against scikit-learn's default logistic regression on the same features, made the same way: time and objective"
-    from sklearn.linear_model import LogisticRegression
-    X, y = torch.cat(data := activations(n // 2, width, device=device)), np.repeat([1, 0], n // 2)
-    made = {}
-    def ours(): made["ours"] = _barrier(n_components).fit(*data)
+) -> list:  # two rows
+    "Time and objective of `DensityRatioBarrier.fit`, against scikit-learn's default regression on the same features."
+    data, y, heads = activations(n // 2, width, device=device), np.repeat([1, 0], n // 2), {}
+    X = torch.cat(data)
+    def ours():
+        barrier = _barrier(n_components).fit(*data)
+        heads["ours"] = barrier, barrier.coef_, barrier.intercept_
     def default():
         barrier = _barrier(n_components)
         barrier.features.fit(X, 0)
-        Z = in_chunks(barrier.phi, X).cpu().numpy()
-        import warnings
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it stopped early is the point
-            made["scikit-learn"] = LogisticRegression().fit(Z, y)
+        lr = _default_regression(in_chunks(barrier.phi, X).cpu().numpy(), y)
+        heads["scikit-learn"] = barrier, lr.coef_[0], lr.intercept_[0]
     seconds = trials({"ours": ours, "scikit-learn": default}, rounds, device=device, **timing)
-    b, lr = made["ours"], made["scikit-learn"]
-    J = {name: objective(b, X, y, *head) for name, head in {"ours": (b.coef_, b.intercept_), "scikit-learn": (lr.coef_[0], lr.intercept_[0])}.items()}
-    return [dict(n=n, width=width, n_components=n_components, solver=name, seconds=float(np.median(s)), ratio=spread(ratio(seconds["scikit-learn"], s)), objective=J[name]) for name, s in seconds.items()]
+    barrier = heads["ours"][0]
+    J = {name: objective(barrier, X, y, w, b) for name, (_, w, b) in heads.items()}
+    return [dict(n=n, width=width, n_components=n_components, solver=name,
+                 **_times(s, ratio(seconds["scikit-learn"], s)), objective=J[name]) for name, s in seconds.items()]
 
 # %% ../nbs/20_speed.ipynb #b7b45a8c
 def _barrier(n_components): return ods.DensityRatioBarrier(ods.PolynomialCountSketch(n_components))
 
-def objective(barrier, X, y, w, b) -> float:
-    "Ridge penalty plus summed log-loss of a logistic regression on a barrier's features, in float64"
+def _default_regression(Z, y):
+    "scikit-learn's logistic regression as it comes, its warning silenced: that it stops early is the point."
+    import warnings
+    from sklearn.linear_model import LogisticRegression
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return LogisticRegression().fit(Z, y)
+
+def objective(
+    barrier,  # a DensityRatioBarrier with fitted features
+    X: Tensor,  # activations, (N, d)
+    y,  # labels 0/1, (N,)
+    w,  # weights of the features, (n,)
+    b,  # intercept
+) -> float:
+    "Ridge penalty plus summed log-loss of a logistic regression on a barrier's features, in float64."
     w, y, J = torch.as_tensor(w).double().to(X.device), torch.as_tensor(y, device=X.device), 0.
     for x, side in zip(X.split(512), y.split(512)):
         h = barrier.phi(x).double() @ w + float(b)
@@ -315,76 +417,117 @@ def objective(barrier, X, y, w, b) -> float:
 
 # %% ../nbs/20_speed.ipynb #e9caa2ab
 class EmptyEdit:
-    "Steers nowhere, through the same hook as any method"
-    def edits(self, model, layer, strength): return {layer: lambda x, y, value: y}
+    "Steers nowhere, through the same hook as any method."
+    width, unit, about = None, "fraction", {}
+    def edits(self, model, layer, strength) -> dict:
+        "The edit of one block: the output as it is."
+        return {layer: Edit(lambda x, y, value: y)}
+    def resolve(self, strength) -> Tensor:
+        "A number as a tensor."
+        return torch.as_tensor(strength, dtype=torch.float32)
 
 class RecipeEdit:
-    "The published recipe in the same hook"
-    def __init__(self, steerer): self.steerer, self.tables = steerer, tables(steerer)
-    def resolve(self, strength): return self.steerer.resolve(strength)
-    def edits(self, model, layer, strength):
-        T = strength["share"] * self.steerer.median_norm_.item()
-        return {layer: lambda x, y, value: recipe_flow(y.float(), T, **self.tables, steps=self.steerer.steps).to(y.dtype)}
+    "The published recipe in the same hook."
+    def __init__(self,
+        steerer: ods.ODESteer,  # fitted, with a count sketch
+    ):
+        self.steerer, self.tables = steerer, tables(steerer)
+        self.width, self.unit, self.about = steerer.width, steerer.unit, steerer.about
+    def edits(self, model, layer, strength) -> dict:
+        "The edit of one block; `strength` is a dict with `share`, of the median norm."
+        T, steps = strength["share"] * self.steerer.median_norm_.item(), self.steerer.steps
+        def apply(x, y, value): return recipe_flow(y.float(), T, **self.tables, steps=steps).to(y.dtype)
+        return {layer: Edit(apply)}
+    def resolve(self, strength) -> Tensor:
+        "As of the steerer."
+        return self.steerer.resolve(strength)
 
+# %% ../nbs/20_speed.ipynb #a48be287
 def fitted_methods(
-    model, tokenizer=None,  # the tokenizer is needed by controllers only
+    model,  # a causal language model
+    tokenizer=None,  # its tokenizer, for controllers
     names: list = None,  # registry keys; default: every steerer and controller
-    n_components: int = 8000,
+    n_components: int = 8000,  # of the sketches
     texts: tuple = None,  # wanted and unwanted, for controllers
 ) -> dict:  # name -> (what `steering` takes, seconds that the fit took)
-    "Every method, fitted for this model's width and device on random activations; controllers on a few texts"
-    quick, made = dict(n_components=n_components, epochs=20, jacobian="identity"), {}  # how well they steer is another page's business
+    "Every method, fitted for this model's width and device on random activations; controllers on a few texts."
+    quick = dict(n_components=n_components, epochs=20, jacobian="identity")  # how well they steer is not the question
     pos, neg = activations(64, model.config.hidden_size, device=device_of(model))
+    methods = {}
     for name in names or [*ods.steerer_names("steerer"), *ods.steerer_names("controller")]:
-        start, takes = time.perf_counter(), inspect.signature(getattr(ods, ods.REGISTRY[name][0])).parameters
+        kind, start = ods.REGISTRY[name][1], time.perf_counter()
+        takes = inspect.signature(getattr(ods, ods.REGISTRY[name][0])).parameters
         method = ods.make_steerer(name, **{k: v for k, v in quick.items() if k in takes})
-        if ods.REGISTRY[name][1] == "steerer": method.fit(pos, neg)
+        if kind == "steerer": method.fit(pos, neg)
         else: method.fit(model, tokenizer, *texts, progress=False)
-        if hasattr(method, "K_"): method._store(K_=method.K_ * torch.eye(method.width, device=method.K_.device))  # full matrices, as from Jacobians
-        made[name] = method, None if "epochs" in takes else time.perf_counter() - start  # twenty epochs are no fit
-    return made
+        if hasattr(method, "K_"):  # full matrices, as from Jacobians
+            method._store(K_=method.K_ * torch.eye(method.width, device=method.K_.device))
+        seconds = None if "epochs" in takes else time.perf_counter() - start  # twenty epochs are no fit
+        methods[name] = method, seconds
+    return methods
 
 # %% ../nbs/20_speed.ipynb #ff8801b2
 def measure_decode(
-    model,
+    model,  # a causal language model
     methods: dict,  # name -> (what `steering` takes, seconds of its fit)
     shape: str = "",  # name of the model in the rows
     tokens: int = 1,  # per turn
-    batch: int = 1,
-    rounds: int = 15,
-    prompt: int = 64,
+    batch: int = 1,  # rows
+    rounds: int = 15,  # turns of each method
+    prompt: int = 64,  # tokens
     static=False,  # a static cache
-    compiled=None,  # arguments of torch.compile, such as dict(mode="reduce-overhead"): every turn then compiles anew and warms up
-) -> list:
-    "Overhead of each method on the time of a token, turn by turn"
-    depth, warm = len(decoder_layers(model)), 3 if compiled is not None else 0
+    compiled=None,  # arguments of torch.compile, as dict(mode="reduce-overhead"): every turn compiles anew and warms up
+) -> list:  # of rows: unsteered first, its repetition and an empty edit, then the methods
+    "Overhead of each method on the time of a token, turn by turn."
+    warm = 0 if compiled is None else 3
     arms = {"unsteered": None, "unsteered again": None, "empty edit": (EmptyEdit(), None), **methods}
     decoding = Decoding(model, prompt, batch, (len(arms) * rounds + 3) * (tokens + warm) + 8, static)
     if compiled is not None: decoding.run = torch.compile(model, **compiled)
-    for _ in range(0 if warm else 3): decoding.step()  # warm-up
-    rng, seconds, work, memory = np.random.default_rng(0), {name: [] for name in arms}, {}, dict.fromkeys(arms)
-    for turn in range(0 if warm else -1, rounds):  # before the first round the work is counted
-        for i in rng.permutation(len(arms)):
-            name = list(arms)[i]
-            with attached(model, arms[name], depth // 2):
+    else:
+        for _ in range(3): decoding.step()  # warm-up
+    work = {} if warm else _count_arms(model, arms, decoding)
+    seconds, memory = _take_turns(model, arms, decoding, rounds, tokens, warm)
+    about = dict(batch=batch, static=static, compiled=compiled is not None)
+    return [dict(shape=shape, method=name, **about, **_times(s, ratio(s, seconds["unsteered"])),
+                 setup=arms[name] and arms[name][1], memory=memory[name], **vars(work.get(name, Work())))
+            for name, s in seconds.items()]
+
+# %% ../nbs/20_speed.ipynb #b80742b9
+def _count_arms(model, arms, decoding) -> dict:
+    "The work of a token with each arm's method in its hook."
+    work = {}
+    for name, arm in arms.items():
+        with attached(model, arm, len(decoder_layers(model)) // 2): work[name] = decoding.count()
+    return work
+
+def _take_turns(model, arms, decoding, rounds, tokens, warm) -> tuple:
+    "Seconds per token of each arm, (rounds,), and the most memory that a GPU used in its last turn, in bytes."
+    layer, names, rng = len(decoder_layers(model)) // 2, list(arms), np.random.default_rng(0)
+    seconds, memory = {name: [] for name in arms}, {}
+    for _ in range(rounds):
+        for i in rng.permutation(len(names)):
+            name = names[i]
+            with attached(model, arms[name], layer):
                 for _ in range(warm): decoding.step()
-                if turn < 0: work[name] = decoding.count(); continue
                 _settle(model)
                 start = time.perf_counter()
                 for _ in range(tokens): decoding.step()
                 memory[name] = _settle(model)
                 seconds[name].append((time.perf_counter() - start) / tokens)
-    setup = {name: arm and arm[1] for name, arm in arms.items()}
-    return [dict(shape=shape, method=name, batch=batch, static=static, compiled=compiled is not None, seconds=float(np.median(s)), ratio=spread(ratio(s, seconds["unsteered"])),
-                 setup=setup[name], memory=memory[name], **vars(work.get(name, Work()))) for name, s in seconds.items()]
+    return seconds, memory
 
-# %% ../nbs/20_speed.ipynb #b80742b9
-def attached(model, arm, layer):
-    "The context in which a method steers a twentieth of the norm, or a controller to its set-point"
+# %% ../nbs/20_speed.ipynb #b5da8f04
+def attached(
+    model,  # a causal language model
+    arm,  # (what `steering` takes, seconds of its fit), or None for no method
+    layer: int,  # block of a steerer; controllers name their own
+):  # a context manager
+    "The context in which a method steers a twentieth of the norm, or a controller to its set-point."
     if arm is None: return nullcontext()
     part = arm[0]
     if isinstance(part, EmptyEdit): return ods.steering(model, part, layer=layer, strength=1.)
-    if hasattr(part, "steer") or isinstance(part, RecipeEdit): return ods.steering(model, part, layer=layer, strength={"share": .05})
+    if hasattr(part, "steer") or isinstance(part, RecipeEdit):
+        return ods.steering(model, part, layer=layer, strength={"share": .05})
     return ods.steering(model, part, strength=1.)
 
 def _settle(model):
@@ -396,139 +539,206 @@ def _settle(model):
     return most
 
 # %% ../nbs/20_speed.ipynb #68f597a0
-def measure_import(rounds: int = 5) -> list:
-    "Seconds to start Python and import, each time in a fresh process"
-    code = {"python": "pass", "import odesteer": "import odesteer", "import torch": "import torch", "first steerer": "import odesteer; odesteer.ODESteer()"}
-    seconds = trials({name: lambda c=c: subprocess.run([sys.executable, "-c", c], check=True) for name, c in code.items()}, rounds, least=0.)
-    return [dict(what=name, seconds=float(np.median(s)), ratio=spread(ratio(s, seconds["import torch"]))) for name, s in seconds.items()]
+def measure_import(
+    rounds: int = 5,  # of `trials`
+) -> list:  # four rows
+    "Seconds to start Python and import, each time in a fresh process."
+    code = {"python": "pass", "import odesteer": "import odesteer", "import torch": "import torch",
+            "first steerer": "import odesteer; odesteer.ODESteer()"}
+    def run(line): return subprocess.run([sys.executable, "-c", line], check=True)
+    seconds = trials({name: lambda line=line: run(line) for name, line in code.items()}, rounds, least=0.)
+    return [dict(what=name, **_times(s, ratio(s, seconds["import torch"]))) for name, s in seconds.items()]
 
 # %% ../nbs/20_speed.ipynb #8570f801
-def describe_machine(device="cpu", size: int = 8192) -> dict:
-    "Name, speed of memory (a matrix times a vector) and of arithmetic (a matrix times a matrix), versions"
-    W, x, B = torch.ones(size, size, device=device), torch.ones(size, device=device), torch.ones(size // 4, size // 4, device=device)
+def describe_machine(
+    device="cpu",  # or "cuda"
+    size: int = 8192,  # of the matrix that is read; those that are multiplied are a quarter as wide
+) -> dict:  # name, device, threads, bandwidth in bytes per second, flops per second, versions
+    "What this machine is and how fast it reads (a matrix times a vector) and computes (a matrix times a matrix)."
+    W, x = torch.ones(size, size, device=device), torch.ones(size, device=device)
+    B = torch.ones(size // 4, size // 4, device=device)
     seconds = trials({"read": lambda: W @ x, "multiply": lambda: B @ B}, 7, device=device)
     name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else _cpu()
-    return dict(name=name, device=str(device), threads=torch.get_num_threads(), bandwidth=4 * size**2 / seconds["read"].min(), flops=2 * (size // 4)**3 / seconds["multiply"].min(),
+    return dict(name=name, device=str(device), threads=torch.get_num_threads(),
+                bandwidth=4 * size**2 / seconds["read"].min(), flops=2 * (size // 4)**3 / seconds["multiply"].min(),
                 python=platform.python_version(), torch=torch.__version__, odesteer=ods.__version__)
 
 def _cpu() -> str:
-    "What the processor calls itself"
-    try: return next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    "What the processor calls itself."
+    try: lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError: lines = []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 # %% ../nbs/20_speed.ipynb #c540e854
-FULL = dict(widths=(128, 1024, 4096), batches=(1, 16, 64), steps=(1, 10, 100), n_components=8000, fits=((2000, 1024, 8000), (10000, 4096, 8000)), shapes=("micro", "1b"), texts=48)
-TINY = dict(widths=(16, 32), batches=(1, 2), steps=(1, 2), n_components=64, fits=((40, 16, 64),), shapes=("micro", "tiny"), texts=8)
 PARTS = "steer", "collect", "fit", "decode", "import"
 
 def measure(
-    parts=PARTS,
+    parts=PARTS,  # one of them or several
     tiny=False,  # small sizes, to see that everything runs
     rounds: int = None,  # default: 7, or 2 when tiny
-    device="cpu",
+    device="cpu",  # or "cuda"
     out=None,  # JSON file that keeps what there is after each part; other parts in it stay
-    say=print,  # progress, a line at a time
-) -> dict:
-    "All tables of this page, part by part"
+    log=print,  # gets a line after each part
+) -> dict:  # part -> rows, and `machine`
+    "All tables of this page, part by part; an error first where the parts, the device or the file cannot be."
     parts = [parts] if isinstance(parts, str) else list(parts)
-    if not parts or set(parts) - set(PARTS): raise ValueError(f"parts must be some of {', '.join(PARTS)}; got {', '.join(parts) or 'none'}")
+    if not parts or set(parts) - set(PARTS):
+        raise ValueError(f"parts must be some of {', '.join(PARTS)}; got {', '.join(parts) or 'none'}")
     _must_exist(device)
-    sizes, rounds, found = TINY if tiny else FULL, rounds or (2 if tiny else 7), {"machine": dict(describe_machine(device, 512 if tiny else 8192), sizes="tiny" if tiny else "full")}
+    sizes, rounds = _TINY if tiny else _FULL, rounds or (2 if tiny else 7)
+    machine = describe_machine(device, 512 if tiny else 8192)
+    found = {"machine": dict(machine, sizes="tiny" if tiny else "full")}
     if out: keep(found, out)  # now, so that a file which cannot be written costs nothing
-    timing = dict(rounds=rounds, least=1e-3 if tiny else .02)
     for part in parts:
-        start, found[part] = time.perf_counter(), []
-        if part == "steer": found[part] = [r for d in sizes["widths"] for r in measure_steer(d, sizes["batches"], sizes["steps"], sizes["n_components"], device=device, **timing)]
-        if part == "fit": found[part] = [r for size in sizes["fits"] for r in measure_fit(*size, device=device, **timing | dict(rounds=min(rounds, 3)))]
-        if part == "import": found[part] = measure_import(rounds)
-        if part in ("collect", "decode"):
-            for shape in sizes["shapes"] + (("8b",) if torch.device(device).type == "cuda" and not tiny else ()): found[part] += on_model(part, shape, sizes, rounds, device)
-        say(f"{part}: {time.perf_counter() - start:.0f} s")
+        start = time.perf_counter()
+        found[part] = _measure_part(part, sizes, rounds, device)
+        log(f"{part}: {time.perf_counter() - start:.0f} s")
         if out: keep(found, out)
     return found
 
+# %% ../nbs/20_speed.ipynb #fd66de39
+_FULL = dict(widths=(128, 1024, 4096), batches=(1, 16, 64), steps=(1, 10, 100), n_components=8000, least=.02,
+             fits=((2000, 1024, 8000), (10000, 4096, 8000)), shapes=("micro", "1b"), gpu_shapes=("8b",), texts=48)
+_TINY = dict(widths=(16, 32), batches=(1, 2), steps=(1, 2), n_components=64, least=1e-3,
+             fits=((40, 16, 64),), shapes=("micro", "tiny"), gpu_shapes=(), texts=8)
+
+def _measure_part(part, sizes, rounds, device) -> list:
+    "The rows of one part."
+    timing, rows = dict(device=device, least=sizes["least"]), []
+    if part == "import": return measure_import(rounds)
+    if part == "steer":
+        what = sizes["batches"], sizes["steps"], sizes["n_components"]
+        for d in sizes["widths"]: rows += measure_steer(d, *what, rounds=rounds, **timing)
+    elif part == "fit":
+        for size in sizes["fits"]: rows += measure_fit(*size, rounds=min(rounds, 3), **timing)
+    else:
+        gpu = torch.device(device).type == "cuda"
+        for shape in sizes["shapes"] + sizes["gpu_shapes"] * gpu: rows += _on_model(part, shape, sizes, rounds, device)
+    return rows
+
 def _must_exist(device):
+    "An error where PyTorch has no such device."
     try: kind = torch.device(device).type
     except RuntimeError: kind = None
-    if not (kind == "cpu" or kind == "cuda" and torch.cuda.is_available()): raise ValueError(f"device must be 'cpu', or 'cuda' where PyTorch finds a GPU; got {device!r}")
+    if not (kind == "cpu" or kind == "cuda" and torch.cuda.is_available()):
+        raise ValueError(f"device must be 'cpu', or 'cuda' where PyTorch finds a GPU; got {device!r}")
 
 # %% ../nbs/20_speed.ipynb #abb01098
-def on_model(part, shape, sizes, rounds, device) -> list:
-    "The rows of one model: the micro model, or a random one of a given shape"
+def _on_model(part, shape, sizes, rounds, device) -> list:
+    "The rows of one model: the micro model, or a random one of a given shape."
     lm = ods.load_micro()
     gpu, large = torch.device(device).type == "cuda", shape in ("1b", "8b")
-    model = lm.model.to(device) if shape == "micro" else random_llama(shape, device, torch.bfloat16 if shape == "8b" else torch.float32)
+    if shape == "micro": model = lm.model.to(device)
+    else: model = random_llama(shape, device, torch.bfloat16 if shape == "8b" else torch.float32)
     truth = lm.world.contrast("truth")
     if part == "collect":
         texts = truth.neg[:sizes["texts"] // (3 if large else 1)]
-        return measure_collect(model, lm.tokenizer, [" ".join(texts[i:i + 1 + i % 4]) for i in range(len(texts))], 16, rounds=min(rounds, 3) if large else rounds, shape=shape)
-    methods = fitted_methods(model, lm.tokenizer, n_components=sizes["n_components"], texts=endings(truth.pos[:8]))
+        texts = [" ".join(texts[i:i + 1 + i % 4]) for i in range(len(texts))]  # one to four sentences
+        rounds = min(rounds, 3) if large else rounds
+        return measure_collect(model, lm.tokenizer, texts, 16, rounds=rounds, shape=shape)
+    texts = _endings(truth.pos[:8])
+    methods = fitted_methods(model, lm.tokenizer, n_components=sizes["n_components"], texts=texts)
     methods["published recipe"] = RecipeEdit(methods["odesteer"][0]), None
     how = dict(tokens=1 if large and not gpu else 8, rounds=2 * rounds + 1)
     rows = measure_decode(model, methods, shape, static=gpu, **how)
-    if gpu and large: rows += measure_decode(model, methods, shape, tokens=64, rounds=3, static=True, compiled=dict(mode="reduce-overhead"))
+    if gpu and large:
+        graphs = dict(mode="reduce-overhead")
+        rows += measure_decode(model, methods, shape, tokens=64, rounds=3, static=True, compiled=graphs)
     return rows
 
-# %% ../nbs/20_speed.ipynb #f5db5e5d
-def keep(found: dict, path):
-    "Write results to a JSON file, a row a line, beside the parts that it holds already"
-    path = Path(path)
-    found = _earlier(path, found["machine"]) | found
-    digits = lambda v: float(f"{v:.8g}") if isinstance(v, float) else [digits(x) for x in v] if isinstance(v, list) else v
-    line = lambda row: json.dumps({k: digits(v) for k, v in row.items()})
-    blocks = [f"{json.dumps(k)}: " + (line(v) if isinstance(v, dict) else "[\n" + ",\n".join(map(line, v)) + "\n]") for k, v in found.items()]
-    write_atomic(path, ("{" + ",\n".join(blocks) + "}\n").encode())
-
-def _earlier(path, machine) -> dict:
-    "What a file of results holds already; an error where it is no such file, or of another machine"
-    if path.is_dir() or not path.parent.is_dir(): raise FileNotFoundError(f"{path} cannot be written: {'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'}")
-    if not path.exists(): return {}
-    try: found = json.loads(path.read_text(encoding="utf-8")); then = found["machine"]
-    except (ValueError, KeyError, TypeError): raise ValueError(f"{path} is no file of `odesteer speed`: give another name") from None
-    other = [f"{k} {then.get(k)!r}, not {v!r}" for k, v in machine.items() if k not in ("bandwidth", "flops") and then.get(k) != v]
-    if other: raise ValueError(f"{path} holds results of another run ({'; '.join(other)}), and ratios of two machines do not belong side by side: give another name")
-    return found
-
-def endings(texts) -> tuple:
-    "Two classes that even a random model can tell apart at the last token"
+def _endings(texts) -> tuple:
+    "Two classes that even a random model can tell apart at the last token."
     words = texts[0].split()
     return tuple([f"{t} {w}" for t in texts] for w in (words[0], words[-1]))
 
+# %% ../nbs/20_speed.ipynb #f5db5e5d
+def keep(
+    found: dict,  # what `measure` returned, or some parts of it and `machine`
+    path,  # JSON file
+):
+    "Write results to a file, a row a line, beside the parts that it holds already; it must be of this machine."
+    path = Path(path)
+    found = _earlier(path, found["machine"]) | found
+    def digits(v):
+        if isinstance(v, list): return [digits(x) for x in v]
+        return float(f"{v:.8g}") if isinstance(v, float) else v
+    def line(row): return json.dumps({k: digits(v) for k, v in row.items()})
+    def block(v): return line(v) if isinstance(v, dict) else "[\n" + ",\n".join(map(line, v)) + "\n]"
+    blocks = [f"{json.dumps(k)}: {block(v)}" for k, v in found.items()]
+    write_atomic(path, ("{" + ",\n".join(blocks) + "}\n").encode())
+
+# %% ../nbs/20_speed.ipynb #b665956c
+def _earlier(path, machine) -> dict:
+    "What a file of results holds already; an error where it is no such file, or of another machine."
+    if path.is_dir(): raise FileNotFoundError(f"{path} cannot be written: it is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
+    if not path.exists(): return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        then = found["machine"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is no file of `odesteer speed`: give another name") from None
+    same = {k: v for k, v in machine.items() if k not in ("bandwidth", "flops")}  # these vary
+    other = [f"{k} {then.get(k)!r}, not {v!r}" for k, v in same.items() if then.get(k) != v]
+    if other:
+        raise ValueError(f"{path} holds results of another run ({'; '.join(other)}), "
+                         "and ratios of two machines do not belong side by side: give another name")
+    return found
+
 # %% ../nbs/20_speed.ipynb #e5a94330
+def show(
+    found: dict,  # what `measure` returned
+) -> str:
+    "The tables of a measurement as text."
+    machine = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in found["machine"].items())
+    lines = ["machine: " + ", ".join(machine)]
+    for part in PARTS:
+        if found.get(part): lines += ["", part, *_table(part, found[part])]
+    return "\n".join(lines)
+
+_RATIO = dict(steer="times as fast", collect="times as fast", fit="times as fast",
+              decode="times as long", **{"import": "times as long"})  # what the ratio of a part means
+
+def _table(part, rows) -> list:
+    "The lines of one part, a header first; columns that are empty throughout are left out."
+    names = [n for n in rows[0] if n != "seconds" and any(row[n] is not None for row in rows)] + ["ms"]
+    heads, widths = dict(ratio=_RATIO[part], first="first, s", setup="setup, s"), [_width_of(rows, n) for n in names]
+    lines = [[heads.get(n, n) for n in names]]
+    for row in rows:
+        cells = {**row, "ratio": str(Ratio(*row["ratio"])), "ms": f"{1e3 * row['seconds']:.3f}"}
+        if part == "fit": cells["objective"] = f"{row['objective']:.8g}"
+        lines.append([f"{cells[n]:.3g}" if isinstance(cells[n], float) else str(cells[n]) for n in names])
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
+
+def _width_of(rows, name) -> int:
+    "Characters that a column needs."
+    if name == "ratio": return 24
+    return max([len(name), 9] + [len(str(r[name])) for r in rows if isinstance(r.get(name), (str, int))])
+
+# %% ../nbs/20_speed.ipynb #d04fa88c
+def _auto(width, batch, steps=10): return dict(width=width, batch=batch, steps=steps, route="auto")
+
 TARGETS = {  # what -> (sign, aim, part, the row whose ratio is meant, or the two rows whose times are compared)
-    "steer, width 1024, batch 1": (">=", 8, "steer", dict(width=1024, batch=1, steps=10, route="auto")),
-    "steer, width 1024, batch 64": (">=", 20, "steer", dict(width=1024, batch=64, steps=10, route="auto")),
-    "steer, width 4096, batch 1": (">=", 2.5, "steer", dict(width=4096, batch=1, steps=10, route="auto")),
-    "steer, width 4096, batch 64": (">=", 10, "steer", dict(width=4096, batch=64, steps=10, route="auto")),
-    "100 steps for 10, width 1024": ("<=", 2, "steer", dict(width=1024, batch=1, steps=100, route="auto"), dict(width=1024, batch=1, steps=10, route="auto")),
+    "steer, width 1024, batch 1": (">=", 8, "steer", _auto(1024, 1)),
+    "steer, width 1024, batch 64": (">=", 20, "steer", _auto(1024, 64)),
+    "steer, width 4096, batch 1": (">=", 2.5, "steer", _auto(4096, 1)),
+    "steer, width 4096, batch 64": (">=", 10, "steer", _auto(4096, 64)),
+    "100 steps for 10, width 1024": ("<=", 2, "steer", _auto(1024, 1, 100), _auto(1024, 1)),
     "collect at half depth, 1b": (">=", 2, "collect", dict(shape="1b", layer=7)),
     "fit, 10,000 x 4096": (">=", 1, "fit", dict(n=10000, width=4096, solver="ours")),
     "a token with odesteer, 1b": ("<=", 1.05, "decode", dict(shape="1b", method="odesteer", compiled=False))}
 
-DIRECTION = {**dict.fromkeys(("steer", "collect", "fit"), "times as fast"), **dict.fromkeys(("decode", "import"), "times as long")}  # what a ratio means
-
-def show(found: dict) -> str:
-    "The tables of a measurement as text"
-    lines = ["machine: " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in found["machine"].items())]
-    for part in PARTS:
-        for k, r in enumerate(found.get(part, [])):
-            cells = {**r, "ratio": str(Ratio(*r["ratio"])), "ms": f"{1e3 * r['seconds']:.3f}", **({"objective": f"{r['objective']:.8g}"} if part == "fit" else {})}
-            names = [n for n in cells if n != "seconds" and (n == "ms" or any(row[n] is not None for row in found[part]))]
-            if k == 0: lines += ["", part, "  ".join({"ratio": DIRECTION[part], "first": "first, s", "setup": "setup, s"}.get(n, n).rjust(width_of(found[part], n)) for n in names)]
-            lines.append("  ".join((f"{cells[n]:.3g}" if isinstance(cells[n], float) else str(cells[n])).rjust(width_of(found[part], n)) for n in names))
-    return "\n".join(lines)
-
-def goals(found: dict) -> str:
-    "What was aimed at, and what was reached"
+def goals(
+    found: dict,  # what `measure` returned
+) -> str:  # a line for each target whose rows were measured
+    "What was aimed at, and what was reached."
     lines = []
     for what, (sign, aim, part, *wheres) in TARGETS.items():
         rows = [r for where in wheres for r in pick(part, found, **where)]
         if len(rows) < len(wheres): continue
         reached = rows[0]["ratio"][0] if len(rows) == 1 else rows[0]["seconds"] / rows[1]["seconds"]
-        lines.append(f"{what:30} aim {sign} {aim:<5} reached {reached:6.2f}   {'yes' if (reached >= aim if sign == '>=' else reached <= aim) else 'no'}")
+        enough = reached >= aim if sign == ">=" else reached <= aim
+        lines.append(f"{what:30} aim {sign} {aim:<5} reached {reached:6.2f}   {'yes' if enough else 'no'}")
     return "\n".join(lines)
-
-def width_of(rows, name) -> int:
-    "Characters that a column needs"
-    if name == "ratio": return 24
-    return max([len(name), 9] + [len(str(r[name])) for r in rows if isinstance(r.get(name), (str, int))])

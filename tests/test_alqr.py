@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import odesteer as ods
-from odesteer.control import ALQR, FeatureLQR, Jacobians, Tracker, block_inputs, riccati
+from odesteer.control import ALQR, FeatureLQR, Tracker
+from odesteer.linear import Jacobians, block_inputs, riccati
 from odesteer.models import decoder_layers, generate_text
 
 from .archs import LAYERS, WIDTH, tiny_model

@@ -20,7 +20,9 @@ seeds = st.integers(0, 10_000)
 def normal(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def covariance(seed, d=D): A = normal(d, d, seed=seed); return A @ A.T + .1 * torch.eye(d)
+def covariance(seed, d=D):
+    X = normal(d, d, seed=seed)
+    return X @ X.T + .1 * torch.eye(d)
 
 
 def exact_cloud(n, mean, cov, seed):
@@ -30,7 +32,9 @@ def exact_cloud(n, mean, cov, seed):
     return mean + x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / n)).T @ torch.linalg.cholesky(cov).T
 
 
-def moments(x): c = x - x.mean(0); return x.mean(0), c.T @ c / len(x)
+def moments(x):
+    centred = x - x.mean(0)
+    return x.mean(0), centred.T @ centred / len(x)
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +48,13 @@ def gaussians():
 @quick
 @given(seeds, st.integers(1, 8))
 def test_the_matrix_is_scipys_and_symmetric(seed, d):
-    C, G = covariance(seed, d), covariance(seed + 1, d)
-    root, inverse = (np.real(sqrtm(x)) for x in (C.numpy(), np.linalg.inv(C.numpy())))
-    expected = inverse @ np.real(sqrtm(root @ G.numpy() @ root)) @ inverse
-    M = gaussian_map(C, G)
+    Sigma, target = covariance(seed, d), covariance(seed + 1, d)
+    root, inverse = (np.real(sqrtm(x)) for x in (Sigma.numpy(), np.linalg.inv(Sigma.numpy())))
+    expected = inverse @ np.real(sqrtm(root @ target.numpy() @ root)) @ inverse
+    M = gaussian_map(Sigma, target)
     np.testing.assert_allclose(M, expected, rtol=1e-6, atol=1e-8)
     assert torch.equal(M, M.T)
-    torch.testing.assert_close(M @ C @ M, G, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(M @ Sigma @ M, target, rtol=1e-7, atol=1e-8)
 
 
 def test_the_root_of_a_singular_matrix():
@@ -63,17 +67,17 @@ def test_the_root_of_a_singular_matrix():
 def test_mimic_carries_one_gaussian_onto_the_other(gaussians):
     pos, neg = gaussians["pos"], gaussians["neg"]
     s = MiMiC(ridge=0.).fit(pos, neg)
-    for moved, mean, cov in ((s.steer(neg, T=1.), pos.mean(0), gaussians["cov_pos"]), (s.steer(neg, T=0.), neg.mean(0), gaussians["cov_neg"])):
-        torch.testing.assert_close(moments(moved), (mean, cov), rtol=1e-7, atol=1e-7)
+    for T, mean, cov in (1., pos.mean(0), gaussians["cov_pos"]), (0., neg.mean(0), gaussians["cov_neg"]):
+        torch.testing.assert_close(moments(s.steer(neg, T=T)), (mean, cov), rtol=1e-7, atol=1e-7)
     fresh = exact_cloud(1000, neg.mean(0), gaussians["cov_neg"], 9)  # rows that it has not seen
     torch.testing.assert_close(moments(s.steer(fresh, T=1.)), (pos.mean(0), gaussians["cov_pos"]), rtol=1e-7, atol=1e-7)
 
 
 def test_mimic_with_its_ridge_is_the_published_formula(gaussians):
     pos, neg = gaussians["pos"], gaussians["neg"]
-    C_pos, C_neg = (np.cov(x.numpy().T, bias=True) + .01 * np.eye(D) for x in (pos, neg))
-    inverse, root = np.linalg.inv(np.real(sqrtm(C_neg))), np.real(sqrtm(C_neg))
-    M = inverse @ np.real(sqrtm(root @ C_pos @ root)) @ inverse
+    Sigma_pos, Sigma_neg = (np.cov(x.numpy().T, bias=True) + .01 * np.eye(D) for x in (pos, neg))
+    inverse, root = np.linalg.inv(np.real(sqrtm(Sigma_neg))), np.real(sqrtm(Sigma_neg))
+    M = inverse @ np.real(sqrtm(root @ Sigma_pos @ root)) @ inverse
     expected = (neg.numpy() - neg.numpy().mean(0)) @ M + pos.numpy().mean(0)
     np.testing.assert_allclose(MiMiC().fit(pos, neg).steer(neg), expected, rtol=1e-7, atol=1e-7)
     np.testing.assert_allclose(MiMiC().fit(pos, neg).steer(neg, T=.25), .75 * neg.numpy() + .25 * expected, rtol=1e-7, atol=1e-7)
@@ -86,8 +90,8 @@ def test_mimic_moves_the_rows_that_scikit_learns_probe_calls_unwanted():
     probe = LogisticRegression(tol=1e-12, max_iter=10_000).fit(torch.cat([pos, neg]).numpy(), np.repeat([1, 0], [70, 50]))
     unwanted = torch.as_tensor(probe.predict(new.numpy()) == 0)
     s = MiMiC().fit(pos, neg)
-    moved = (s.steer(new, T=1.) != new).any(-1)
-    assert torch.equal(moved, unwanted) and 100 < moved.sum() < 400
+    changed = (s.steer(new, T=1.) != new).any(-1)
+    assert torch.equal(changed, unwanted) and 100 < changed.sum() < 400
     assert torch.equal((s.vector_field(new) != 0).any(-1), unwanted)
     for T in -1., .3, 2.: assert torch.equal(s.steer(new, T=T)[~unwanted], new[~unwanted])
     stays = torch.as_tensor(probe.predict(neg.numpy()) == 1)
@@ -150,12 +154,12 @@ def test_mean_act_is_caa_and_the_map_of_means_has_equal_counts_or_not():
 
 def test_gaussian_act_matches_means_and_deviations_of_coordinates_that_vary():
     pos, neg = normal(60, D, seed=1) @ covariance(2) + 1, normal(50, D, seed=3)
-    moved = LinAcT(variant="gaussian").fit(pos, neg).steer(neg)
-    torch.testing.assert_close(moved.mean(0), pos.mean(0))
-    torch.testing.assert_close(moved.std(0, correction=0), pos.std(0, correction=0))
+    steered = LinAcT(variant="gaussian").fit(pos, neg).steer(neg)
+    torch.testing.assert_close(steered.mean(0), pos.mean(0))
+    torch.testing.assert_close(steered.std(0, correction=0), pos.std(0, correction=0))
     neg[:, 0], pos[:, 1] = 1e-5 * neg[:, 0], 3.
-    moved = LinAcT(variant="gaussian").fit(pos, neg).steer(neg)
-    assert torch.equal(moved[:, :2], neg[:, :2]) and (moved[:, 2:] != neg[:, 2:]).all()
+    steered = LinAcT(variant="gaussian").fit(pos, neg).steer(neg)
+    assert torch.equal(steered[:, :2], neg[:, :2]) and (steered[:, 2:] != neg[:, 2:]).all()
 
 
 def test_a_constant_coordinate_goes_to_the_mean_of_its_target():
@@ -255,9 +259,9 @@ def test_a_shuffle_swaps_pairs_and_keeps_them(seed):
     pairs = np.stack([rng.permutation(20), rng.permutation(30)[:20]], 1)
     d = table(20, 30, pairs=pairs, source=torch.arange(20.)[:, None])
     new = shuffle_labels(d, seed)
-    met = {frozenset(p) for p in zip(numbers(d.pos[pairs[:, 0]]), numbers(d.neg[pairs[:, 1]]))}
+    before = {frozenset(p) for p in zip(numbers(d.pos[pairs[:, 0]]), numbers(d.neg[pairs[:, 1]]))}
     p, q = new.row_pairs()
-    assert {frozenset(x) for x in zip(numbers(p), numbers(q))} == met and len(new.pairs) == 20
+    assert {frozenset(x) for x in zip(numbers(p), numbers(q))} == before and len(new.pairs) == 20
     place = {frozenset(x): k for k, x in enumerate(zip(numbers(d.pos[pairs[:, 0]]), numbers(d.neg[pairs[:, 1]])))}
     assert [place[frozenset(x)] for x in zip(numbers(p), numbers(q))] == numbers(new.source)  # and each its own source
     swapped = sum(i > 20 for i in numbers(p))

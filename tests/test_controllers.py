@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load, save
 
 import odesteer as ods
+from odesteer.euler import Edit, Edits
 from odesteer.models import decoder_layers, generate_text, score_continuations
 
 from .archs import CONFIGS, LAYERS, VOCAB, WIDTH, tiny_model, tiny_tokenizer
@@ -225,6 +226,14 @@ def test_all_positions_are_each_steered_by_their_own_state(ctl):
     again, value = ctl.edits(the_model(), None, 1.5), ctl.resolve(1.5)
     for token in (0, 4, 20):
         for t, (x, y, moved) in seen.items(): torch.testing.assert_close(again[t](x[token:token + 1], y[token:token + 1], value)[0], moved[token])
+
+
+def test_a_controller_answers_what_hooks_and_sweeps_ask(ctl):
+    assert isinstance(ctl, Edits) and not ctl.needs_layer and ctl.strength_name == "set-point"
+    assert ctl.strength_units == ("T",) and ctl.default_strength == {"T": 1.}
+    assert [x for strength in ctl.strengths for x in strength.values()] == [.25, .5, 1., 2., 4., 8., 16., 32., 64.]
+    for strength in (ctl.default_strength, *ctl.strengths): assert ctl.resolve(strength) == strength["T"]
+    assert all(isinstance(edit, Edit) and edit.remember is None for edit in ctl.edits(the_model(), None, ctl.default_strength).values())
 
 
 # ---- generation

@@ -12,7 +12,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from odesteer.barrier import Barrier, GaussianBarrier
 from odesteer.density import (DensityRatioBarrier, IdentityFeatures, PolynomialCountSketch, RandomFourierFeatures, Streamed,
-                              barrier_quality, choose, conjugate_gradients, grouped_folds, held_out_values, logistic_newton, quality)
+                              _conjugate_gradients, barrier_quality, choose, grouped_folds, held_out_values, logistic_newton, quality)
 from odesteer.euler import logistic_regression
 
 SHAPES = list(itertools.product((1, 2, 3, 4), (16, 17), (1.0, 0.0)))  # degree, width, constant
@@ -271,13 +271,15 @@ def test_the_two_solvers_agree_and_blocks_do_not_matter():
     Z, y = problem(dtype=torch.float64)
     (w, b), (w2, b2, _) = logistic_regression(Z, y, 3.), logistic_newton(Z, y, 3., 1e-15)
     torch.testing.assert_close(w2, w, rtol=1e-5, atol=1e-6); torch.testing.assert_close(b2, b, rtol=1e-5, atol=1e-6)
-    asked = []
+    sizes = []
     class Table(Streamed):
         def split(self, rows):
-            for z in super().split(rows): asked.append(len(z)); yield z
+            for z in super().split(rows):
+                sizes.append(len(z))
+                yield z
     w3, b3, _ = logistic_newton(Table(lambda x: x + 0, Z.float(), Z.shape[1]), y, 3.)
     w4, b4, _ = logistic_newton(Z.float(), y, 3.)
-    assert max(asked) < len(Z)
+    assert max(sizes) < len(Z)
     torch.testing.assert_close(w3, w4, rtol=1e-4, atol=1e-5)
 
 
@@ -286,9 +288,9 @@ def test_the_two_solvers_agree_and_blocks_do_not_matter():
 def test_conjugate_gradients_solve(seed, n):
     g = torch.Generator().manual_seed(seed)
     R, b = torch.randn(n, n, generator=g, dtype=torch.float64), torch.randn(n, generator=g, dtype=torch.float64)
-    H = R @ R.T + torch.eye(n)
-    torch.testing.assert_close(H @ conjugate_gradients(lambda v: H @ v, b, 1e-10), b, rtol=1e-8, atol=1e-8)
-    assert (conjugate_gradients(lambda v: H @ v, 0 * b, 1e-10) == 0).all()
+    M = R @ R.T + torch.eye(n)
+    torch.testing.assert_close(M @ _conjugate_gradients(lambda v: M @ v, b, 1e-10), b, rtol=1e-8, atol=1e-8)
+    assert (_conjugate_gradients(lambda v: M @ v, 0 * b, 1e-10) == 0).all()
 
 
 @pytest.mark.parametrize("features", [lambda: PolynomialCountSketch(150, gamma=1.), lambda: PolynomialCountSketch(60, 3), lambda: RandomFourierFeatures(80), IdentityFeatures])
@@ -297,7 +299,7 @@ def test_a_large_fit_is_the_small_one_whatever_the_memory(features, monkeypatch)
     def fitted(**kw): return DensityRatioBarrier(features(), C=10.).fit(pos, neg, **kw)
     small, a = fitted(), rows(42)[1]
     assert small.optimality_ <= 1e-9
-    monkeypatch.setattr("odesteer.density.SMALL", 20)
+    monkeypatch.setattr("odesteer.density._SMALL", 20)
     held, streamed = fitted(), fitted(memory=0)
     for large in held, streamed:
         torch.testing.assert_close(large.value(a), small.value(a), rtol=1e-3, atol=2e-3)
@@ -308,7 +310,7 @@ def test_held_out_values_of_large_fits(monkeypatch):
     pos, neg = rows(43, n=160)
     make = lambda: [DensityRatioBarrier(PolynomialCountSketch(100), C) for C in (.1, 10.)]
     small = held_out_values(make(), pos, neg)
-    monkeypatch.setattr("odesteer.density.SMALL", 20)
+    monkeypatch.setattr("odesteer.density._SMALL", 20)
     for (p, n), (p2, n2) in zip(small, held_out_values(make(), pos, neg)):
         torch.testing.assert_close(p2, p, rtol=1e-3, atol=2e-3); torch.testing.assert_close(n2, n, rtol=1e-3, atol=2e-3)
 
@@ -322,7 +324,7 @@ def test_settings_that_no_fit_can_have():
 
 @pytest.mark.parametrize("limit", [0, 1e12])
 def test_the_stated_optimality_is_that_of_the_weights(limit, monkeypatch):
-    monkeypatch.setattr("odesteer.density.SMALL", limit)
+    monkeypatch.setattr("odesteer.density._SMALL", limit)
     pos, neg = (x.double() for x in rows(44))
     b = DensityRatioBarrier(PolynomialCountSketch(40), C=3.).fit(pos, neg)
     Z, y = b.phi(torch.cat([pos, neg])), torch.cat([torch.ones(len(pos)), torch.zeros(len(neg))]).double()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import odesteer as ods
-from odesteer.control import FrozenCache, Jacobians, block_inputs, block_map, contexts, mean_jacobian, mean_jvp, mean_vjp
+from odesteer.linear import FrozenCache, Jacobians, block_inputs, block_map, contexts, mean_jacobian, mean_jvp, mean_vjp
 from odesteer.euler import CAA
 from odesteer.models import decoder_layers, steering
 from tests.archs import CONFIGS, LAYERS, WIDTH, tiny_model, tiny_tokenizer
@@ -255,8 +255,8 @@ def test_a_sequence_made_when_asked(tok):
 
 def test_files_are_found_again_and_only_for_the_same_weights_and_texts(tok, tmp_path, monkeypatch):
     model, made = tiny_model("llama"), []
-    import odesteer.control as control
-    monkeypatch.setattr(control, "mean_jacobian", lambda m, c, t, *rest, real=control.mean_jacobian: made.append(t) or real(m, c, t, *rest))
+    import odesteer.linear as linear
+    monkeypatch.setattr(linear, "mean_jacobian", lambda m, c, t, *rest, real=linear.mean_jacobian: made.append(t) or real(m, c, t, *rest))
     def ask(*blocks, model=model, texts=TEXTS, **kw):
         jacobians = Jacobians(model, tok, texts, cache_dir=tmp_path, progress=False, **kw)
         return [jacobians[t] for t in blocks]
@@ -269,16 +269,16 @@ def test_files_are_found_again_and_only_for_the_same_weights_and_texts(tok, tmp_
 
 
 def test_a_kill_leaves_only_whole_files(tok, tmp_path, monkeypatch):
-    import odesteer.control as control
-    model, real = tiny_model("llama"), control.mean_jacobian
+    import odesteer.linear as linear
+    model, real = tiny_model("llama"), linear.mean_jacobian
     def dies(m, c, t, *rest):
         if t == 1: raise KeyboardInterrupt
         return real(m, c, t, *rest)
-    monkeypatch.setattr(control, "mean_jacobian", dies)
+    monkeypatch.setattr(linear, "mean_jacobian", dies)
     with pytest.raises(KeyboardInterrupt): list(reversed(Jacobians(model, tok, TEXTS, cache_dir=tmp_path, progress=False)))
     kept = {f: f.stat().st_mtime_ns for f in files(tmp_path)}
     assert [f.name for f in kept] == ["layer_002.safetensors", "layer_003.safetensors"] and len(list(tmp_path.glob("*/*"))) == 2
-    monkeypatch.setattr(control, "mean_jacobian", real)
+    monkeypatch.setattr(linear, "mean_jacobian", real)
     again = list(Jacobians(model, tok, TEXTS, cache_dir=tmp_path, progress=False))
     assert all(torch.equal(A, B) for A, B in zip(again, Jacobians(model, tok, TEXTS, progress=False)))
     assert all(f.stat().st_mtime_ns == when for f, when in kept.items())

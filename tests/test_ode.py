@@ -89,7 +89,10 @@ class Reference:
             if solver == "euler": y = x + dt * f(x)
             elif solver == "midpoint": y = x + dt * f(x + dt / 2 * f(x))
             else:
-                k1 = f(x); k2 = f(x + dt / 2 * k1); k3 = f(x + dt / 2 * k2); k4 = f(x + dt * k3)
+                k1 = f(x)
+                k2 = f(x + dt / 2 * k1)
+                k3 = f(x + dt / 2 * k2)
+                k4 = f(x + dt * k3)
                 y = x + dt * (k1 / 6 + k2 / 3 + k3 / 3 + k4 / 6)
             out.append(y * np.linalg.norm(a) / np.linalg.norm(y) if self.retract else y)
         return np.stack(out)
@@ -200,17 +203,17 @@ def test_linear_features_are_iti():
 
 
 def test_lda_probe_and_caa_climb_one_barrier_in_two_metrics():
-    C = metric_root(contrast(POS.double(), NEG.double()), 1.0)
+    Sigma = metric_root(contrast(POS.double(), NEG.double()), 1.0)
     delta = (POS.double().mean(0) - NEG.double().mean(0))
-    h = GaussianBarrier(POS.double().mean(0), NEG.double().mean(0), C)
+    h = GaussianBarrier(POS.double().mean(0), NEG.double().mean(0), Sigma)
     x = NEW.double()
     def direction(p): return ods.ODESteer(barrier=h, metric="covariance", power=p).fit(POS.double(), NEG.double()).vector_field(x)
-    probe = torch.linalg.solve(C, delta)
+    probe = torch.linalg.solve(Sigma, delta)
     torch.testing.assert_close(direction(1.0), (delta / delta.norm()).expand_as(x), atol=1e-9, rtol=0)
     torch.testing.assert_close(direction(0.0), (probe / probe.norm()).expand_as(x), atol=1e-9, rtol=0)
     torch.testing.assert_close(ods.ODESteer(barrier=h).fit(POS.double(), NEG.double()).vector_field(x), direction(0.0))
     # in sphered coordinates every power is steepest ascent of h per unit of its own length
-    half = torch.as_tensor(fractional_matrix_power(C.numpy(), .5).real)
+    half = torch.as_tensor(fractional_matrix_power(Sigma.numpy(), .5).real)
     v = half @ probe
     torch.testing.assert_close(direction(.5), (v / v.norm()).expand_as(x), atol=1e-9, rtol=0)
 
@@ -220,8 +223,8 @@ def test_lda_probe_and_caa_climb_one_barrier_in_two_metrics():
 def test_metric_is_a_power_of_the_shrunk_covariance(power, rows):
     pos, neg = POS[:rows].double(), NEG[:rows].double()
     X = torch.cat([pos - pos.mean(0), neg - neg.mean(0)]).numpy()
-    C = LedoitWolf(assume_centered=True).fit(X).covariance_
-    np.testing.assert_allclose(metric_root(contrast(pos, neg), power).numpy(), fractional_matrix_power(C, power).real, atol=1e-10)
+    Sigma = LedoitWolf(assume_centered=True).fit(X).covariance_
+    np.testing.assert_allclose(metric_root(contrast(pos, neg), power).numpy(), fractional_matrix_power(Sigma, power).real, atol=1e-10)
 
 
 def test_covariance_metric_still_climbs():
@@ -318,9 +321,9 @@ def test_shapes_of_levels(steerer):
 
 def test_out_of_reach_stops_at_the_best_is_flagged_and_said_once():
     s = fitted()
-    with pytest.warns(UserWarning, match="2 of 3 rows could not reach") as said:
+    with pytest.warns(UserWarning, match="2 of 3 rows could not reach") as warned:
         y = s.steer(NEW[:3], until=torch.tensor([1e6, 0., 1e6]))
-    assert len(said) == 1 and said[0].filename == __file__
+    assert len(warned) == 1 and warned[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = s.steer(NEW[:3], until=torch.tensor([1e6, 0., 1e6]))
@@ -515,7 +518,7 @@ def test_plain_steering_never_waits_for_the_device(kw):
     with pytest.raises(AssertionError, match="waits"), NoHostSync(): (rows > 1).any().item()  # the check itself works
 
 
-@pytest.mark.parametrize("kw,error,said", [
+@pytest.mark.parametrize("kw,error,message", [
     (dict(metric="manhattan"), ValueError, "metric must be one of euclidean, covariance"),
     (dict(features="mlp"), ValueError, "features must be one of count-sketch, rff, linear"),
     (dict(steps=0), ValueError, "steps must be a positive integer; got 0"),
@@ -530,13 +533,13 @@ def test_plain_steering_never_waits_for_the_device(kw):
     (dict(gamma="cv", features="rff"), ValueError, "gamma='cv' does nothing for features='rff'"),
     (dict(barrier=lambda a: a), TypeError, r"wrap a differentiable score in ScoreBarrier"),
 ], ids=str)
-def test_bad_hyper_parameters(kw, error, said):
-    with pytest.raises(error, match=said): ods.ODESteer(**kw)
+def test_bad_hyper_parameters(kw, error, message):
+    with pytest.raises(error, match=message): ods.ODESteer(**kw)
 
 
-@pytest.mark.parametrize("kw,said", [(dict(steps=0), "steps must be a positive integer"), (dict(solver="leapfrog"), "unknown solver 'leapfrog'"), (dict(T=torch.ones(3)), "T must be a number or have one value per row")])
-def test_bad_calls_of_integrate(kw, said):
-    with pytest.raises(ValueError, match=said): integrate(turn, torch.zeros(2, 2, dtype=torch.float64), **{"T": 1.0, **kw})
+@pytest.mark.parametrize("kw,message", [(dict(steps=0), "steps must be a positive integer"), (dict(solver="leapfrog"), "unknown solver 'leapfrog'"), (dict(T=torch.ones(3)), "T must be a number or have one value per row")])
+def test_bad_calls_of_integrate(kw, message):
+    with pytest.raises(ValueError, match=message): integrate(turn, torch.zeros(2, 2, dtype=torch.float64), **{"T": 1.0, **kw})
 
 
 def test_a_step_function_can_be_retracted():

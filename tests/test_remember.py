@@ -102,4 +102,4 @@ def test_truthflow_adds_the_correction_of_the_question():
     handle.remove()
     torch.testing.assert_close(seen[0], s.steer(plain[0], T=.7), rtol=1e-4, atol=1e-4)
     per_token = ods.TruthFlow(epochs=2).fit(pos, neg)
-    assert not hasattr(per_token.edits(model, 1, 1.)[1], "remember") and hasattr(s.edits(model, 1, 1.)[1], "remember")
+    assert per_token.edits(model, 1, 1.)[1].remember is None and s.edits(model, 1, 1.)[1].remember is not None

@@ -6,7 +6,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from odesteer.control import feature_gains, riccati, riccati_steps
+from odesteer.control import feature_gains
+from odesteer.linear import riccati, riccati_steps
 
 WEIGHTS = [(.1, 1., .1), (.1, 10., 10.), (10., 1., 3.), (0., 1., 2.), (1., .1, 0.), (100., .1, 1000.)]
 

@@ -9,7 +9,7 @@ import torch
 
 import odesteer as ods
 from odesteer.barrier import Barrier, ascent
-from odesteer.density import DensityRatioBarrier, PolynomialCountSketch, RandomFourierFeatures, diagonal, route
+from odesteer.density import DensityRatioBarrier, PolynomialCountSketch, RandomFourierFeatures, _diagonal, route
 from odesteer.ode import ODESteer
 
 from .test_density import reference_sketch
@@ -63,8 +63,8 @@ def test_values_and_gradients_by_every_route(kw):
         y = way.enter(x)
         assert (way.value(y).double() - h).abs().max() <= tol * size
         torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
-        moved = way.leave(x, y, y + 1e-2 * way.direction(y))
-        assert closest(moved, NEW.double() + 1e-2 * ascent(gold)) <= tol
+        after = way.leave(x, y, y + 1e-2 * way.direction(y))
+        assert closest(after, NEW.double() + 1e-2 * ascent(gold)) <= tol
         torch.testing.assert_close(way.grad(y).norm(dim=-1).double(), gold.norm(dim=-1), rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=0)
 
 
@@ -84,9 +84,9 @@ def test_quadratic_form_is_the_score(coef0):
     g = torch.Generator().manual_seed(4)
     x, w = torch.randn(5, 9, generator=g, dtype=torch.float64), torch.randn(33, generator=g, dtype=torch.float64)
     f = PolynomialCountSketch(33, 2, .7, coef0).fit(x)
-    A, c, k = f.quadratic_form(w)
-    assert torch.equal(A, A.T)
-    torch.testing.assert_close((x @ A * x).sum(1) / 2 + x @ c + k, torch.tensor([reference_sketch(r, f.indexHash_, f.bitHash_, .7, coef0, 33) @ w.numpy() for r in x.numpy()]))
+    Q, c, k = f.quadratic_form(w)
+    assert torch.equal(Q, Q.T)
+    torch.testing.assert_close((x @ Q * x).sum(1) / 2 + x @ c + k, torch.tensor([reference_sketch(r, f.indexHash_, f.bitHash_, .7, coef0, 33) @ w.numpy() for r in x.numpy()]))
     with pytest.raises(ValueError, match="degree 2"): PolynomialCountSketch(33, 3).fit(x).quadratic_form(w)
 
 
@@ -155,20 +155,20 @@ def test_gradients_pass_through_every_route():
     assert torch.isfinite(low.grad).all() and (low.grad != 0).any()
 
 
-# ---- low rank: exact where eigenvalues are equal, said where they are not
+# ---- low rank: exact where eigenvalues are equal, measured where they are not
 
 @pytest.mark.parametrize("equal", [0., -1.3])
 def test_equal_eigenvalues_are_left_out_exactly(equal):
     g = torch.Generator().manual_seed(5)
-    Q = torch.linalg.qr(torch.randn(30, 30, generator=g, dtype=torch.float64)).Q
+    V0 = torch.linalg.qr(torch.randn(30, 30, generator=g, dtype=torch.float64)).Q
     l = torch.cat([torch.randn(5, generator=g, dtype=torch.float64), torch.full((25,), equal, dtype=torch.float64)])
-    A = (Q * l) @ Q.T
-    for c in torch.randn(30, generator=g, dtype=torch.float64), Q[:, 2], Q[:, 20], torch.zeros(30, dtype=torch.float64):  # outside, inside, in the rest, none
-        kept, V, cV, rest, error = diagonal((A + A.T) / 2, c)
+    Q = (V0 * l) @ V0.T
+    for c in torch.randn(30, generator=g, dtype=torch.float64), V0[:, 2], V0[:, 20], torch.zeros(30, dtype=torch.float64):  # outside, inside, in the rest, none
+        kept, V, cV, rest, error = _diagonal((Q + Q.T) / 2, c)
         assert V.shape == (30, 6) and error < 1e-12
-        torch.testing.assert_close((V * kept) @ V.T + rest * (torch.eye(30) - V @ V.T), A, rtol=0, atol=1e-9)
+        torch.testing.assert_close((V * kept) @ V.T + rest * (torch.eye(30) - V @ V.T), Q, rtol=0, atol=1e-9)
         torch.testing.assert_close(V @ cV, c, rtol=0, atol=1e-9)
-    assert diagonal(torch.diag(torch.arange(30.).double()), c)[3] is None
+    assert _diagonal(torch.diag(torch.arange(30.).double()), c)[3] is None
 
 
 def test_a_narrow_sketch_works_in_few_coordinates():
@@ -226,10 +226,10 @@ def test_which_route_is_said():
     assert ODESteer(barrier=own).fit(POS, NEG).route(NEW) == "fft" and ODESteer(barrier=own, method="spectral").fit(POS, NEG).route(NEW) == "spectral"
 
 
-@pytest.mark.parametrize("kw,said", [(dict(method="fast"), "method must be one of auto, spectral, dense, fft; got 'fast'"), (dict(method="dense", degree=3), "method='dense' needs features='count-sketch' with degree=2"),
+@pytest.mark.parametrize("kw,message", [(dict(method="fast"), "method must be one of auto, spectral, dense, fft; got 'fast'"), (dict(method="dense", degree=3), "method='dense' needs features='count-sketch' with degree=2"),
                                      (dict(method="fft", features="rff"), "method='fft' needs features='count-sketch'"), (dict(rank=-1), "rank must be a whole number"), (dict(rank=2.5), "rank must be"), (dict(rank=3, method="fft"), "rank= is for the spectral route")])
-def test_routes_that_do_not_exist(kw, said):
-    with pytest.raises(ValueError, match=said): ODESteer(**kw)
+def test_routes_that_do_not_exist(kw, message):
+    with pytest.raises(ValueError, match=message): ODESteer(**kw)
 
 
 def test_a_given_barrier_must_have_the_route():

@@ -8,8 +8,10 @@ import torch
 
 import odesteer as ods
 from odesteer import speed
-from odesteer.speed import (PARTS, TARGETS, Decoding, EmptyEdit, RecipeEdit, activations, attached, count, fitted_methods, goals, keep, measure, measure_collect, measure_decode, measure_fit,
-                            measure_steer, objective, pick, plain_collect, random_llama, ratio, recipe_flow, recipe_vjp, results, show, tables, trials)
+from odesteer.euler import Edits
+from odesteer.speed import (PARTS, TARGETS, Decoding, EmptyEdit, RecipeEdit, activations, attached, count, fitted_methods,
+                            goals, keep, measure, measure_collect, measure_decode, measure_fit, measure_steer, objective,
+                            pick, plain_collect, random_llama, ratio, recipe_flow, recipe_vjp, results, show, tables, trials)
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -20,11 +22,13 @@ def llama(): return random_llama("tiny")
 
 # The clock
 
-def test_candidates_take_turns():
+def test_candidates_take_turns_and_are_compared_within_rounds():
     "With a clock that only the candidates move: exact times, one turn each per round, in changing order"
     now, calls = [0.], []
     def arm(name, takes):
-        def f(): calls.append(name); now[0] += takes
+        def f():
+            calls.append(name)
+            now[0] += takes
         return f
     arms = {name: arm(name, takes) for name, takes in dict(a=1., b=2., c=.25).items()}
     seconds = trials(arms, rounds=20, least=.5, clock=lambda: now[0])
@@ -32,12 +36,9 @@ def test_candidates_take_turns():
     warm, rest = calls[:-80], calls[-80:]
     assert warm.count("a") == warm.count("b") == 1 and warm.count("c") == 3  # a second of warm-up, or three calls
     turns = [rest[i:i + 4] for i in range(0, 80, 4)]  # c is called twice in a row: half a second
-    assert all(sorted(t) == ["a", "b", "c", "c"] and "".join(t).count("cc") == 1 for t in turns) and len(set(map(tuple, turns))) > 3
-
-
-def test_ratio_is_that_of_the_rounds():
-    "A slow minute that hits both candidates changes nothing"
-    r = ratio([2., 20., 2.2, 200., 4.], [1., 10., 1., 100., 1.])
+    assert all(sorted(t) == ["a", "b", "c", "c"] and "".join(t).count("cc") == 1 for t in turns)
+    assert len(set(map(tuple, turns))) > 3
+    r = ratio([2., 20., 2.2, 200., 4.], [1., 10., 1., 100., 1.])  # a slow minute that hits both changes nothing
     assert (r.value, r.lo, r.hi) == (2., 2., 2.2) and str(r) == "2 (2 to 2.2)"
 
 
@@ -99,12 +100,12 @@ def test_decoding_says_what_generate_says(llama):
     prompt = torch.arange(4, 20)[None]
     expected = llama.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)[0, 16:].tolist()
     for static in (False, True):
-        decoding, said = Decoding(llama, prompt=16, room=16, static=static), []
+        decoding, answer = Decoding(llama, prompt=16, room=16, static=static), []
         for i in range(6):
-            said.append(decoding.token.item())
+            answer.append(decoding.token.item())
             if i == 2: assert decoding.count().kernels > 50  # a step that is counted is forgotten
             decoding.step()
-        assert said == expected or static and said[:3] == expected[:3]
+        assert answer == expected or static and answer[:3] == expected[:3]
 
 
 def test_controls_and_the_recipe_in_a_hook(llama):
@@ -117,6 +118,7 @@ def test_controls_and_the_recipe_in_a_hook(llama):
     with attached(llama, (RecipeEdit(s), None), 2): theirs = logits()
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(ours, before, atol=1e-3)
+    assert isinstance(EmptyEdit(), Edits) and isinstance(RecipeEdit(s), Edits)
     with attached(llama, None, 2): assert torch.equal(logits(), before)
 
 
@@ -168,7 +170,7 @@ def test_the_objective_is_that_of_the_regression():
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     out = tmp_path_factory.mktemp("speed")/"speed.json"
-    return measure(tiny=True, rounds=1, out=out, say=lambda line: None), out
+    return measure(tiny=True, rounds=1, out=out, log=lambda line: None), out
 
 
 def test_the_whole_table_at_tiny_sizes(found):
@@ -207,10 +209,11 @@ def test_results_of_two_machines_are_not_mixed(found, tmp_path):
 
 
 def test_what_cannot_be_measured_is_refused_first(tmp_path):
-    for kw, said in (dict(parts="speed"), "parts must be some of"), (dict(parts=()), "got none"), (dict(device="banana"), "device must be"), (dict(device="meta"), "device must be"):
-        with pytest.raises(ValueError, match=said): measure(tiny=True, **kw)
+    for kw, message in ((dict(parts="speed"), "parts must be some of"), (dict(parts=()), "got none"),
+                        (dict(device="banana"), "device must be"), (dict(device="meta"), "device must be")):
+        with pytest.raises(ValueError, match=message): measure(tiny=True, **kw)
     for out in tmp_path, tmp_path/"none"/"x.json":
-        with pytest.raises(FileNotFoundError, match="cannot be written"): measure("steer", tiny=True, out=out, say=lambda line: pytest.fail("measured all the same"))
+        with pytest.raises(FileNotFoundError, match="cannot be written"): measure("steer", tiny=True, out=out, log=lambda line: pytest.fail("measured all the same"))
 
 
 def test_the_committed_results_hold_every_row_that_the_page_reads():

@@ -9,7 +9,9 @@ from torch import nn
 
 import odesteer as ods
 from odesteer.barrier import LinearBarrier
-from odesteer.control import EffortMeter, Recorder, Rollouts, block_inputs, effort, newton_climb
+from odesteer.control import EffortMeter, Recorder, Rollouts, Tracker, effort, newton_climb
+from odesteer.euler import Edit
+from odesteer.linear import Jacobians, block_inputs, riccati
 from odesteer.models import decoder_layers, generate_text
 
 from .archs import LAYERS, WIDTH, tiny_model, tiny_tokenizer
@@ -226,7 +228,7 @@ def test_scalar_gains_are_those_of_the_recursion(guard):
     for _ in range(LAYERS): k = s / (s + 1.); s = 2. + k; gains.append(k)
     torch.testing.assert_close(guard.K_.flatten(), torch.tensor(gains[::-1]))
     dense = fit("barrier-lqr", q=2., r=1., qf=3., n_components=128, n_jacobian=3)
-    for t, K in enumerate(ods.control.riccati(ods.control.Jacobians(the_model(), TOK, dense._draw(POS, "", "n_jacobian"), progress=False), 2., 1., 3.)): torch.testing.assert_close(dense.K_[t], K, rtol=1e-3, atol=1e-4)
+    for t, K in enumerate(riccati(Jacobians(the_model(), TOK, dense._draw(POS, "", "n_jacobian"), progress=False), 2., 1., 3.)): torch.testing.assert_close(dense.K_[t], K, rtol=1e-3, atol=1e-4)
 
 
 def test_corrections_stop_at_the_level(guard):
@@ -262,7 +264,7 @@ def test_blocks_that_see_no_difference_have_no_say():
 class Everything:
     "A controller with known corrections"
     def __init__(self, layers=range(LAYERS)): self.layers = layers
-    def edits(self, model, layer, strength): return {t: lambda x, y, value, t=t: (y.float() + value[..., None] * (t + 1) * torch.tanh(x.float())).to(y.dtype) for t in self.layers}
+    def edits(self, model, layer, strength): return {t: Edit(lambda x, y, value, t=t: (y.float() + value[..., None] * (t + 1) * torch.tanh(x.float())).to(y.dtype)) for t in self.layers}
 
 
 def test_a_recorder_sees_what_hooks_see_and_changes_nothing():
@@ -286,6 +288,9 @@ def test_a_recorder_stands_for_what_it_wraps():
     with pytest.raises(ValueError, match="is a number"): steered(rec, strength=dict(share=.3))
     with pytest.raises(ValueError, match="leave out layer="): steered(Recorder(c), layer=1)
     with pytest.raises(AttributeError): rec.nonsense
+    tracker = Tracker().fit(the_model(), TOK, "the quick brown", progress=False)  # whose edits remember
+    assert all(isinstance(edit, Edit) and edit.remember is not None for edit in Recorder(tracker).edits(the_model(), None, 1.).values())
+    assert torch.equal(steered(Recorder(tracker)), steered(tracker))
     caa = ods.CAA().fit(torch.ones(3, WIDTH), torch.zeros(3, WIDTH))
     assert torch.equal(steered(Recorder(caa), layer=1), steered(caa, layer=1))
 

@@ -4,7 +4,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from odesteer.control import curvature, error_bound, foreseen_bound, induced_norm, lyapunov_metric, metric_norm, riccati, similarity
+from odesteer.linear import curvature, error_bound, foreseen_bound, induced_norm, lyapunov_metric, metric_norm, riccati, similarity
 
 D, L = 5, 7
 
