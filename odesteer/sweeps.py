@@ -17,7 +17,7 @@ from .euler import load_class, write_atomic
 from .models import device_of
 from .runs import VARIES, Bench, Run, arm_label, canonical_params, environment, log, own_params, run_key
 from .statistics import paired_difference, trials
-from .tasks import DECODING, Task, micro_task
+from .tasks import REAL_TASKS, Task, micro_task
 
 # %% auto #0
 __all__ = ['ABLATIONS', 'MICRO_PARAMS', 'QUICK', 'FULL', 'PRESETS', 'Stop', 'stop_rule', 'Search', 'strength_grid', 'Trial',
@@ -630,9 +630,9 @@ def _paper(model, layer, distances, template="plain", toxicity=None) -> dict:
     methods |= {m: dict(params={}, T=1) for m in _MAPS}
     tasks = {"truthfulqa": dict(template=qa, fluency="gpt2-xl"), "ultrafeedback": dict(template=template),
              "realtoxicityprompts": dict(filter="gpt2", fluency="gpt2-xl")}
-    judges = {"truthfulqa": "truth+info", "ultrafeedback": "reward", "realtoxicityprompts": "toxicity+toxic-bert"}
     return dict(model=model, dtype="float32", layer=layer, seeds=[42, 43, 44], batch_size=10,
-                methods=methods, tasks=tasks, decoding={t: SAMPLING | DECODING[t] for t in along}, judges=judges)
+                methods=methods, tasks=tasks, decoding={t: SAMPLING | REAL_TASKS[t].decoding for t in along},
+                judges={t: REAL_TASKS[t].judge for t in along})
 
 PRESETS = {
     "paper-falcon-7b": _paper("tiiuae/falcon-7b", 14, [20, 21, 22, 23]),
@@ -657,8 +657,8 @@ def _alqr(model, spid, toxicity, truth, spid_at=([.5, 1], _NEAR)) -> dict:
     return dict(model=model, dtype="bfloat16", layer=None, seeds=[0], batch_size=20,
                 methods={"alqr": dict(params=alqr, T=at), "spid": dict(params=pid, T=dict(zip(at, spid_at)))},
                 tasks={t: dict(protocol="alqr") for t in at},
-                decoding={t: SAMPLING | DECODING[f"{t}, alqr"] for t in at},
-                judges={"realtoxicityprompts": "toxicity", "truthfulqa": "truth+info"}, note=_ALQR_NOTE)
+                decoding={t: SAMPLING | REAL_TASKS[t].rules("alqr")["decoding"] for t in at},
+                judges={t: REAL_TASKS[t].rules("alqr")["judge"] for t in at}, note=_ALQR_NOTE)
 
 # %% ../nbs/15_sweeps.ipynb #a9e9363a
 _BASE_MODELS = {  # model, S-PID's kp, ki, kd, A-LQR's q, r, qf, set-points for toxicity and truth, S-PID's set-points
@@ -683,7 +683,8 @@ def _refusal(model) -> dict:
     return dict(model=model, dtype="bfloat16", layer=None, seeds=[0], batch_size=16,
                 tasks={"refusal": dict(direction="comply", positions="all", n_harmless=0, suffix="\n\n")},
                 methods={m: dict(params=p, T={"refusal": [1]}) for m, p in (("alqr", alqr), ("spid", spid))},
-                decoding={"refusal": SAMPLING | DECODING["refusal"]}, judges={"refusal": "harmful"},
+                decoding={"refusal": SAMPLING | REAL_TASKS["refusal"].decoding},
+                judges={"refusal": REAL_TASKS["refusal"].judge},
                 note=_ALQR_NOTE + "; give your files: --data harmful.csv,harmless.jsonl; "
                                   "S-PID's published grid is kp .05 and .1, ki and kd 0 and .025")
 
@@ -693,7 +694,8 @@ PRESETS |= {f"alqr-red-team-{name}": _refusal(model) for name, model in {
     "gemma-2-2b": "google/gemma-2-2b-it", "gemma-2-9b": "google/gemma-2-9b-it"}.items()}
 PRESETS["alqr-concept"] = dict(
     model="google/gemma-2-2b", dtype="bfloat16", layer=None, seeds=[0], batch_size=50,
-    tasks={"concept": {}}, decoding={"concept": SAMPLING | DECODING["concept"]}, judges={"concept": "prevalence"},
+    tasks={"concept": {}}, decoding={"concept": SAMPLING | REAL_TASKS["concept"].decoding},
+    judges={"concept": REAL_TASKS["concept"].judge},
     methods={"alqr": dict(params=dict(q=.1, r=1., qf=.1, n_texts=200, n_jacobian=50),
                           T={"concept": [.5, 1, 1.5, 2, 2.5]})},
     note="give your file and concept: --data sentences.csv --option target=football --option 'definition=...'; "

@@ -452,7 +452,7 @@ def test_presets_say_what_the_tasks_do(tmp_path):
     some = made(tmp_path)
     for name, p in sweeps.PRESETS.items():
         here = some["alqr"] if name.startswith("alqr") else some
-        for t, kw in p["tasks"].items(): inspect.signature(tasks.REAL_TASKS[t]).bind("path", **kw)
+        for t, kw in p["tasks"].items(): inspect.signature(tasks.REAL_TASKS[t].build).bind("path", **kw)
         assert p["decoding"] == {t: here[t].decoding for t in p["tasks"]} and p["judges"].keys() == p["tasks"].keys() and set(p["methods"]) <= set(ods.steerer_names(None))
         text = sweeps.show_preset(name)
         assert p["model"] in text and (f"block {p['layer']} " if p["layer"] is not None else "all blocks") in text and ", ".join(map(str, p["seeds"])) in text and all(m in text for m in p["methods"])
