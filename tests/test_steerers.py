@@ -122,7 +122,8 @@ def test_share_is_a_displacement_over_the_median_norm(steerer, a):
 
 def test_typical_norm_and_displacement(steerer, data):
     both = torch.cat([data["pos"], data["neg"]])
-    assert steerer.median_norm_ == both.norm(dim=-1).median() and steerer.width == D
+    torch.testing.assert_close(steerer.median_norm_, both.norm(dim=-1).median())
+    assert steerer.width == D
     if steerer.unit == "fraction":
         query = {"source": data["source"]} if getattr(steerer, "per_query_", False) else {}  # one state per pair: here those of neg
         moved = (steerer.steer(data["neg"], T=1., **query) - data["neg"]).norm(dim=-1)
