@@ -244,7 +244,7 @@ def test_wheel_declares_what_the_settings_say(distributions):
 
 def test_sdist_holds_all_sources(distributions):
     with tarfile.open(distributions["sdist"]) as t: names = {n.partition("/")[2] for n in t.getnames()}
-    wanted = {"settings.ini", "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "constraints.txt", "tests/__main__.py"}
+    wanted = {"settings.ini", "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "constraints.txt", "tests/__main__.py", "tests/oldest.txt"}
     assert wanted | {str(nb.relative_to(ROOT)) for nb in NOTEBOOKS} <= names
     assert not [n for n in names if "__pycache__" in n or n.startswith((".", "build", "dist"))]
 
@@ -265,10 +265,24 @@ def test_every_import_of_the_package_is_declared():
             for name in names: assert name.split(".")[0] in allowed, f"{path.name} imports {name}, which settings.ini does not declare"
 
 
+def pins(path) -> dict:
+    "Versions that a constraints file names"
+    return dict(line.lower().split("==") for line in (ROOT/path).read_text().splitlines() if "==" in line)
+
+
 def test_constraints_meet_the_declared_ranges():
     from packaging.requirements import Requirement
-    pins = dict(line.lower().split("==") for line in (ROOT/"constraints.txt").read_text().splitlines() if "==" in line)
-    cfg = settings()
+    known, cfg = pins("constraints.txt"), settings()
     for text in " ".join(v for k, v in cfg.items() if k.endswith("requirements")).split():
         need = Requirement(text)
-        assert need.specifier.contains(pins[need.name.lower()]), text
+        assert need.specifier.contains(known[need.name.lower()]), text
+
+
+def test_the_oldest_versions_tested_are_the_oldest_declared():
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+    needs = [Requirement(text) for text in settings()["requirements"].split()]
+    declared = {need.name: Version(s.version) for need in needs for s in need.specifier if s.operator == ">="}
+    oldest = {name: Version(v) for name, v in pins("tests/oldest.txt").items()}
+    assert oldest.pop("torch") == Version(pins("constraints.txt")["torch"]) and declared.pop("torch")
+    assert oldest == declared and len(needs) == len(declared) + 1, "tests/oldest.txt is not what settings.ini declares"
