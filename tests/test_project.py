@@ -3,21 +3,21 @@ import ast
 import email
 import importlib
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from configparser import ConfigParser
+from pathlib import Path
 
 import pytest
 
 import odesteer as ods
 
 from . import readme
-from .project import NOTEBOOKS, PAGES, ROOT, cells, copy_of_sources, directive, run, user_env
+from .project import NOTEBOOKS, PAGES, ROOT, cells, copy_of_sources, directive, module_of, run, user_env
 
-MODULES = {nb: re.search(r"^#\|\s*default_exp\s+(\w+)", cells(nb, "code")[0]["source"], re.MULTILINE).group(1) for nb in PAGES}
+MODULES = {nb: module_of(nb) for nb in PAGES if module_of(nb)}
 HEAVY = "transformers datasets matplotlib ipywidgets sklearn scipy torchdiffeq"
 by_page = pytest.mark.parametrize("nb", PAGES, ids=lambda nb: nb.stem)
 by_notebook = pytest.mark.parametrize("nb", NOTEBOOKS, ids=lambda nb: nb.stem)
@@ -70,14 +70,39 @@ def test_notebook_is_small(nb):
 @by_page
 def test_page_has_the_common_form(nb):
     page = cells(nb)
-    assert re.fullmatch(r"#\|\s*default_exp\s+\w+", page[0]["source"].strip()), "the first cell names the module and nothing else"
-    assert re.fullmatch(r"# [^\n]+\n+> [^\n]+", page[1]["source"].strip()), "the second cell is the title and a one-line subtitle"
-    assert f"blob/main/nbs/{nb.name}" in page[2]["source"], "the third cell opens this page in Colab"
-    assert directive(page[3]["source"], "hide") and "google.colab" in page[3]["source"], "the fourth cell installs the library on Colab"
+    if nb in MODULES:
+        first, *page = page
+        assert re.fullmatch(r"#\|\s*default_exp\s+\w+", first["source"].strip()), "the first cell names the module and nothing else"
+    else: assert "results" in nb.stem and not exported(nb), "only a page of results exports nothing: it begins with its title"
+    title, badge, install, *_ = (cell["source"].strip() for cell in page)
+    assert re.fullmatch(r"# [^\n]+\n+> [^\n]+", title), "then come the title and a one-line subtitle"
+    assert f"blob/main/nbs/{nb.name}" in badge, "then a cell that opens this page in Colab"
+    assert directive(install, "hide") and "google.colab" in install, "then one that installs the library on Colab"
     text = "\n".join(cell["source"] for cell in page if cell["cell_type"] == "markdown")
     for part in ("You will learn", "You need", "Running time", "## Recap", "## Exercises"): assert part in text, f"{part!r} is missing"
-    long = [cell["id"] for cell in page if directive(cell["source"], "exports?") and cell["source"].count("\n") > 45]
-    assert not long, f"export cells that do not fit on a page: {long}"
+
+
+LATER = set("""02_density 03_ode 04_models 06_micro 07_baselines 08_control 09_judges 13_tasks 14_runs 15_sweeps 16_results 17_report
+               20_speed 24_cli plots""".split())  # pages that do not fit yet
+LONG_CELLS = {}  # id of an export cell that may be longer -> why
+
+
+def exported(nb) -> dict:
+    "Source of each export cell, by its id"
+    return {cell["id"]: cell["source"] for cell in cells(nb, "code") if directive(cell["source"], "exports?")}
+
+
+@pytest.mark.parametrize("nb", [pytest.param(nb, id=nb.stem, marks=pytest.mark.xfail(nb.stem in LATER, reason="later")) for nb in PAGES])
+def test_page_can_be_read(nb):
+    wide = {i: line for i, source in exported(nb).items() for line in source.split("\n") if len(line) > 120}
+    assert not wide, f"exported lines of more than 120 characters: {wide}"
+    long = [i for i, source in exported(nb).items() if source.count("\n") > 30 and i not in LONG_CELLS]
+    assert not long, f"export cells of more than 30 lines below the directive: {long}"
+    assert len(cells(nb)) <= 160, "more than 160 cells: two pages, or plumbing that can be merged"
+
+
+def test_every_long_cell_is_one():
+    assert LONG_CELLS.keys() <= {i for nb in PAGES for i, source in exported(nb).items() if source.count("\n") > 30}
 
 
 @by_notebook
@@ -123,7 +148,7 @@ def test_page_uses_only_lower_numbers(nb):
     order = {module: page.name for page, module in MODULES.items()}  # names sort by number
     for cell in cells(nb, "code"):
         for module in modules_used(cell["source"]) & order.keys():
-            fine = module == "plots" or (order[module] < nb.name and nb.stem != "plots") or module == MODULES[nb]
+            fine = module == "plots" or (order[module] < nb.name and nb.stem != "plots") or module == MODULES.get(nb)
             assert fine, f"cell {cell['id']} of {nb.name} uses {module}, which a reader meets only in {order[module]}"
 
 
@@ -131,6 +156,20 @@ def test_the_order_rule_sees_every_way_to_import():
     for source in ("import odesteer.euler", "from odesteer.euler import CAA", "from .euler import CAA", "from odesteer import euler", "from odesteer import CAA",
                    "ods.CAA()", "def f():\n    from odesteer.euler import CAA", "%%time\nods.CAA()"):
         assert modules_used(source) == {"euler"}, source
+
+
+# Lint
+
+UNLINTED = set("""baselines density plots report runs speed tasks test_benchmarks test_cli test_controllers test_jacobians test_judges test_remember
+                  test_riccati test_routes test_spid test_tasks""".split())  # modules that are put right later
+
+
+def test_ruff_finds_nothing():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise"], cwd=ROOT, text=True, capture_output=True)
+    found = [line for line in done.stdout.splitlines() if re.match(r"[\w/.]+\.py:\d", line)]
+    assert done.returncode == bool(found), done.stdout + done.stderr
+    found = [line for line in found if Path(line.partition(":")[0]).stem not in UNLINTED]
+    assert not found, "\n".join(["run `ruff check`:", *found])
 
 
 # The README
