@@ -82,9 +82,8 @@ def test_page_has_the_common_form(nb):
     for part in ("You will learn", "You need", "Running time", "## Recap", "## Exercises"): assert part in text, f"{part!r} is missing"
 
 
-LATER = set("""02_density 03_ode 04_models 06_micro 07_baselines 09_judges 13_tasks 14_runs 15_sweeps 16_results 17_report
-               20_speed 24_cli plots""".split())  # pages that do not fit yet
-LONG_CELLS = {}  # id of an export cell that may be longer -> why
+LATER = set("04_models 06_micro 09_judges 13_tasks 16_results 17_report 24_cli".split())  # pages that do not fit yet
+LONG_CELLS = {"40e516c6": "fit_network: a loop that is read as one, below thirteen documented parameters"}  # by the id of the cell
 
 
 def exported(nb) -> dict:
@@ -161,8 +160,8 @@ def test_the_order_rule_sees_every_way_to_import():
 
 # Lint
 
-UNLINTED = set("""baselines density plots report runs speed tasks test_benchmarks test_cli test_controllers test_jacobians test_judges test_remember
-                  test_riccati test_routes test_spid test_tasks""".split())  # modules that are put right later
+UNLINTED = set("""plots report tasks test_cli test_controllers test_jacobians test_judges test_remember test_riccati test_routes test_spid
+                  test_tasks""".split())  # modules that are put right later
 
 
 def test_ruff_finds_nothing():
