@@ -230,7 +230,12 @@ def test_registered_method_resolves(key):
     name, kind = ods.REGISTRY[key]
     assert name in ods.__all__ and kind in ("steerer", "controller", "placebo")
     assert isinstance(getattr(ods, name), type)
-    assert key in importlib.import_module("odesteer.plots").COLORS, "every method has its colour"
+
+
+def test_methods_have_one_table_and_colours_that_differ():
+    assert ods.REGISTRY == {name: (cls, kind) for name, (_, cls, kind) in ods._METHODS.items()}
+    colors = [color for name, color in importlib.import_module("odesteer.plots").COLORS.items() if name in ods.REGISTRY]
+    assert len(set(colors)) == len(colors)
 
 
 def test_modules_are_attributes_without_importing_them():
