@@ -5,7 +5,7 @@
 # %% ../nbs/24_cli.ipynb #4a18983e
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 import argparse, inspect, json, re, shutil, sys, textwrap, time, warnings
@@ -17,9 +17,10 @@ from .data import QUESTION_ANSWER, SAMPLING, check_pairs, feedback, fit_steerer,
 from .judges import BETTER, Panel, hub_commit, load_judge
 from .report import committed, guardrail_table, report
 from .results import guardrail_rows
-from .runs import Bench, Paused, read_config, rerun, say, write_batches
+from .runs import Bench, Paused, log, read_config, rerun, write_batches
 from .statistics import bootstrap_interval, summary_table
-from .sweeps import ABLATIONS, FULL, MICRO_PARAMS, PRESETS, QUICK, SHARES, micro_bench, preset_params, run_plan, show_preset
+from .sweeps import ABLATIONS, FULL, MICRO_PARAMS, PRESETS, QUICK, Plan, micro_bench, preset_plan, run_plan, show_preset
+from .sweeps import sweep as choose_setting  # a sweep of this page is another
 from .tasks import REAL_TASKS, Fold, Task, general_metrics, micro_task
 from .micro import AXES, Recipe, no_progress_bars
 from .speed import PARTS, goals, measure, show
@@ -240,7 +241,8 @@ def _micro(o, params):
     task, (layer, strength) = micro_task(lm, o.axis), committed_choice(o.axis, o.method)
     for name, value in MICRO_PARAMS["speakers"].get(o.method, {}).items(): params.setdefault(name, value)
     if o.choose:
-        found = Bench(lm.model, lm.tokenizer, task, Path(o.out)/"runs", "micro-speakers-0", batch_size=200).sweep(o.method, params=params)
+        bench = Bench(lm.model, lm.tokenizer, task, Path(o.out)/"runs", "micro-speakers-0", batch_size=200)
+        found = choose_setting(bench, o.method, params=params)
         print(f"{o.method}: {found.why}")
         if found.strength: layer, strength = found.layer, found.strength
     if strength and not strength_of(o) and o.layer is None: print(f"{at_layer(layer)} and strength {told(strength)} were chosen on validation prompts")
@@ -306,7 +308,7 @@ def generate(o):
     if feedback(method) and set(strength) != {"T"}: raise ValueError(f"the strength of {method} is a set-point: give --T")
     layer = None if feedback(method) and o.layer is None else check_layer(steerer.about.get("layer") if o.layer is None else o.layer, count_layers(name, revision), method)
     if not {"T", "share"} & strength.keys() and not hasattr(steerer, "barrier"): raise ValueError(f"{type(steerer).__name__} has no barrier to stop at: give --T or --share")
-    say(f"{len(prompts)} prompts, {Path(name).name}, {at_layer(layer)}, {told(strength)}, seed {o.seed}")
+    log(f"{len(prompts)} prompts, {Path(name).name}, {at_layer(layer)}, {told(strength)}, seed {o.seed}")
     model, tokenizer = load_model(name, revision, o.device, o.dtype)
     settings = dict(seed=o.seed, max_new_tokens=o.max_new_tokens, **sampling(o))
     texts = [p.text for p in prompts]
@@ -331,13 +333,13 @@ def bench(o):
     if files: return bench_files(o, files)
     plan, make = bench_plan(o)
     try:
-        with one_thread() if make is micro_bench else nullcontext(): run_plan(make=make, part=part_of(o.part), out=o.out, minutes=o.minutes, **plan)
-    except Paused as e: say(f"odesteer: {e}"); return 3
+        with one_thread() if make is micro_bench else nullcontext(): run_plan(replace(plan, part=part_of(o.part)), make, o.out, o.minutes)
+    except Paused as e: log(f"odesteer: {e}"); return 3
     except ImportError as e: raise ValueError(str(e)) from None
     if o.lm_eval: print_guardrails(o.out)
     print(f"done: odesteer report {o.out}")
 
-def bench_plan(o) -> tuple:  # settings of `run_plan`, and how a unit becomes a `Bench`
+def bench_plan(o) -> tuple:  # `Plan`, and how a unit becomes a `Bench`
     "What the options ask for, checked before any model is loaded"
     if o.preset: return _preset_plan(o)
     names = [m for kind in ("steerer", "controller", "placebo") for m in ods.steerer_names(kind)]
@@ -347,13 +349,14 @@ def bench_plan(o) -> tuple:  # settings of `run_plan`, and how a unit becomes a 
     if o.ablations: _known(list_of(o.ablations), ABLATIONS, "ablation")
     micro = [t for t in o.tasks if t.startswith("micro")]
     if micro and len(micro) < len(o.tasks): raise ValueError(f"{micro[0]} brings its own model; run it apart from {next(t for t in o.tasks if t not in micro)}")
-    grid = QUICK if o.quick else FULL if o.full else dict(strengths=SHARES, refine=1, repeats=2)
-    plan = dict(grid, methods=methods, allow=o.allow, seeds=o.seeds or grid.get("seeds", 3), layers=None if o.layers == "auto" else numbers("--layers", o.layers, int))
-    if o.T != "auto": plan["strengths"] = [{"T": x} for x in sorted(numbers("--T", o.T))]
-    if o.shares: plan["strengths"] = [{"share": x} for x in sorted(numbers("--shares", o.shares))]
-    if o.params: plan["params"] = params_of(o.params)
-    if o.lm_eval: plan["lm_eval"] = dict(tasks=o.lm_eval, include_path=o.lm_eval_path, limit=o.limit)
-    if o.ablations: plan["studies"] = list_of(o.ablations) if o.ablations != "all" else list(ABLATIONS)
+    plan = QUICK if o.quick else FULL if o.full else Plan()
+    search = replace(plan.search, allow=o.allow, seeds=o.seeds or plan.search.seeds)
+    if o.layers != "auto": search = replace(search, layers=numbers("--layers", o.layers, int))
+    if o.T != "auto": search = replace(search, strengths=[{"T": x} for x in sorted(numbers("--T", o.T))])
+    if o.shares: search = replace(search, strengths=[{"share": x} for x in sorted(numbers("--shares", o.shares))])
+    plan = replace(plan, methods=methods, search=search, params=params_of(o.params) if o.params else {})
+    if o.lm_eval: plan = replace(plan, lm_eval=dict(tasks=o.lm_eval, include_path=o.lm_eval_path, limit=o.limit))
+    if o.ablations: plan = replace(plan, studies=list_of(o.ablations) if o.ablations != "all" else "all")
     return _micro_plan(o, plan, micro) if micro else _real_plan(o, plan)
 
 # %% ../nbs/24_cli.ipynb #981ff942
@@ -434,11 +437,12 @@ def _micro_plan(o, plan, tasks):
     "Units of the micro benchmark: world, model seed, axis"
     _known([t.removeprefix("micro").lstrip("-") or "all" for t in tasks], AXES, "axis of the micro world")
     if o.model or o.data: raise ValueError(f"{tasks[0]} brings its own model and texts: --model and --data belong to {', '.join(REAL_TASKS)}")
-    if plan["layers"]: plan["layers"] = [check_layer(k, Recipe.layers) for k in plan["layers"]]
+    if plan.search.layers:
+        plan = replace(plan, search=replace(plan.search, layers=[check_layer(k, Recipe.layers) for k in plan.search.layers]))
     axes = list(AXES) if "micro" in tasks else [t.removeprefix("micro-") for t in tasks]
-    if "params" in plan: plan["params"] = {world: {m: usual.get(m, {}) | plan["params"].get(m, {}) for m in usual | plan["params"]} for world, usual in MICRO_PARAMS.items()}
-    units = plan.pop("units", [(o.world, seed, axis) for seed in range(o.models) for axis in AXES])
-    return dict(plan, units=[u for u in units if u[-1] in axes]), micro_bench
+    params = {world: {m: usual.get(m, {}) | plan.params.get(m, {}) for m in usual | plan.params} for world, usual in MICRO_PARAMS.items()}
+    units = plan.units or [(o.world, seed, axis) for seed in range(o.models) for axis in AXES]
+    return replace(plan, params=params, units=[u for u in units if u[-1] in axes]), micro_bench
 
 # %% ../nbs/24_cli.ipynb #e0a8ba81
 def _real_plan(o, plan, tasks={}, judges={}, batch_size=None, decoding={}):
@@ -447,17 +451,18 @@ def _real_plan(o, plan, tasks={}, judges={}, batch_size=None, decoding={}):
     if not o.model: raise ValueError(f"{o.tasks[0]} needs --model, a folder or hub id of a causal language model; without one, run micro")
     if o.judge and "truthfulqa-binary" in o.tasks: raise ValueError("truthfulqa-binary needs no judge: its answers are letters; leave out --judge")
     if o.data and len(o.tasks) > 1: raise ValueError("--data is the file of one task: run tasks with files of your own one by one")
-    if plan["layers"]: plan["layers"] = [check_layer(k, count_layers(o.model, o.revision)) for k in plan["layers"]]
+    if plan.search.layers:
+        n = count_layers(o.model, o.revision)
+        plan = replace(plan, search=replace(plan.search, layers=[check_layer(k, n) for k in plan.search.layers]))
     for t in o.tasks: sources_of(t, o, judges.get(t))  # a mistake costs a second
-    plan.pop("units", None)
     loaded = []  # once, for the first unit
-    def make(name, out):
+    def make(name, out, **kwargs):
         if not loaded: loaded.extend([*load_model(o.model, o.revision, o.device, o.dtype), None if Path(o.model).is_dir() else hub_commit(o.model, o.revision)])
         task = REAL_TASKS[name](**tasks.get(name, {}) | sources_of(name, o, judges.get(name)), limit=o.limit)
         task.decoding |= decoding.get(name, {})
         model, tokenizer, commit = loaded
-        return Bench(model, tokenizer, task, out, batch_size=batch_size or o.batch_size, revision=commit, hub=commit and o.model)
-    return dict({"params": {}} | plan, units=[(t,) for t in o.tasks]), make
+        return Bench(model, tokenizer, task, out, batch_size=batch_size or o.batch_size, revision=commit, hub=commit and o.model, **kwargs)
+    return replace(plan, units=[(t,) for t in o.tasks]), make
 
 # %% ../nbs/24_cli.ipynb #efd1a951
 #: Task -> names of its files, in the order of --data; the first is enough, where others have a default
@@ -491,10 +496,7 @@ def _preset_plan(o):
     o.tasks = [t for t in o.tasks if t != "micro"] or list(p["tasks"])
     _known(o.tasks, p["tasks"], f"task of {o.preset}")
     o.model, o.dtype = o.model or p["model"], p["dtype"] if o.dtype == "auto" else o.dtype
-    plan = dict(methods=list(p["methods"]), layers=None if p["layer"] is None else [p["layer"]], seeds=p["seeds"] if not o.seeds else p["seeds"][:o.seeds], refine=0, repeats=1, rule="best",
-                strengths={(t, m): [{"T": x} for x in (how["T"][t] if isinstance(how["T"], dict) else [how["T"]])] for t in o.tasks for m, how in p["methods"].items()})
-    plan, make = _real_plan(o, plan, p["tasks"], p["judges"], p["batch_size"], p["decoding"])
-    return dict(plan, params={t: preset_params(p, t) for t in o.tasks}), make
+    return _real_plan(o, preset_plan(o.preset, o.tasks, o.seeds), p["tasks"], p["judges"], p["batch_size"], p["decoding"])
 
 # %% ../nbs/24_cli.ipynb #aa7f5706
 def make_report(o):
@@ -514,7 +516,7 @@ def speed(o):
     if o.out and not Path(o.out).absolute().parent.is_dir(): raise ValueError(f"--out {o.out}: there is no folder {Path(o.out).parent}")
     device, threads = o.device or ("cuda" if torch.cuda.is_available() else "cpu"), torch.get_num_threads()
     torch.set_num_threads(o.threads or threads)
-    try: found = measure(PARTS if "all" in parts else parts, o.tiny, o.rounds, device, o.out, say)
+    try: found = measure(PARTS if "all" in parts else parts, o.tiny, o.rounds, device, o.out, log)
     finally: torch.set_num_threads(threads)
     print("\n\n".join(filter(None, [show(found), goals(found)])))
 
@@ -563,13 +565,13 @@ def sampling(o) -> dict: return dict(do_sample=False, temperature=None, top_p=No
 def warn_overlap(pairs, prompts):
     seen = {str(g).strip() for g in pairs.groups}
     n = sum(str(p.fact) in seen for p in prompts)
-    if n: say(f"odesteer: warning: {n} of {len(prompts)} prompts are questions that the steerer is fitted on; their answers say nothing about new questions")
+    if n: log(f"odesteer: warning: {n} of {len(prompts)} prompts are questions that the steerer is fitted on; their answers say nothing about new questions")
 
 # %% ../nbs/24_cli.ipynb #1e864f92
 class Parser(argparse.ArgumentParser):
     "A parser whose errors are one line"
     def error(self, message):
-        say(f"odesteer: {message} (see {self.prog} --help)")
+        log(f"odesteer: {message} (see {self.prog} --help)")
         raise SystemExit(2)
 
 def main(
@@ -579,13 +581,13 @@ def main(
     try:
         o = parser().parse_args(argv)
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: say(f"odesteer: warning: {message}")
+            warnings.showwarning = lambda message, *_: log(f"odesteer: warning: {message}")
             return o.run(o) or 0
     except SystemExit as e: return e.code
-    except KeyboardInterrupt: say("odesteer: stopped"); return 130
+    except KeyboardInterrupt: log("odesteer: stopped"); return 130
     except (ValueError, OSError) as e:
         if "o" in locals() and o.traceback: raise
-        say(f"odesteer: {' '.join(str(e).split())}")
+        log(f"odesteer: {' '.join(str(e).split())}")
         return 2
 
 # %% ../nbs/24_cli.ipynb #0a95495a

@@ -21,7 +21,7 @@ from .sweeps import ABLATIONS, ablation_arms
 
 # %% auto #0
 __all__ = ['DERIVED', 'PLACEBOS', 'YARDSTICKS', 'Found', 'find_runs', 'Point', 'Unit', 'make_units', 'Interval', 'Scope',
-           'Setting', 'MetricRow', 'PairRow', 'needs_layer', 'curve_unit', 'CurvePoint', 'place', 'StudyRow',
+           'Chosen', 'MetricRow', 'PairRow', 'needs_layer', 'curve_unit', 'CurvePoint', 'place', 'StudyRow',
            'guardrail_rows', 'gather', 'as_results', 'committed']
 
 # %% ../nbs/16_results.ipynb #04e7630e
@@ -79,7 +79,7 @@ def _whole_run(path) -> Run:
         run.scores = {m: run.scores[m] for m in (spec["primary"], *spec["watch"])}
     return run
 
-# %% ../nbs/16_results.ipynb #851d8170
+# %% ../nbs/16_results.ipynb #f63f88f6
 def _check_same(found, old, run, root):
     "Two runs under one key must agree: the answers to the letter, the scores up to rounding"
     homes = found.homes[run.key]
@@ -96,7 +96,7 @@ def _answers(path):
     with open(path/"answers.jsonl", encoding="utf-8") as f:
         return [(x["group"], x["answer"]) for x in map(json.loads, f)]
 
-# %% ../nbs/16_results.ipynb #08f26ed6
+# %% ../nbs/16_results.ipynb #c175ad30
 def _add_choice(found, path):
     "Enter what a sweep chose, or count why not"
     try:
@@ -143,7 +143,7 @@ def groups(self: Unit, split) -> list:
     "Which question each item of a split is about, (N,)"
     return next((runs[0].groups for point, runs in self.points.items() if point.split == split), [])
 
-# %% ../nbs/16_results.ipynb #f94aee24
+# %% ../nbs/16_results.ipynb #65af9071
 @patch
 def choice(self: Unit, arm,
     layer=None,  # given: the finest of the sweeps that looked at this layer alone, else of those that came to it
@@ -165,7 +165,7 @@ def chosen(self: Unit, arm, layer=None, coarse=False) -> list:
     if c["strength"] is None: return self.at("test", "unsteered")
     return self.at("test", arm, c["layer"], c["strength"])
 
-# %% ../nbs/16_results.ipynb #239f62c7
+# %% ../nbs/16_results.ipynb #96f66462
 @patch
 def explored(self: Unit, arm) -> int:
     "The layer in which most strengths were tried on validation; None if there is none"
@@ -201,7 +201,7 @@ def make_units(
     for choice in sorted(found.choices.values(), key=_width, reverse=True): _enter_choice(units, choice)
     return units
 
-# %% ../nbs/16_results.ipynb #7226973c
+# %% ../nbs/16_results.ipynb #7e1b9b01
 def _task_spec(run, tasks):
     "What the task of a run wants: primary, better, watch"
     task = run.config["task"]
@@ -211,7 +211,7 @@ def _task_spec(run, tasks):
                          f"give tasks={{{task!r}: dict(primary=, better=, watch=)}}")
     return spec
 
-# %% ../nbs/16_results.ipynb #5aa6e21a
+# %% ../nbs/16_results.ipynb #ba2b0eff
 def _enter(unit, run, homes):
     "A run into its unit"
     c = run.config
@@ -232,7 +232,7 @@ def _enter_choice(units, choice):
         if all(c.get(k, v) == v for k, v in unit.shared.items()):
             unit.choices.setdefault(_arm_name({"arm": "steer", **c}, unit.arms), []).append(choice)
 
-# %% ../nbs/16_results.ipynb #24c8a429
+# %% ../nbs/16_results.ipynb #cea60f96
 def _width(choice):
     "How much a sweep looked at"
     c = choice["config"]
@@ -246,7 +246,7 @@ def _arm_name(config, arms) -> str:
     arms[name] = config["method"], own
     return name
 
-# %% ../nbs/16_results.ipynb #4e4157a1
+# %% ../nbs/16_results.ipynb #0e225754
 class Interval(NamedTuple):
     "A value and the ends of its 95 % interval; in JSON a list of three"
     value: float  # None: undefined
@@ -319,7 +319,7 @@ def p(self: Scope, x, y) -> float:
     "Of no difference between arms x and y, (N,) each; None if no item has both"
     return _rounded(sign_flip_test(y, x, self.groups(), self.resamples)) if _both(x, y) else None
 
-# %% ../nbs/16_results.ipynb #18e7cc5d
+# %% ../nbs/16_results.ipynb #6ec049ad
 def _both(x, y) -> int: return int((~np.isnan(x - y)).sum())  # items that are defined in both
 
 def _over_seeds(rows, n):
@@ -328,9 +328,9 @@ def _over_seeds(rows, n):
     known = (~np.isnan(rows)).sum(0)
     return np.where(known, np.nansum(rows, 0) / np.maximum(known, 1), np.nan)
 
-# %% ../nbs/16_results.ipynb #02892730
-class Setting(NamedTuple):
-    "What a sweep chose"
+# %% ../nbs/16_results.ipynb #96769f92
+class Chosen(NamedTuple):
+    "What a sweep chose, in a row of the main table"
     layer: int  # None: all blocks, or nothing was safe
     strength: dict  # one unit and its value; None: no strength was safe, steering is off
 
@@ -364,7 +364,7 @@ def row(self: Scope, arm: str,
     runs = [r for rs in steered for r in rs]
     if not runs: return None
     choices = [u.choice(arm) for u in self.units]
-    settings = [c and Setting(c["layer"], c["strength"]) for c in choices]
+    settings = [c and Chosen(c["layer"], c["strength"]) for c in choices]
     off = sum(s is not None and s.strength is None for s in settings)  # models on which nothing was safe
     out = dict(arm=arm, method=self.method(arm), chosen=settings, off=off, seeds=max(map(len, steered)), metrics={})
     if len(choices) == 1 and choices[0]: out["why"] = choices[0]["why"]
@@ -382,7 +382,7 @@ def _typical(runs, key) -> float:
     known = [r.summary[key] for r in runs if r.summary.get(key) is not None]
     return _rounded(np.median(known)) if known else None
 
-# %% ../nbs/16_results.ipynb #b10762c3
+# %% ../nbs/16_results.ipynb #b9e8f3c4
 @patch
 def _metric_row(self: Scope, m, x, y, brief) -> MetricRow:
     "A metric of an arm, per item (N,), with its change from the unsteered y (N,), unless y is None"
@@ -427,7 +427,7 @@ def _as_published(self: Scope, steered, plain) -> dict:  # name -> Interval
         groups += [f"{i}/{g}" for r in arm for g in r.groups]
     return {k: _interval(e) for k, e in _estimates(runs, beside, self.primary, groups, max(199, self.resamples//10))}
 
-# %% ../nbs/16_results.ipynb #3707104f
+# %% ../nbs/16_results.ipynb #2bbe6730
 DERIVED = "true x info", "reward P90", "win"  # what a row may hold beside its metrics, as `Interval`
 
 def _estimates(runs, beside, primary, groups, resamples):
@@ -460,7 +460,7 @@ class PairRow(NamedTuple):
         "Arm minus other"
         return Interval(self.value, self.lo, self.hi)
 
-# %% ../nbs/16_results.ipynb #cd1694d6
+# %% ../nbs/16_results.ipynb #3f006cd4
 @patch
 def pairs(self: Scope,
     rows: list,  # of `row`
@@ -475,7 +475,7 @@ def pairs(self: Scope,
                 out[b, a] = PairRow(b, a, *self.above(x[b], x[a]), self.p(x[b], x[a]), n)
     return list(out.values())
 
-# %% ../nbs/16_results.ipynb #a1b8f240
+# %% ../nbs/16_results.ipynb #35e81da0
 def needs_layer(arm: str) -> bool:
     "Whether a method acts at one block; what is no method (such as asking in the prompt) counts as one that does"
     return arm not in ods.REGISTRY or load_class(arm).needs_layer
@@ -497,7 +497,7 @@ class CurvePoint(tuple):
         "Means of the watched metrics"
         return self[4:]
 
-# %% ../nbs/16_results.ipynb #eec06477
+# %% ../nbs/16_results.ipynb #1b4ef136
 @patch
 def curve(self: Scope, arm: str) -> dict:  # layer as text, and "chosen" -> `CurvePoint`s
     """Validation against strength, in each layer, and at each model's chosen layer
@@ -522,7 +522,7 @@ def _curve_layer(unit, arm):
     if c is None: return _UNTRIED
     return unit.explored(arm) if c["layer"] is None else c["layer"]
 
-# %% ../nbs/16_results.ipynb #b2e82995
+# %% ../nbs/16_results.ipynb #1e77f312
 @patch
 def _curve_point(self: Scope, arm, layers, strength, full) -> CurvePoint:
     "A strength, at a layer of each model; None unless it was run on every model that the method was tried on"
@@ -544,23 +544,22 @@ def place(
     if "level" in at: return f"level {at['level']:g} within share {at['share']:g}"
     return ", ".join(f"{k} {v:g}" for k, v in at.items())
 
-# %% ../nbs/16_results.ipynb #73cecc6e
+# %% ../nbs/16_results.ipynb #2f465535
 @patch
 def study_runs(self: Unit, study: str) -> dict:  # label of an arm -> place -> test runs
     "What a study ran on this unit, at the layer chosen for ODESteer (each method's own, in a study that says so)"
     main = self.mains().get("odesteer")
     layer = main and self.choice(main)["layer"]
     if layer is None: return {}
-    coarse, own = (ABLATIONS[study].get(k, False) for k in ("coarse", "own"))
-    controllers = {m: self.arms[arm][1] for m, arm in self.mains().items() if not needs_layer(m)}
-    out = {}
-    for a in ablation_arms(study, self.arms[main][1], controllers):
-        arm = arm_label(a["method"], a["params"])
-        where = self._study_layer(a["method"], arm, layer, own)
-        out[a["label"]] = {place(json.loads(point.strength)): runs for point, runs in self.points.items()
-                           if (point.split, point.arm, point.layer) == ("test", arm, where)}
+    coarse, own = ABLATIONS[study].coarse, ABLATIONS[study].own
+    params, out = {m: self.arms[arm][1] for m, arm in self.mains().items()}, {}
+    for a in ablation_arms(study, params):
+        arm = arm_label(a.method, a.params)
+        where = self._study_layer(a.method, arm, layer, own)
+        out[a.label] = {place(json.loads(point.strength)): runs for point, runs in self.points.items()
+                        if (point.split, point.arm, point.layer) == ("test", arm, where)}
         best = self.chosen(arm, None if own else where, coarse)
-        if best: out[a["label"]]["best"] = best
+        if best: out[a.label]["best"] = best
     return out
 
 @patch
@@ -570,7 +569,7 @@ def _study_layer(self: Unit, method, arm, layer, own):
     c = self.choice(arm) if own else None
     return c["layer"] if c and c["strength"] else layer
 
-# %% ../nbs/16_results.ipynb #2cf91326
+# %% ../nbs/16_results.ipynb #b8296ca0
 class StudyRow(NamedTuple):
     "An arm of a study where it meets the others"
     arm: str
@@ -601,10 +600,10 @@ class StudyRow(NamedTuple):
 def study(self: Scope, name: str) -> list:  # of `StudyRow`
     "An ablation: each arm wherever it meets the reference"
     runs = [u.study_runs(name) for u in self.units]
-    labels = [arm[0] for arm in ABLATIONS[name]["arms"]]
+    labels = [arm.label for arm in ABLATIONS[name].arms]
     reached = {label: set.intersection(*(set(r.get(label, {})) for r in runs)) for label in labels}  # in every unit
     rows = []
-    for kind in ABLATIONS[name]["at"]:
+    for kind in ABLATIONS[name].at:
         for places in _meetings(reached, kind):
             rivals = [p.partition(" within ")[2] or p for p in places]  # a level is compared with walking on
             here = [label for label in labels if set(places) <= reached[label]]
@@ -621,7 +620,7 @@ def _meetings(reached, kind) -> list:
     common = [p for p in places if all(p in ps for ps in arms)]
     return [[p] for p in places] + ([common] if len(common) > 1 and kind != "level" else [])
 
-# %% ../nbs/16_results.ipynb #85e9a1e3
+# %% ../nbs/16_results.ipynb #b0f7caf1
 @patch
 def _study_row(self: Scope, runs, where, arm, reference) -> StudyRow:
     "An arm of a study at one or several places, and the reference it is compared with: (label, places) each"
@@ -658,7 +657,7 @@ def _guardrail_row(config, task, metric, items, before) -> dict:
                 layer=config.get("layer"), strength=config.get("strength"), n=len(items),
                 score=_rounded(np.mean(items)), change=before and _interval(paired_difference(before, items)))
 
-# %% ../nbs/16_results.ipynb #58f8b283
+# %% ../nbs/16_results.ipynb #1b19b7b1
 def _guardrail_files(folders, count) -> list:
     "(config, scores) of every file; one that two machines have counts once"
     found = {}
@@ -736,7 +735,7 @@ def _arms_and_rows(scope, brief) -> tuple:
     for r in rows: r["holm"] = _rounded(adjusted.get(r["arm"]))
     return arms, rows
 
-# %% ../nbs/16_results.ipynb #e5000149
+# %% ../nbs/16_results.ipynb #a2696b44
 def _machine_seconds(found) -> Counter:
     "What a machine says about itself, as JSON -> seconds of generation"
     seconds = Counter()
@@ -751,24 +750,24 @@ def _machine(path) -> str:
         return json.dumps({k: v for k, v in about.items() if isinstance(v, (str, int, float))}, sort_keys=True)
     except (OSError, ValueError): return "{}"
 
-# %% ../nbs/16_results.ipynb #f8ad4bdb
+# %% ../nbs/16_results.ipynb #7d0dda6c
 def as_results(
     found: dict,  # from JSON, or already results
 ) -> dict:  # a copy; what has no scopes is no results, and comes back as it is
     "Results with names for the parts of their rows: `Interval`, `MetricRow`, `PairRow`, `StudyRow`, `CurvePoint`"
     if "scopes" not in found: return found
     out = found | {"scopes": [_named_scope(s) for s in found["scopes"]]}
-    if "guardrails" in out: out["guardrails"] = [r | {"change": _named(r["change"])} for r in out["guardrails"]]
+    if "guardrails" in out: out["guardrails"] = [r | {"change": _as(r["change"])} for r in out["guardrails"]]
     return out
 
-def _named(x, kind=Interval): return x if x is None else kind(*x)
+def _as(x, kind=Interval): return x if x is None else kind(*x)
 
 def _named_row(r):
     "A row of the main table"
-    settings = [_named(c, Setting) for c in r["chosen"]]
-    derived = {k: _named(r[k]) for k in DERIVED if k in r}
+    settings = [_as(c, Chosen) for c in r["chosen"]]
+    derived = {k: _as(r[k]) for k in DERIVED if k in r}
     metrics = {m: MetricRow(v) for m, v in r["metrics"].items()}
-    return r | dict(chosen=settings, metrics=metrics, speed=_named(r["speed"])) | derived
+    return r | dict(chosen=settings, metrics=metrics, speed=_as(r["speed"])) | derived
 
 def _named_scope(s):
     "One of the scopes"
@@ -780,7 +779,7 @@ def _named_scope(s):
                          for arm, curve in s["curves"].items()}
     return out
 
-# %% ../nbs/16_results.ipynb #abca6134
+# %% ../nbs/16_results.ipynb #14859464
 def committed(
     name: str = "bench-micro",  # of an asset
 ) -> dict:  # what `gather` returned

@@ -5,16 +5,16 @@
 # %% ../nbs/14_runs.ipynb #95e9c0b1
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-import inspect, json, math, os, re, sys, time
+import inspect, json, math, re, sys, time
 import numpy as np
 import torch
 from fastcore.basics import patch
 import odesteer as ods
-from .control import effort
-from .data import digest, feedback, fit_on, group_of, sample_batch, write_jsonl
+from .control import effort as measure_effort
+from .data import digest, fit_on, group_of, sample_batch, write_jsonl
 from .euler import load_class, write_atomic
 from .judges import kl_to_unsteered
 from .micro import AXES
@@ -22,9 +22,9 @@ from .models import fingerprint
 from .tasks import REAL_TASKS, Task, micro_task
 
 # %% auto #0
-__all__ = ['VARIES', 'write_batches', 'say', 'Bench', 'run_key', 'Run', 'read_run', 'Paused', 'environment', 'canonical_params',
-           'own_params', 'arm_label', 'rotation', 'time_at_angle', 'resolve_strength', 'strength_at', 'rerun',
-           'read_config']
+__all__ = ['VARIES', 'write_batches', 'log', 'Bench', 'run_key', 'Run', 'read_run', 'Paused', 'environment', 'canonical_params',
+           'own_params', 'arm_label', 'rotation', 'time_at_angle', 'resolve_strength', 'strength_at', 'read_config',
+           'rerun']
 
 # %% ../nbs/14_runs.ipynb #b34f8a6f
 def write_batches(
@@ -32,198 +32,318 @@ def write_batches(
     batch,  # i -> rows of the batch that begins at i, as dicts
     starts,  # where the batches begin
     what: dict,  # everything that the rows depend on
-    label: str = None,  # of a progress bar
+    label: str = None,  # of a progress bar; None: no bar
 ):
     "Every batch reaches the disk as it is made, in OUT.part; work that was interrupted goes on where it stopped"
     from tqdm import tqdm
-    key, part, done = json.dumps({"key": digest(json.dumps(what, sort_keys=True, default=str))}), out and Path(f"{out}.part"), 0
-    if out: done = _resume(part, key, len(starts))
-    if done: say(f"odesteer: {done} of {len(starts)} batches of {Path(out).name} were there already")
-    fresh = []
-    for i in tqdm(starts[done:], label, initial=done, total=len(starts), disable=None if label else True, leave=False):
-        line = json.dumps(batch(i), ensure_ascii=False)  # a line holds a whole batch
-        if not out: fresh.append(line); continue
-        with open(part, "a", encoding="utf-8") as f: f.write(line + "\n")
-    with open(part, encoding="utf-8") if out else nullcontext(["", *fresh]) as lines:
-        lines = iter(lines); next(lines)
+    header = json.dumps({"key": digest(json.dumps(what, sort_keys=True, default=str))})
+    part = Path(f"{out}.part")
+    done = _resume(part, header, len(starts)) if out else 0
+    if done: log(f"odesteer: {done} of {len(starts)} batches of {Path(out).name} were there already")
+    rows = []  # of the terminal
+    shown = None if label else True  # None: a bar where somebody watches
+    for i in tqdm(starts[done:], label, initial=done, total=len(starts), disable=shown, leave=False):
+        if out: _append(part, batch(i))
+        else: rows += batch(i)
+    if not out: return write_jsonl(None, rows)
+    with open(part, encoding="utf-8") as lines:
+        next(lines)  # the header
         write_jsonl(out, (row for line in lines for row in json.loads(line)))
-    if out: part.unlink()
+    part.unlink()
 
-def say(text): print(text, file=sys.stderr, flush=True)
+def log(text: str):
+    "A line for whoever watches, on stderr"
+    print(text, file=sys.stderr, flush=True)
 
 # %% ../nbs/14_runs.ipynb #97939529
-def _resume(part, key, most) -> int:
+def _append(part, rows):
+    line = json.dumps(rows, ensure_ascii=False)
+    with open(part, "a", encoding="utf-8") as f: f.write(line + "\n")
+
+def _resume(part, header, most) -> int:
     "How many whole batches of the same work the file holds; what does not belong there is cut off"
-    size = done = 0
+    size = lines = 0
     if part.exists():
         with open(part, "rb") as f:
             for line in f:
-                if not line.endswith(b"\n") or (not size and line.decode(errors="replace").rstrip("\n") != key) or done > most: break
-                size += len(line); done += 1
-    if size:
-        with open(part, "r+b") as f: f.truncate(size)
-    else: part.write_text(key + "\n", encoding="utf-8")
-    return max(0, done - 1)
+                whole = line.endswith(b"\n")
+                ours = lines > 0 or line.decode(errors="replace").rstrip("\n") == header
+                if not whole or not ours or lines > most: break
+                size += len(line)
+                lines += 1
+    if lines == 0:
+        part.write_text(header + "\n", encoding="utf-8")
+        return 0
+    with open(part, "r+b") as f: f.truncate(size)
+    return lines - 1
 
 # %% ../nbs/14_runs.ipynb #196b8e5e
 class Bench:
-    "A model and a task, ready to run; everything it makes stands in a folder"
+    """A model and a task, ready to run; everything it makes stands in a folder.
+
+    It remembers activations and fitted steerers (`_acts`, `_steerers`), and does not change otherwise. Grows on this
+    page: `config`, `acts`, `read_layers`, `prompt_acts`, `steerer`, `strength`, `displacement`, `effort`, `run`,
+    `finished`, `repeated`, `at_effort`."""
     def __init__(self,
-        model, tokenizer,
-        task: Task,
+        model, tokenizer,  # as transformers loads them
+        task: Task,  # with data=, the identity of its data; else a ValueError
         out="runs",  # folder for runs and choices
         name: str = None,  # of the model, in tables; default: as it was loaded
         world: str = None,  # of models that differ in their training seed only: tables pool them
         batch_size: int = 64,  # part of a run's key: what is drawn depends on it
-        minutes: float = math.inf,  # no new run is begun after that time
-        revision: str = None, hub: str = None,  # the commit that the weights came from and the owner/name there, if they came from a hub
+        revision: str = None, hub: str = None,  # commit of the weights and owner/name, if they came from a hub
+        deadline: float = math.inf,  # no run is begun when `time.monotonic()` is past it
+        on_run=lambda run: None,  # called with each `Run` that was made or read
     ):
-        if task.data is None: raise ValueError(f"the task {task.name!r} is a demonstration: its parts were not checked for leaks; give it data=, the identity of its data")
+        if task.data is None:
+            raise ValueError(f"the task {task.name!r} is a demonstration: its parts were not checked for leaks; "
+                             "give it data=, the identity of its data")
         self.model, self.tokenizer, self.task, self.out = model, tokenizer, task, Path(out)
-        self.batch_size = max(1, batch_size // task.samples) * task.samples  # the answers to one prompt are judged together
-        name = name or Path(getattr(model.config, "_name_or_path", "") or "model").name
-        self.about = dict(name=name, **({"world": world} if world else {}), **({"hub": hub} if hub else {}), revision=revision, dtype=str(model.dtype).removeprefix("torch."), sha256=fingerprint(model)[:16])
-        self._acts, self._steerers, self.layers, self.deadline, self.tick = {}, {}, (), time.monotonic() + 60*minutes, lambda run: None  # tick: called after each run
+        self.batch_size = max(1, batch_size // task.samples) * task.samples  # answers to a prompt are judged together
+        self.deadline, self.on_run = deadline, on_run
+        self.about = _about(model, name, world, hub, revision)
+        self._acts, self._steerers = {}, {}
 
-    def config(self, method=None, layer=None, strength=None, params={}, split="val", seed=0, arm=None) -> dict:
-        "Everything that the numbers of a run depend on"
-        arm = arm or ("none" if method is None else "steer")
-        return dict(task=self.task.name, data=self.task.data, model=self.about, arm=arm, method=method, params=params, layer=layer, strength=strength,
-                    split=split, seed=seed, decoding=self.task.decoding, batch_size=self.batch_size, **{k: v for k, usual in (("samples", 1), ("stop", ()), ("max_length", None), ("positions", "last")) if (v := getattr(self.task, k)) != usual})
+# %% ../nbs/14_runs.ipynb #dfe96904
+def _about(model, name, world, hub, revision) -> dict:
+    "What identifies a model: the bytes of its weights, and where they came from"
+    name = name or Path(getattr(model.config, "_name_or_path", "") or "model").name
+    known = {k: v for k, v in (("world", world), ("hub", hub)) if v}
+    dtype = str(model.dtype).removeprefix("torch.")
+    return dict(name=name, **known, revision=revision, dtype=dtype, sha256=fingerprint(model)[:16])
 
-VARIES = "arm", "method", "params", "layer", "strength", "split", "seed"  # between runs that can be compared
+#: fields of a config that may differ between runs that are compared
+VARIES = "arm", "method", "params", "layer", "strength", "split", "seed"
+#: fields of a task that a config names only where they are not so
+_USUAL = {"samples": 1, "stop": (), "max_length": None, "positions": "last"}
 
-def run_key(config: dict) -> str: return digest(json.dumps(config, sort_keys=True))
+@patch
+def config(self: Bench, method=None, layer=None, strength=None, params={}, split="val", seed=0, arm=None) -> dict:
+    "Everything that the numbers of a run depend on; the arguments are those of `run`"
+    arm = arm or ("none" if method is None else "steer")
+    unusual = {k: v for k, usual in _USUAL.items() if (v := getattr(self.task, k)) != usual}
+    return dict(task=self.task.name, data=self.task.data, model=self.about,
+                arm=arm, method=method, params=params, layer=layer, strength=strength, split=split, seed=seed,
+                decoding=self.task.decoding, batch_size=self.batch_size, **unusual)
+
+def run_key(config: dict) -> str:
+    "The name of a run or choice: a hash of its config, 16 hex digits; the order of its fields does not matter"
+    return digest(json.dumps(config, sort_keys=True))
 
 # %% ../nbs/14_runs.ipynb #cf173967
 @patch
-def acts(self: Bench, fold: int, layer: int):
-    "Activations of the fold's texts at a layer, (N+ + N-, d); all layers of a sweep are read in one pass and kept on disk"
-    if layer not in self._acts.setdefault(fold, {}):
-        texts = self.task.folds[fold].texts
-        self._acts[fold] |= ods.collect_activations(self.model, self.tokenizer, texts.pos + texts.neg, sorted({layer, *self.layers}), batch_size=self.batch_size, max_length=self.task.max_length, cache_dir=self.out/"activations", progress=sys.stderr.isatty())
+def acts(self: Bench, fold: int, layer: int) -> torch.Tensor:  # (N+ + N-, d), wanted texts first
+    "Activations of the fold's texts at a layer; read once, kept on disk"
+    if layer not in self._acts.get(fold, {}): self._read(fold, [layer])
     return self._acts[fold][layer]
 
 @patch
-def asked(self: Bench, fold: int, layer: int):
-    "Activations at the last prompt token of the fold's wanted texts, (N+, d); None where texts have no prompt"
-    texts, split = self.task.folds[fold].texts.pos, self.task.split
-    if split is None and not isinstance(texts[0], tuple): return None
-    return ods.collect_activations(self.model, self.tokenizer, [split(t) for t in texts] if split else texts, layers=[layer], positions="prompt", batch_size=self.batch_size,
-                                   max_length=self.task.max_length, cache_dir=self.out/"activations", progress=sys.stderr.isatty())[layer]
+def read_layers(self: Bench, layers):
+    "Read the texts of every fold at several layers in one pass, which is cheaper than a pass for each"
+    if layers: self._check_time()
+    for fold in range(len(self.task.folds)):
+        missing = sorted(set(layers) - self._acts.get(fold, {}).keys())
+        if missing: self._read(fold, missing)
 
 @patch
+def _read(self: Bench, fold, layers):
+    texts = self.task.folds[fold].texts
+    self._acts.setdefault(fold, {}).update(self._collect(texts.pos + texts.neg, layers))
+
+@patch
+def _collect(self: Bench, texts, layers, **how) -> dict:
+    "Activations by layer, read as the task says and kept on disk"
+    return ods.collect_activations(
+        self.model, self.tokenizer, texts, layers, batch_size=self.batch_size, max_length=self.task.max_length,
+        cache_dir=self.out/"activations", progress=sys.stderr.isatty(), **how)
+
+# %% ../nbs/14_runs.ipynb #b625bf0d
+@patch
 def steerer(self: Bench, method, layer, params, fold=0):
-    "The fitted steerer or controller; fitted once, and found again on disk"
+    "The fitted steerer or controller (layer None); fitted once, and found again on disk"
     key = digest(json.dumps([self.task.data, self.about, method, layer, params, fold], sort_keys=True))
     if key not in self._steerers:
         path = self.out/"steerers"/key
         if (path/"card.json").exists(): self._steerers[key] = ods.load_steerer(path)
-        elif feedback(method):
-            texts = self.task.folds[fold].texts
-            self._steerers[key] = s = ods.make_steerer(method, **params).fit(self.model, self.tokenizer, texts.pos, texts.neg, batch_size=self.batch_size, cache_dir=self.out/"jacobians", progress=sys.stderr.isatty())
-            s.save_pretrained(path)
         else:
-            asked = self.asked(fold, layer) if "source" in getattr(load_class(method), "wants", ()) else None
-            self._steerers[key] = s = fit_on(self.acts(fold, layer), self.task.folds[fold].texts, method, asked, **params)
-            s.about.update(layer=layer); s.save_pretrained(path)
+            fitted = self._fit_method(method, layer, params, fold)
+            fitted.save_pretrained(path)
+            self._steerers[key] = fitted
     return self._steerers[key]
 
 @patch
+def _fit_method(self: Bench, method, layer, params, fold):
+    cls, texts = load_class(method), self.task.folds[fold].texts
+    if not cls.needs_layer:
+        return cls(**params).fit(
+            self.model, self.tokenizer, texts.pos, texts.neg, batch_size=self.batch_size,
+            cache_dir=self.out/"jacobians", progress=sys.stderr.isatty())
+    source = self.prompt_acts(fold, layer) if "source" in getattr(cls, "wants", ()) else None
+    fitted = fit_on(self.acts(fold, layer), texts, method, source, **params)
+    fitted.about.update(layer=layer)
+    return fitted
+
+# %% ../nbs/14_runs.ipynb #4c2df060
+@patch
+def prompt_acts(self: Bench, fold: int, layer: int):  # (N+, d), or None where texts have no prompt
+    "Activations at the last prompt token of the fold's wanted texts, for methods that look from there"
+    texts, split = self.task.folds[fold].texts.pos, self.task.split
+    if split is not None: texts = [split(t) for t in texts]
+    if not isinstance(texts[0], tuple): return None
+    return self._collect(texts, [layer], positions="prompt")[layer]
+
+@patch
 def strength(self: Bench, method, layer, strength, params={}, fold=0) -> dict:
-    "A strength in the units of `steering`: rotation angles, quantiles of h and efforts are turned into times, levels, shares and set-points"
+    "A strength in units of `steering`: angles, levels and efforts become times, barrier values, shares, set-points"
     if "effort" in strength: return self.at_effort(method, layer, strength["effort"], params, fold)
-    n = len(self.task.folds[fold].texts.pos)
-    return strength if set(strength) <= {"T", "share", "nats", "until"} else resolve_strength(strength, self.steerer(method, layer, params, fold), *self.acts(fold, layer).split([n, len(self.acts(fold, layer)) - n]))
+    if set(strength) <= {"T", "share", "nats", "until"}: return strength
+    a, n = self.acts(fold, layer), len(self.task.folds[fold].texts.pos)
+    return resolve_strength(strength, self.steerer(method, layer, params, fold), a[:n], a[n:])
 
 # %% ../nbs/14_runs.ipynb #aa2990eb
 @patch
-def moved(self: Bench, method, layer, strength, params={}) -> dict:
-    "How far the fitted unwanted activations move: median displacement over norm, and median angle in degrees; nothing for a controller, which moves every block"
-    if feedback(method): return {}
+def displacement(self: Bench, method, layer, strength, params={}) -> dict:  # moved: share of the norm; angle: degrees
+    "How far the fitted unwanted activations move, median over texts; nothing for a method that acts on all blocks"
+    if not load_class(method).needs_layer: return {}
     a = self.acts(0, layer)[len(self.task.folds[0].texts.pos):]
     b = self.steerer(method, layer, params).steer(a, **self.strength(method, layer, strength, params))
     cosine = torch.cosine_similarity(a.double(), b.double(), dim=-1).clamp(-1, 1)
-    return {"moved": ((b - a).norm(dim=-1) / a.norm(dim=-1)).median().item(), "angle": math.degrees(cosine.acos().median())}
+    share = (b - a).norm(dim=-1) / a.norm(dim=-1)
+    return {"moved": share.median().item(), "angle": math.degrees(cosine.acos().median())}
 
 @patch
 def effort(self: Bench, method, layer, strength, params, rows) -> float:
-    "Mean size of what is added over that of the activation, over all blocks and the steered tokens of answers (rows of a run, of one fold)"
-    fold, rows = rows[0]["fold"], [r for r in rows if r["fold"] == rows[0]["fold"]][:64]
-    return effort(self.model, self.tokenizer, [r["prompt"] for r in rows], self.steerer(method, layer, params, fold), strength=self.strength(method, layer, strength, params, fold), layer=layer, answers=[r["answer"] for r in rows], positions=self.task.positions)["effort"]
+    "Mean size of what is added over that of the activation, along up to 64 answers (rows of a run) of one fold"
+    fold = rows[0]["fold"]
+    rows = [r for r in rows if r["fold"] == fold][:64]
+    found = measure_effort(
+        self.model, self.tokenizer, [r["prompt"] for r in rows], self.steerer(method, layer, params, fold),
+        strength=self.strength(method, layer, strength, params, fold), layer=layer,
+        answers=[r["answer"] for r in rows], positions=self.task.positions)
+    return found["effort"]
 
 # %% ../nbs/14_runs.ipynb #b6712d4a
 @dataclass
 class Run:
     "A finished run"
-    key: str
-    config: dict
-    scores: dict  # metric -> (N,)
-    groups: list  # of each item
-    summary: dict  # means, speed, displacement
+    key: str  # name of its folder
+    config: dict  # everything that its numbers depend on
+    scores: dict  # metric -> (N,), nan where a judge left an item undefined
+    groups: list  # (N,), the question of each item: what intervals are clustered by
+    summary: dict  # means, speed, displacement, effort
 
     def __repr__(self):
         c, means = self.config, self.summary["means"]
         place = "all blocks" if c["layer"] is None else f"layer {c['layer']}"
-        what = c["arm"] if c["arm"] != "steer" else f"{c['method']} {place} {c['strength']}"
-        return f"Run {self.key}: {c['task']} {c['split']} seed {c['seed']}, {what}: " + ", ".join(f"{m} {means[m]:.3f}" for m in list(means)[:4] if means[m] is not None)
+        arm = c["arm"] if c["arm"] != "steer" else f"{c['method']} {place} {c['strength']}"
+        first = ", ".join(f"{m} {means[m]:.3f}" for m in list(means)[:4] if means[m] is not None)
+        return f"Run {self.key}: {c['task']} {c['split']} seed {c['seed']}, {arm}: {first}"
 
-def read_run(path) -> Run:
+def read_run(
+    path,  # folder of a finished run
+) -> Run:
     "A finished run from its folder"
     path = Path(path)
     read = lambda name: json.loads((path/name).read_text(encoding="utf-8"))
-    with open(path/"answers.jsonl", encoding="utf-8") as f: groups = [json.loads(line)["group"] for line in f]
+    groups = [row["group"] for row in _rows(path/"answers.jsonl")]
     scores = {m: np.array([np.nan if x is None else x for x in xs], float) for m, xs in read("scores.json").items()}
     return Run(path.name, read("config.json"), scores, groups, read("summary.json"))
 
+def _rows(path) -> list:
+    with open(path, encoding="utf-8") as f: return [json.loads(line) for line in f]
+
 # %% ../nbs/14_runs.ipynb #868f185d
 @patch
-def run(self: Bench, method=None, layer=None, strength=None, params={}, split="val", seed=0, arm=None) -> Run:
-    "Do a run, or finish one that was interrupted, or read one that is done"
+def run(self: Bench,
+    method: str = None,  # None: no steering
+    layer: int = None,  # None for a method that acts on all blocks
+    strength: dict = None,  # one unit and its value
+    params={},  # hyper-parameters, as `canonical_params` writes them
+    split="val",  # or "test"
+    seed=0,  # of what is drawn
+    arm=None,  # "none", "prompt" (the task's instruction instead of steering) or "steer"; default: by the method
+) -> Run:
+    "Do a run, finish one that was interrupted, or read one that is done; `Paused` if it is past the deadline"
     config = self.config(method, layer, strength, params, split, seed, arm)
     path = self.out/run_key(config)
     if not (path/"summary.json").exists():
-        if time.monotonic() > self.deadline: raise Paused("the time given is used up: the same command goes on from here")
+        self._check_time()
         path.mkdir(parents=True, exist_ok=True)
         with _alone(path/"lock"):
             if not (path/"summary.json").exists(): self._run(path, config)
     run = read_run(path)
-    self.tick(run)
+    self.on_run(run)
     return run
 
-class Paused(Exception): "The time given is used up; called again, the work goes on"
+@patch
+def finished(self: Bench, *args, **kwargs) -> bool:
+    "Is the run with these arguments of `run` done?"
+    return (self.out/run_key(self.config(*args, **kwargs))/"summary.json").exists()
 
 # %% ../nbs/14_runs.ipynb #34f9a1fa
+class Paused(Exception): "The time given is used up; called again, the work goes on"
+
+@patch
+def _check_time(self: Bench):
+    if time.monotonic() > self.deadline:
+        raise Paused("the time given is used up: the same command goes on from here")
+
 @contextmanager
 def _alone(path):
     "Two processes that share a folder take turns at a run; a process that dies lets go"
     try: import fcntl
-    except ImportError: yield; return  # not on Windows
+    except ImportError:  # Windows
+        yield
+        return
     with open(path, "w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
     Path(path).unlink(missing_ok=True)
 
+# %% ../nbs/14_runs.ipynb #dd835fad
 @patch
 def _run(self: Bench, path, config):
+    "Answer, judge, summarise; each file is left alone where it is whole"
     start = time.time()
-    write_atomic(path/"config.json", json.dumps(config, indent=1).encode())
-    write_atomic(path/"environment.json", json.dumps(environment(self.model), indent=1).encode())
+    write_atomic(path/"config.json", json.dumps(config, indent=1))
+    write_atomic(path/"environment.json", json.dumps(environment(self.model), indent=1))
     items = self.task.prompts(config["split"])
-    if not (path/"answers.jsonl").exists(): write_batches(path/"answers.jsonl", partial(self._answers, config, items), _starts(items, self.batch_size), config)
-    with open(path/"answers.jsonl", encoding="utf-8") as f: answers = [json.loads(line) for line in f]
-    if not (path/"judged.jsonl").exists(): write_batches(path/"judged.jsonl", partial(self._judged, config, items, [a["answer"] for a in answers]), _starts(items, self.batch_size), config)
-    with open(path/"judged.jsonl", encoding="utf-8") as f: rows = [json.loads(line) for line in f]
-    scores = {m: [row[m] for row in rows] for m in rows[0]}
-    write_atomic(path/"scores.json", json.dumps(scores).encode())
-    seconds = sum(a.pop("seconds") for a in answers)
-    own = [config[k] for k in ("method", "layer", "strength", "params")]
-    moved = self.moved(*own) | {"effort": self.effort(*own, answers)} if config["arm"] == "steer" else {}
-    known = {m: [x for x in xs if x is not None] for m, xs in scores.items()}
-    means = {m: sum(xs)/len(xs) if xs else None for m, xs in known.items()}
-    summary = dict(n=len(items), groups=len({a["group"] for a in answers}), means=means, seconds=seconds, tokens_per_second=sum(a["tokens"] for a in answers)/seconds, **moved, task=dict(primary=self.task.primary, better=self.task.better, watch=self.task.watch), wall=time.time() - start, when=time.strftime("%Y-%m-%d"))
-    write_atomic(path/"summary.json", json.dumps(summary, indent=1).encode())
+    starts = _starts(items, self.batch_size)
+    def rows(name, batch):
+        if not (path/name).exists(): write_batches(path/name, batch, starts, config)
+        return _rows(path/name)
+    answers = rows("answers.jsonl", partial(self._answers, config, items))
+    judged = rows("judged.jsonl", partial(self._judged, config, items, [a["answer"] for a in answers]))
+    scores = {m: [row[m] for row in judged] for m in judged[0]}
+    write_atomic(path/"scores.json", json.dumps(scores))
+    summary = self._summary(config, answers, scores)
+    summary |= dict(wall=time.time() - start, when=time.strftime("%Y-%m-%d"))
+    write_atomic(path/"summary.json", json.dumps(summary, indent=1))
     (path/"judged.jsonl").unlink()
+
+# %% ../nbs/14_runs.ipynb #6d285626
+@patch
+def _summary(self: Bench, config, answers, scores) -> dict:
+    "Means of the scores, speed, and how far and how hard activations were pushed"
+    defined = {m: [x for x in xs if x is not None] for m, xs in scores.items()}
+    means = {m: sum(xs)/len(xs) if xs else None for m, xs in defined.items()}
+    seconds, tokens = (sum(a[k] for a in answers) for k in ("seconds", "tokens"))
+    pushed = {}
+    if config["arm"] == "steer":
+        setting = [config[k] for k in ("method", "layer", "strength", "params")]
+        pushed = self.displacement(*setting) | {"effort": self.effort(*setting, answers)}
+    task = dict(primary=self.task.primary, better=self.task.better, watch=self.task.watch)
+    return dict(n=len(answers), groups=len({a["group"] for a in answers}), means=means,
+                seconds=seconds, tokens_per_second=tokens/seconds, **pushed, task=task)
+
+def environment(model) -> dict:
+    "Versions, device and precision"
+    import platform, transformers
+    where = next(model.parameters()).device
+    device = torch.cuda.get_device_name(where) if where.type == "cuda" else str(where)
+    return dict(odesteer=ods.__version__, python=platform.python_version(), torch=torch.__version__,
+                transformers=transformers.__version__, machine=platform.machine(),
+                device=device, threads=torch.get_num_threads(), dtype=str(model.dtype))
 
 # %% ../nbs/14_runs.ipynb #6c24f199
 def _starts(items, size) -> list:
@@ -238,59 +358,75 @@ def _batch(items, i, size) -> tuple:
 
 @patch
 def _steered(self: Bench, config, fold):
-    "The model as the config wants it"
+    "The model as the config wants it, as a context"
     if config["arm"] != "steer": return nullcontext()
-    own = config["method"], config["layer"]
-    return ods.steering(self.model, self.steerer(*own, config["params"], fold), layer=config["layer"], positions=self.task.positions, **self.strength(*own, config["strength"], config["params"], fold))
+    method, layer, params = (config[k] for k in ("method", "layer", "params"))
+    strength = self.strength(method, layer, config["strength"], params, fold)
+    steerer = self.steerer(method, layer, params, fold)
+    return ods.steering(self.model, steerer, layer=layer, positions=self.task.positions, **strength)
 
+# %% ../nbs/14_runs.ipynb #ed04d406
 @patch
-def _answers(self: Bench, config, items, i):
+def _answers(self: Bench, config, items, i) -> list:
+    "Rows of one batch of answers"
     fold, prompts = _batch(items, i, self.batch_size)
-    asked = [(self.task.instruct(p) if config["arm"] == "prompt" else p).text for p in prompts]
+    instruct = self.task.instruct if config["arm"] == "prompt" else lambda p: p
+    texts = [instruct(p).text for p in prompts]
+    seed = config["seed"] + self.task.shift*(config["split"] == "val")
     steered, start = self._steered(config, fold), time.perf_counter()  # fitting is not timed
-    with steered: answers = self._choose(prompts, asked) if self.task.choices else sample_batch(self.model, self.tokenizer, asked, i, config["seed"] + self.task.shift*(config["split"] == "val"), **self.task.decoding)
-    answers, seconds = [_cut(a, self.task.stop) for a in answers], time.perf_counter() - start
-    return [{"i": i + j, "fold": fold, "group": str(group_of(p)), "prompt": text, "answer": a, "tokens": len(self.tokenizer(a, add_special_tokens=False)["input_ids"]), "seconds": seconds/len(asked)}
-            for j, (p, text, a) in enumerate(zip(prompts, asked, answers))]
-
-@patch
-def _choose(self: Bench, prompts, asked):
-    "For each prompt the choice with the highest log-probability"
-    choices = [self.task.choices(p) for p in prompts]
-    logp = ods.score_continuations(self.model, self.tokenizer, [t for t, cs in zip(asked, choices) for _ in cs], [c for cs in choices for c in cs], batch_size=self.batch_size).tolist()
-    scored = [[(logp.pop(0), c) for c in cs] for cs in choices]
-    return [max(pairs, key=lambda x: x[0])[1] for pairs in scored]
+    with steered:
+        if self.task.choices: answers = self._choose(prompts, texts)
+        else: answers = sample_batch(self.model, self.tokenizer, texts, i, seed, **self.task.decoding)
+    answers = [_cut(a, self.task.stop) for a in answers]
+    seconds = (time.perf_counter() - start) / len(texts)
+    count = lambda a: len(self.tokenizer(a, add_special_tokens=False)["input_ids"])
+    return [{"i": i + j, "fold": fold, "group": str(group_of(p)), "prompt": text, "answer": a,
+             "tokens": count(a), "seconds": seconds} for j, (p, text, a) in enumerate(zip(prompts, texts, answers))]
 
 def _cut(answer, stops): return min((answer.split(s)[0] for s in stops), key=len, default=answer)
 
+# %% ../nbs/14_runs.ipynb #10d769ff
+@patch
+def _choose(self: Bench, prompts, texts) -> list:
+    "For each prompt the choice with the highest log-probability"
+    choices = [self.task.choices(p) for p in prompts]
+    before = [t for t, cs in zip(texts, choices) for _ in cs]
+    after = [c for cs in choices for c in cs]
+    logp = ods.score_continuations(self.model, self.tokenizer, before, after, batch_size=self.batch_size).tolist()
+    scored = [[(logp.pop(0), c) for c in cs] for cs in choices]
+    return [max(pairs, key=lambda x: x[0])[1] for pairs in scored]
+
 # %% ../nbs/14_runs.ipynb #e414eff0
 @patch
-def _judged(self: Bench, config, items, answers, i):
+def _judged(self: Bench, config, items, answers, i) -> list:
     "Scores of one batch; the judge never sees a steered model"
     fold, prompts = _batch(items, i, self.batch_size)
     answers = answers[i:i + len(prompts)]
     scores = dict(self.task.judge(prompts, answers))
     if config["arm"] == "steer" and config["split"] == "test" and not self.task.choices:
-        scores["kl"] = kl_to_unsteered(self.model, self.tokenizer, [p.text for p in prompts], answers, partial(self._steered, config, fold))
+        steered = partial(self._steered, config, fold)
+        scores["kl"] = kl_to_unsteered(self.model, self.tokenizer, [p.text for p in prompts], answers, steered)
     columns = {m: [None if np.isnan(x) else float(x) for x in np.asarray(xs, float)] for m, xs in scores.items()}
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
-def environment(model) -> dict:
-    "Versions, device and precision"
-    import platform, transformers
-    where = next(model.parameters()).device
-    return dict(odesteer=ods.__version__, python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, machine=platform.machine(),
-                device=torch.cuda.get_device_name(where) if where.type == "cuda" else str(where), threads=torch.get_num_threads(), dtype=str(model.dtype))
+# %% ../nbs/14_runs.ipynb #be8a4aa7
+@patch
+def repeated(self: Bench, repeats, *args, **kwargs) -> Run:
+    "A run with the seeds 0, 1, ...: the scores of an item are their means; arguments as of `run`"
+    runs = [self.run(*args, seed=s, **kwargs) for s in range(repeats)]
+    scores = {m: np.mean([r.scores[m] for r in runs], 0) for m in runs[0].scores}
+    return Run(runs[0].key, runs[0].config, scores, runs[0].groups, runs[0].summary)
 
 # %% ../nbs/14_runs.ipynb #0ab860cb
-def canonical_params(method, params) -> dict:
-    "Hyper-parameters that differ from the method's defaults; `seed` only where the method takes one"
+def canonical_params(method: str, params: dict) -> dict:
+    "Hyper-parameters that differ from the method's defaults; `seed` only where the method takes one; else a TypeError"
     known = inspect.signature(load_class(method)).parameters
     unknown = params.keys() - known.keys() - {"seed"}
-    if unknown: raise TypeError(f"{method} has no hyper-parameter {', '.join(sorted(unknown))}; it has {', '.join(known) or 'none'}")
+    if unknown:
+        raise TypeError(f"{method} has no hyper-parameter {', '.join(sorted(unknown))}; "
+                        f"it has {', '.join(known) or 'none'}")
     return {k: v for k, v in sorted(params.items()) if k in known and v != known[k].default}
 
-# %% ../nbs/14_runs.ipynb #a9089800
 def own_params(method: str, params: dict) -> dict:
     "The settings that make an arm: what differs from the defaults, without the seed and without what has no effect"
     known = inspect.signature(load_class(method)).parameters if method in ods.REGISTRY else {}
@@ -304,7 +440,9 @@ def arm_label(method: str, params: dict) -> str:
     return f"{method} ({settings})" if settings else method
 
 # %% ../nbs/14_runs.ipynb #d2184943
-def rotation(a, b) -> torch.Tensor:  # (N,)
+def rotation(
+    a, b,  # activations before and after, (N, d)
+) -> torch.Tensor:  # (N,)
     "Angle between rows, in degrees"
     a, b = (x.double() / x.double().norm(dim=-1, keepdim=True) for x in (a, b))
     return 2 * torch.rad2deg(torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1)))  # exact for small angles too
@@ -316,16 +454,18 @@ def time_at_angle(
     degrees: float,  # wanted median rotation
     rounds: int = 40,  # of halving
 ) -> float:
-    "The time T after which half of the activations are rotated by this much"
-    turned = lambda T: rotation(a, steerer.steer(a, T=T)).median().item()
+    "The time T after which half of the activations are rotated by this much; a ValueError if they never are"
+    rotated = lambda T: rotation(a, steerer.steer(a, T=T)).median().item()
     lo, hi = 0., (steerer.median_norm_ / steerer.displacement_).item()  # share 1
     for _ in range(8):
-        if turned(hi) >= degrees: break
+        if rotated(hi) >= degrees: break
         lo, hi = hi, 2*hi
-    else: raise ValueError(f"{type(steerer).__name__} does not rotate the median activation by {degrees} degrees: it reaches {turned(hi):.1f} at T = {hi:.3g}")
+    else:
+        raise ValueError(f"{type(steerer).__name__} does not rotate the median activation by {degrees} degrees: "
+                         f"it reaches {rotated(hi):.1f} at T = {hi:.3g}")
     for _ in range(rounds):
         T = (lo + hi) / 2
-        lo, hi = (T, hi) if turned(T) < degrees else (lo, T)
+        lo, hi = (T, hi) if rotated(T) < degrees else (lo, T)
     return hi
 
 # %% ../nbs/14_runs.ipynb #1c77e2d0
@@ -336,7 +476,8 @@ def resolve_strength(
     "A strength in units that the steerer knows"
     if "angle" in strength: return {"T": time_at_angle(steerer, neg, strength["angle"])}
     if "level" not in strength: return strength
-    return {"until": steerer.barrier.value(pos).quantile(strength["level"]).item(), "share": strength["share"]}
+    level = steerer.barrier.value(pos).quantile(strength["level"])
+    return {"until": level.item(), "share": strength["share"]}
 
 # %% ../nbs/14_runs.ipynb #926a73b8
 def strength_at(
@@ -346,20 +487,18 @@ def strength_at(
     close: float = .02,  # relative
     rounds: int = 12,  # of halving
 ) -> float:
-    "The strength above that of least effort at which a wanted effort is reached"
+    "The strength above that of least effort at which a wanted effort is reached; a ValueError if it is not"
     tried = {x: measure(x) for x in points[:2]}
     for x in points[2:]:
         if list(tried.values())[-1] >= wanted > min(tried.values()): break  # far enough
         tried[x] = measure(x)
-    for _ in range(rounds):
-        xs = sorted(tried)
-        k = min(range(len(xs)), key=lambda i: tried[xs[i]])
-        if tried[xs[k]] <= wanted: break
-        for a, b in ((k - 1, k), (k, k + 1)):  # closer to the least effort
-            if 0 <= a and b < len(xs): x = (xs[a] + xs[b]) / 2; tried[x] = measure(x)
-    if tried[xs[k]] > wanted: raise ValueError(f"an effort of {wanted:g} is not reached: the least is {tried[xs[k]]:.3g}, at strength {xs[k]:.3g}")
-    lo, hi = xs[k], next((x for x in xs[k:] if tried[x] >= wanted), None)
-    if hi is None: raise ValueError(f"an effort of {wanted:g} is not reached: it is {tried[xs[-1]]:.3g} at strength {xs[-1]:.3g}")
+    lo = _least(measure, tried, wanted, rounds)
+    if tried[lo] > wanted:
+        raise ValueError(f"an effort of {wanted:g} is not reached: the least is {tried[lo]:.3g}, at strength {lo:.3g}")
+    hi = next((x for x in sorted(tried) if x >= lo and tried[x] >= wanted), None)
+    if hi is None:
+        most = max(tried)
+        raise ValueError(f"an effort of {wanted:g} is not reached: it is {tried[most]:.3g} at strength {most:.3g}")
     for _ in range(rounds):
         if abs(tried[hi] / wanted - 1) < close: break
         x = (lo + hi) / 2
@@ -367,19 +506,64 @@ def strength_at(
         lo, hi = (x, hi) if tried[x] < wanted else (lo, x)
     return hi
 
+# %% ../nbs/14_runs.ipynb #f60fb085
+def _least(measure, tried: dict, wanted, rounds) -> float:
+    "The strength of least effort; where even that is more than wanted, look closer on both sides of it"
+    for _ in range(rounds):
+        xs = sorted(tried)
+        k = min(range(len(xs)), key=lambda i: tried[xs[i]])
+        if tried[xs[k]] <= wanted: break
+        for a, b in ((k - 1, k), (k, k + 1)):
+            if not (0 <= a and b < len(xs)): continue
+            x = (xs[a] + xs[b]) / 2
+            tried[x] = measure(x)
+    return xs[k]
+
 # %% ../nbs/14_runs.ipynb #7a147543
+#: unit -> strengths between which a wanted effort is looked for
+_EFFORT_POINTS = {"share": [0., .1, .2, .4, .8, 1.6, 3.2, 6.4],
+                  "T": [-8., -4., -2., -1., 0., 1., 2., 4., 8., 16., 64., 256.]}
+
 @patch
 def at_effort(self: Bench, method, layer, wanted, params={}, fold=0) -> dict:
-    "The strength whose effort, along the unsteered answers to 32 validation prompts, is the one wanted; the same for every seed, and kept in a file"
-    params = {k: v for k, v in params.items() if k != "seed"}
-    path = self.out/"efforts"/f"{digest(json.dumps([self.task.data, self.about, self.task.decoding, method, layer, params, fold, wanted], sort_keys=True))}.json"
+    "The strength whose effort along unsteered answers to 32 validation prompts is the one wanted; kept in a file"
+    params = {k: v for k, v in params.items() if k != "seed"}  # the same for every seed
+    what = [self.task.data, self.about, self.task.decoding, method, layer, params, fold, wanted]
+    path = self.out/"efforts"/f"{digest(json.dumps(what, sort_keys=True))}.json"
     if not path.exists():
-        plain, unit = self.run(), "T" if feedback(method) else "share"
-        with open(self.out/plain.key/"answers.jsonl", encoding="utf-8") as f: rows = [r for r in map(json.loads, f) if r["fold"] == fold][:32]
-        found = strength_at(lambda x: self.effort(method, layer, {unit: x}, params, rows), wanted, [-8., -4., -2., -1., 0., 1., 2., 4., 8., 16., 64., 256.] if feedback(method) else [0., .1, .2, .4, .8, 1.6, 3.2, 6.4])
+        rows = _rows(self.out/self.run().key/"answers.jsonl")
+        rows = [r for r in rows if r["fold"] == fold][:32]
+        unit = "share" if load_class(method).needs_layer else "T"
+        measure = lambda x: self.effort(method, layer, {unit: x}, params, rows)
+        found = strength_at(measure, wanted, _EFFORT_POINTS[unit])
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps({unit: found}).encode())
+        write_atomic(path, json.dumps({unit: found}))
     return json.loads(path.read_text())
+
+# %% ../nbs/14_runs.ipynb #19e17052
+def read_config(
+    source,  # config.json, the folder of a run, or a dict
+) -> dict:
+    "The config of a run; a ValueError where it is none, or where another version of the library made it"
+    if isinstance(source, dict):
+        _check_config(source, source)
+        return source
+    path = Path(source)/"config.json" if Path(source).is_dir() else Path(source)
+    try: config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e: raise ValueError(f"{path} is not JSON: {e}") from None
+    _check_config(config, path)
+    beside = path.with_name("environment.json")
+    made = json.loads(beside.read_text())["odesteer"] if beside.exists() else ods.__version__
+    if made != ods.__version__:
+        raise ValueError(f"{path} was made by odesteer {made}, and this is {ods.__version__}: install that version to "
+                         "make the same run (or copy config.json to another folder to make it with this one)")
+    return config
+
+def _check_config(config, source):
+    needed = isinstance(config, dict) and isinstance(config.get("task"), str) and "name" in (config.get("model") or {})
+    if not needed:
+        raise ValueError(f"{source} is no config of a run: it needs task and model, "
+                         "such as {'task': 'micro-truth', 'model': {'name': 'micro-speakers-0'}}")
 
 # %% ../nbs/14_runs.ipynb #0a0aba83
 def rerun(
@@ -389,49 +573,44 @@ def rerun(
     task: Task = None,  # default: made by what the config says
     **sources,  # of the task's builder, such as path= (a file with its rows), judge=
 ) -> Run:
-    "Make the run of a config; the same config gives the same key, and on the same machine the same answers"
-    config, lm = read_config(config), None
-    about, real = config["model"], model is not None
-    if not real:
-        found = re.fullmatch(r"micro-(\w+)-(\d+)", about["name"])
-        if not found: raise ValueError(f"the config was made with the model {about['name']!r}: give model= and tokenizer=")
-        lm = ods.load_micro(found[1], int(found[2]))
-        model, tokenizer = lm.model, lm.tokenizer
+    "Make the run of a config: the same config has the same key, and on the same machine the same answers"
+    config = read_config(config)
+    lm = _micro_of(config["model"]["name"]) if model is None else None
     task = task or _task_of(config, lm, sources)
-    if "decoding" in config: task.decoding = config["decoding"]
-    bench = Bench(model, tokenizer, task, out, about["name"], about.get("world"), config.get("batch_size", 64 if real else 200), revision=about.get("revision"), hub=about.get("hub"))
-    own = {k: config[k] for k in VARIES if k in config}
-    if own.get("method"):
-        try: own["params"] = canonical_params(own["method"], own.get("params", {}))
+    if "decoding" in config: task = replace(task, decoding=config["decoding"])
+    if lm is not None: model, tokenizer = lm.model, lm.tokenizer
+    about, usual_size = config["model"], 64 if lm is None else 200
+    bench = Bench(model, tokenizer, task, out, about["name"], about.get("world"),
+                  config.get("batch_size", usual_size), about.get("revision"), about.get("hub"))
+    setting = {k: config[k] for k in VARIES if k in config}
+    if setting.get("method"):
+        try: setting["params"] = canonical_params(setting["method"], setting.get("params", {}))
         except TypeError as e: raise ValueError(f"the config cannot be run: {e}") from None
-    if differ := _differences(config, json.loads(json.dumps(bench.config(**own)))): raise ValueError("this would be another run than the config's: " + "; ".join(differ))
-    return bench.run(**own)
+    here = json.loads(json.dumps(bench.config(**setting)))
+    differ = _differences(config, here)
+    if differ: raise ValueError("this would be another run than the config's: " + "; ".join(differ))
+    return bench.run(**setting)
 
-# %% ../nbs/14_runs.ipynb #19e17052
-def read_config(
-    source,  # config.json, the folder of a run, or a dict
-) -> dict:
-    "The config of a run; an error where it is none, or where another version of the library made it"
-    if isinstance(source, dict): config, path = source, None
-    else:
-        path = Path(source)/"config.json" if Path(source).is_dir() else Path(source)
-        try: config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e: raise ValueError(f"{path} is not JSON: {e}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("task"), str) or "name" not in (config.get("model") or {}): raise ValueError(f"{path or source} is no config of a run: it needs task and model, such as {{'task': 'micro-truth', 'model': {{'name': 'micro-speakers-0'}}}}")
-    beside = path and path.with_name("environment.json")
-    made = json.loads(beside.read_text())["odesteer"] if beside and beside.exists() else ods.__version__
-    if made != ods.__version__: raise ValueError(f"{path} was made by odesteer {made}, and this is {ods.__version__}: install that version to make the same run (or copy config.json to another folder to make it with this one)")
-    return config
+# %% ../nbs/14_runs.ipynb #9f0da0b0
+def _micro_of(name):
+    "The micro model of a name such as micro-speakers-0"
+    found = re.fullmatch(r"micro-(\w+)-(\d+)", name)
+    if not found: raise ValueError(f"the config was made with the model {name!r}: give model= and tokenizer=")
+    return ods.load_micro(found[1], int(found[2]))
 
 def _task_of(config, lm, sources) -> Task:
     "The task that a config names"
     recipe, name = config.get("data", {}).get("recipe"), config["task"]
-    if recipe: return REAL_TASKS[recipe["task"]](**{k: v for k, v in recipe.items() if k != "task"} | sources)
+    if recipe:
+        options = {k: v for k, v in recipe.items() if k != "task"}
+        return REAL_TASKS[recipe["task"]](**options | sources)
     if lm is not None and name.startswith("micro-") and name[6:] in AXES: return micro_task(lm, name[6:])
     if name in REAL_TASKS: return REAL_TASKS[name](**sources)
     raise ValueError(f"the task {name!r} was made by hand: give task=")
 
-def _differences(asked, made, where="") -> list:
+def _differences(config, here, where="") -> list:
     "What a config says that is not so here"
-    if not (isinstance(asked, dict) and isinstance(made, dict)): return [f"{where} is {json.dumps(asked)[:60]} in the config and {json.dumps(made)[:60]} here"] if asked != made else []
-    return [text for k, v in asked.items() for text in _differences(v, made.get(k), f"{where}.{k}".lstrip("."))]
+    if isinstance(config, dict) and isinstance(here, dict):
+        return [text for k, v in config.items() for text in _differences(v, here.get(k), f"{where}.{k}".lstrip("."))]
+    if config == here: return []
+    return [f"{where} is {json.dumps(config)[:60]} in the config and {json.dumps(here)[:60]} here"]

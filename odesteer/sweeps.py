@@ -5,22 +5,24 @@
 # %% ../nbs/15_sweeps.ipynb #23aeec2a
 from __future__ import annotations
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import NamedTuple
 import inspect, json, math, time
 import numpy as np
-from fastcore.basics import patch
 import odesteer as ods
 from .check import lm_eval_scores
+from .data import SAMPLING
 from .euler import load_class, write_atomic
-from .runs import VARIES, Bench, Run, arm_label, canonical_params, environment, own_params, run_key, say
+from .runs import VARIES, Bench, Run, arm_label, canonical_params, environment, log, own_params, run_key
 from .statistics import paired_difference
-from .data import SAMPLING, feedback
 from .tasks import DECODING, Task, micro_task
 
 # %% auto #0
-__all__ = ['SHARES', 'SETPOINTS', 'ABLATIONS', 'MICRO_PARAMS', 'QUICK', 'STUDIED', 'FULL', 'PAPER_METHODS', 'PRESETS',
-           'ALQR_NOTE', 'Stop', 'stop_rule', 'Choice', 'strength_grid', 'best_of', 'auto_layers', 'ablation_arms',
-           'micro_bench', 'run_plan', 'preset_params', 'show_preset']
+__all__ = ['ABLATIONS', 'MICRO_PARAMS', 'QUICK', 'FULL', 'PRESETS', 'Stop', 'stop_rule', 'Search', 'strength_grid', 'Trial',
+           'Choice', 'sweep', 'auto_layers', 'benchmark', 'Setting', 'chosen', 'guardrails', 'Variant', 'Study', 'Arm',
+           'ablation_arms', 'ablate', 'compare_speed', 'Plan', 'Step', 'plan_steps', 'micro_bench', 'run_plan',
+           'show_preset', 'preset_params', 'preset_plan']
 
 # %% ../nbs/15_sweeps.ipynb #a8512fb2
 @dataclass
@@ -36,372 +38,670 @@ def stop_rule(
     runs: list,  # of `Run`, (K,)
     task: Task,
     allow: float = .15,  # a guardrail may lose this much; its interval must exclude more
-    resamples: int = 1999,
-    patient: bool = False,  # for set-points: one below what the model does anyway pulls the wrong way, and is passed over
+    resamples: int = 1999,  # of the bootstrap
+    patient: bool = False,  # for set-points: those below what the model does anyway are passed over
 ) -> Stop:
     "The largest strength that no guardrail forbids, or the last before the primary metric degrades"
-    def gain(metric, a, b): return paired_difference(*(task.better.get(metric, 1) * x.scores[metric] for x in (a, b)), base.groups, resamples=resamples)
+    gain = partial(_gain, task, base.groups, resamples)
     best = -1  # index of the best primary metric so far; -1: unsteered
     for k, run in enumerate(runs):
         for metric in task.watch:
             d = gain(metric, base, run)
-            if d.lo < -allow or math.isnan(d.value):  # nothing left to measure is no safety
-                last = f"the weakest strength tried, {strengths[0]:.3g}, already" if k == 0 else f"stopped at {strengths[k - 1]:.3g}: {strengths[k]:.3g}"
-                return Stop(k - 1, f"{last} changes {metric} by {_signed(d, task.better.get(metric, 1))}, which does not exclude a loss of {allow:g}")
+            harms = d.lo < -allow or math.isnan(d.value)  # nothing left to measure is no safety
+            if harms: return Stop(k - 1, _harm(strengths, k, metric, task, d, allow))
         d = gain(task.primary, runs[best] if best >= 0 else base, run)
-        if d.hi < 0 and patient and best < 0: continue
-        if d.hi < 0:
-            last = f"stopped at {strengths[best]:.3g}: {strengths[k]:.3g}" if best >= 0 else f"nothing weaker raised {task.primary}, and {strengths[k]:.3g}"
-            return Stop(best, f"{last} makes {task.primary} worse by {_signed(d, task.better[task.primary])}")
+        if d.hi < 0 and not (patient and best < 0): return Stop(best, _decline(strengths, k, best, task, d))
         if d.value > 0: best = k
-    return Stop(best, f"no guardrail stopped it up to {strengths[-1]:.3g}; best {task.primary} at " + (f"{strengths[best]:.3g}" if best >= 0 else "no steering at all"), ended=False)
+    at = f"{strengths[best]:.3g}" if best >= 0 else "no steering at all"
+    return Stop(best, f"no guardrail stopped it up to {strengths[-1]:.3g}; best {task.primary} at {at}", ended=False)
 
-def _signed(d, way):
-    lo, hi = sorted((way*d.lo, way*d.hi))
-    return f"{way*d.value:+.3f} [{lo:+.3f}, {hi:+.3f}]"
+# %% ../nbs/15_sweeps.ipynb #9cc65ea2
+def _gain(task, groups, resamples, metric, before: Run, after: Run):
+    "How much better a metric became, item by item, with its interval"
+    way = task.better.get(metric, 1)
+    before, after = (way * run.scores[metric] for run in (before, after))
+    return paired_difference(before, after, groups, resamples=resamples)
+
+def _harm(strengths, k, metric, task, gain, allow) -> str:
+    "The sentence for a guardrail that does not hold at the k-th strength"
+    if k == 0: at = f"the weakest strength tried, {strengths[0]:.3g}, already"
+    else: at = f"stopped at {strengths[k - 1]:.3g}: {strengths[k]:.3g}"
+    change = _signed(gain, task.better.get(metric, 1))
+    return f"{at} changes {metric} by {change}, which does not exclude a loss of {allow:g}"
+
+def _decline(strengths, k, best, task, gain) -> str:
+    "The sentence for a primary metric that falls at the k-th strength"
+    if best >= 0: at = f"stopped at {strengths[best]:.3g}: {strengths[k]:.3g}"
+    else: at = f"nothing weaker raised {task.primary}, and {strengths[k]:.3g}"
+    return f"{at} makes {task.primary} worse by {_signed(gain, task.better[task.primary])}"
+
+def _signed(gain, way) -> str:
+    lo, hi = sorted((way*gain.lo, way*gain.hi))
+    return f"{way*gain.value:+.3f} [{lo:+.3f}, {hi:+.3f}]"
+
+# %% ../nbs/15_sweeps.ipynb #dc04c310
+@dataclass(frozen=True)
+class Search:
+    "How layer and strength are chosen on validation, and with which seeds the choice is tested"
+    layers: list = None  # blocks to try, negative from the end; None: `auto_layers`. No matter to a controller
+    strengths: object = None  # ascending shares or dicts of one unit; None: the method's; or (task, method) -> these
+    allow: float = .15  # a guardrail may lose this much
+    refine: int = 1  # rounds of looking closer, half-way to the neighbours
+    repeats: int = 2  # answers to each validation prompt in the layer taken; one in the others
+    rule: str = "stop"  # or "best": the best primary metric, whatever it breaks, as most published tables do
+    seeds: object = 3  # of test runs: how many, or a list of them
+
+    def __post_init__(self):
+        if self.rule not in ("stop", "best"): raise ValueError(f"rule must be 'stop' or 'best', got {self.rule!r}")
+        if not self.allow >= 0: raise ValueError(f"allow must be 0 or more, got {self.allow!r}")
+        if self.refine < 0: raise ValueError(f"refine must be 0 or more rounds, got {self.refine!r}")
+        if self.repeats < 1: raise ValueError(f"repeats must be 1 or more, got {self.repeats!r}")
+        if not self.test_seeds: raise ValueError(f"seeds must be their number, or a list of them, got {self.seeds!r}")
+        grids = self.strengths.values() if isinstance(self.strengths, dict) else [self.strengths]
+        for grid in grids: _check_grid(grid)
+
+    @property
+    def test_seeds(self) -> list:
+        "The seeds of test runs"
+        return list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
+
+# %% ../nbs/15_sweeps.ipynb #a745d73b
+def _as_strengths(grid) -> list: return [s if isinstance(s, dict) else {"share": s} for s in grid]
+def _value(strength: dict) -> float: return next(iter(strength.values()))
+
+def _check_grid(grid):
+    "Strengths of one unit, ascending; a ValueError else"
+    if grid is None: return
+    units, values = {tuple(s) for s in _as_strengths(grid)}, [_value(s) for s in _as_strengths(grid)]
+    ascending = all(a < b for a, b in zip(values, values[1:])) and all(map(math.isfinite, values))
+    if len(units) != 1 or len(min(units)) != 1 or not ascending:
+        raise ValueError(f"strengths must be ascending numbers, or dicts of one unit such as {{'T': 2.}}, got {grid!r}")
+
+def strength_grid(
+    method: str,
+    strengths=None,  # shares, or dicts of one unit; None: the method's own
+) -> list:
+    "Strengths as dicts of one unit; a controller knows no shares, and where it is given some it takes its own grid"
+    cls = load_class(method)
+    own = [dict(s) for s in cls.strengths]
+    if strengths is None: return own
+    given = _as_strengths(strengths)
+    return own if not cls.needs_layer and any(set(s) != {"T"} for s in given) else given
 
 # %% ../nbs/15_sweeps.ipynb #9ab2898e
+class Trial(NamedTuple):
+    "A setting that a sweep tried"
+    layer: int
+    strength: dict
+    mean: float  # of the primary metric
+
 @dataclass
 class Choice:
     "What a sweep chose on validation"
     layer: int  # None: all blocks (a controller), or no strength was safe in any layer
     strength: dict  # one unit and its value; None: no strength was safe
     why: str
-    trials: list  # (layer, strength, mean of the primary metric), in the order tried
+    trials: list  # of `Trial`, in the order tried
 
-SHARES = (.1, .2, .3, .45, .6, .8, 1., 1.3)  # of the median activation norm
-SETPOINTS = (.25, .5, 1., 2., 4., 8., 16., 32., 64.)  # of controllers: 1 is the mean of the wanted texts
-
-def strength_grid(method, strengths) -> list:
-    "Strengths as dicts of one unit; a controller knows no shares and has a grid of its own"
-    strengths = [s if isinstance(s, dict) else {"share": s} for s in strengths]
-    return [{"T": x} for x in SETPOINTS] if feedback(method) and any(set(s) != {"T"} for s in strengths) else strengths
-
-@patch
-def sweep(self: Bench, method,
-    layers=None,  # default: `auto_layers`
-    strengths=SHARES,  # ascending: shares of the median norm, or dicts of one unit
-    params={}, allow=.15,
-    refine=1,  # rounds of looking closer
-    repeats=2,  # answers to each validation prompt in the layer taken; one in the others
-    rule="stop",  # or "best": the strength with the best primary metric, whatever it breaks, as most published tables do
+# %% ../nbs/15_sweeps.ipynb #4c6acf03
+def sweep(
+    bench: Bench,
+    method: str,
+    search: Search = Search(),
+    params: dict = {},  # hyper-parameters of the method
 ) -> Choice:
-    "Layer and strength for a method by the stop rule, on validation prompts"
-    layers, strengths = [None] if feedback(method) else [k % len(ods.decoder_layers(self.model)) for k in layers or auto_layers(self.model)], strength_grid(method, strengths)
-    params, self.layers = canonical_params(method, {"seed": 0, **params}), [k for k in layers if k is not None]
-    config = dict(**{k: v for k, v in self.config().items() if k not in VARIES}, method=method, params=params, layers=layers, strengths=strengths, allow=allow, refine=refine, repeats=repeats, **({} if rule == "stop" else {"rule": rule}))
-    path, trials = self.out/"choices"/f"{run_key(config)}.json", []
-    if path.exists(): saved = json.loads(path.read_text()); return Choice(*(saved[k] for k in ("layer", "strength", "why", "trials")))
-    if feedback(method):
-        try: self.steerer(method, None, params)
-        except ValueError as e: return self._settled(path, config, Choice(None, None, f"nothing to hold on to: {e}", []))
-    climbs = {layer: self._climb(method, layer, strengths, params, allow, 1, rule, trials) for layer in layers}
-    safe = {layer: c for layer, c in climbs.items() if c[0].index >= 0}
-    choice = Choice(None, None, climbs[layers[0]][0].why if len(layers) == 1 else "no strength is safe in any layer", trials)
-    if safe:
-        way = self.task.better[self.task.primary]
-        layer = max(safe, key=lambda k: way * safe[k][2])
-        for look in range(refine + 1):
-            stop = self._climb(method, layer, strengths, params, allow, repeats, rule, trials)[0]
-            if look < refine: strengths = _closer(strengths, max(0, stop.index))
-        choice = Choice(layer, strengths[stop.index], stop.why, trials) if stop.index >= 0 else Choice(None, None, stop.why, trials)
-    return self._settled(path, config, choice)
-
-# %% ../nbs/15_sweeps.ipynb #fd7b8345
-@patch
-def _settled(self: Bench, path, config, choice):
-    "Keep a choice"
+    "Layer and strength for a method, on validation prompts; kept in a file"
+    params = canonical_params(method, {"seed": 0, **params})
+    layers, strengths = _layers(bench, method, search), _strengths(bench, method, search)
+    config = _sweep_config(bench, method, params, layers, strengths, search)
+    path = bench.out/"choices"/f"{run_key(config)}.json"
+    if path.exists(): return _read_choice(path)
+    choice = _choose(bench, method, params, layers, strengths, search)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps({"config": config, **asdict(choice)}, indent=1).encode())
+    write_atomic(path, json.dumps({"config": config, **asdict(choice)}, indent=1))
     return choice
 
-@patch
-def _climb(self: Bench, method, layer, strengths, params, allow, repeats, rule, trials):
-    "Up the strengths until the rule stops: (`Stop`, runs, primary metric at the stop)"
-    base, runs, means = self.repeated(repeats), [], []
-    for strength in strengths:
-        runs.append(self.repeated(repeats, method, layer, strength, params))
-        means.append(float(np.nanmean(runs[-1].scores[self.task.primary])))
-        if [layer, strength] not in [t[:2] for t in trials]: trials.append([layer, strength, means[-1]])
-        values = [next(iter(s.values())) for s in strengths[:len(runs)]]
-        stop = stop_rule(values, base, runs, self.task, allow, patient=feedback(method)) if rule == "stop" else best_of(values, means, self.task)
-        if stop.ended: break
-    return stop, runs, means[stop.index] if stop.index >= 0 else math.nan
+# %% ../nbs/15_sweeps.ipynb #fd7b8345
+def _layers(bench, method, search) -> list:
+    if not load_class(method).needs_layer: return [None]
+    n = len(ods.decoder_layers(bench.model))
+    return [k % n for k in search.layers or auto_layers(bench.model)]
 
-def best_of(strengths, means, task) -> Stop:
-    "The strength with the best primary metric, whatever it breaks"
-    k = int(np.argmax([-math.inf if math.isnan(m) else task.better[task.primary] * m for m in means]))
-    return Stop(k, f"best {task.primary} of {len(means)} strengths, guardrails not asked", ended=False)
+def _strengths(bench, method, search) -> list:
+    given = search.strengths
+    return strength_grid(method, given[bench.task.name, method] if isinstance(given, dict) else given)
 
-# %% ../nbs/15_sweeps.ipynb #d12649af
-@patch
-def repeated(self: Bench, repeats, *args, **kwargs) -> Run:
-    "A run with several seeds: the scores of an item are their means"
-    runs = [self.run(*args, seed=s, **kwargs) for s in range(repeats)]
-    return Run(runs[0].key, runs[0].config, {m: np.mean([r.scores[m] for r in runs], 0) for m in runs[0].scores}, runs[0].groups, runs[0].summary)
+def _sweep_config(bench, method, params, layers, strengths, search) -> dict:
+    "Everything that a choice depends on"
+    shared = {k: v for k, v in bench.config().items() if k not in VARIES}
+    rule = {} if search.rule == "stop" else {"rule": search.rule}
+    return dict(**shared, method=method, params=params, layers=layers, strengths=strengths,
+                allow=search.allow, refine=search.refine, repeats=search.repeats, **rule)
 
-def _closer(strengths, k):
-    "The strengths with two more: half-way (in ratio) from the k-th to its neighbours"
-    unit, value = next(iter(strengths[k].items()))
-    beside = [next(iter(strengths[j].values())) for j in (k - 1, k + 1) if 0 <= j < len(strengths)]
-    more = [{unit: float(f"{math.sqrt(value*b):.3g}")} for b in beside if b > 0] or [{unit: value/2}]
-    return sorted([*strengths, *(m for m in more if m not in strengths)], key=lambda s: next(iter(s.values())))
+def _read_choice(path) -> Choice:
+    saved = json.loads(path.read_text())
+    trials = [Trial(*t) for t in saved["trials"]]
+    return Choice(saved["layer"], saved["strength"], saved["why"], trials)
 
 def auto_layers(model, most=8) -> list:
-    "All blocks of a small model; of a large one, some evenly spaced over the first three quarters, where steering works best"
+    "All blocks of a small model; of a large one, some over the first three quarters, where steering works best"
     n = len(ods.decoder_layers(model))
     return list(range(n)) if n <= most else sorted({round(i) for i in np.linspace(n/8, 3*n/4, most)})
 
+# %% ../nbs/15_sweeps.ipynb #331f4c72
+def _choose(bench, method, params, layers, strengths, search) -> Choice:
+    if load_class(method).needs_layer:
+        bench.read_layers([k for k in layers if not bench.finished(method, k, strengths[0], params)])
+    else:
+        try: bench.steerer(method, None, params)
+        except ValueError as e: return Choice(None, None, f"nothing to hold on to: {e}", [])
+    trials = []
+    climb = partial(_climb, bench, method, params, search, trials)
+    tops = {layer: climb(layer, strengths, 1) for layer in layers}
+    safe = {layer: top for layer, top in tops.items() if top.stop.index >= 0}
+    if not safe:
+        why = tops[layers[0]].stop.why if len(layers) == 1 else "no strength is safe in any layer"
+        return Choice(None, None, why, trials)
+    way = bench.task.better[bench.task.primary]
+    layer = max(safe, key=lambda k: way * safe[k].mean)
+    stop = climb(layer, strengths, search.repeats).stop
+    for _ in range(search.refine):
+        strengths = _closer(strengths, max(0, stop.index))
+        stop = climb(layer, strengths, search.repeats).stop
+    if stop.index < 0: return Choice(None, None, stop.why, trials)
+    return Choice(layer, strengths[stop.index], stop.why, trials)
+
+# %% ../nbs/15_sweeps.ipynb #30a9eaa6
+class _Top(NamedTuple):
+    "Where a climb ended"
+    stop: Stop
+    mean: float  # of the primary metric at the stop
+
+def _climb(bench, method, params, search, trials, layer, strengths, repeats) -> _Top:
+    "Up the strengths of a layer until the rule stops; what was tried goes to the end of `trials`"
+    base, runs, means, values = bench.repeated(repeats), [], [], []
+    patient = not load_class(method).needs_layer  # a set-point may lie below what the model does anyway
+    for strength in strengths:
+        run = bench.repeated(repeats, method, layer, strength, params)
+        mean = float(np.nanmean(run.scores[bench.task.primary]))
+        runs.append(run)
+        means.append(mean)
+        values.append(_value(strength))
+        known = any((t.layer, t.strength) == (layer, strength) for t in trials)
+        if not known: trials.append(Trial(layer, strength, mean))
+        if search.rule == "best": stop = _best_of(means, bench.task)
+        else: stop = stop_rule(values, base, runs, bench.task, search.allow, patient=patient)
+        if stop.ended: break
+    return _Top(stop, means[stop.index] if stop.index >= 0 else math.nan)
+
+def _best_of(means, task) -> Stop:
+    "The strength with the best primary metric, whatever it breaks"
+    way = task.better[task.primary]
+    k = int(np.argmax([-math.inf if math.isnan(m) else way * m for m in means]))
+    return Stop(k, f"best {task.primary} of {len(means)} strengths, guardrails not asked", ended=False)
+
+# %% ../nbs/15_sweeps.ipynb #d12649af
+def _closer(strengths, k) -> list:
+    "The strengths with two more: half-way (in ratio) from the k-th to its neighbours"
+    (unit, value), = strengths[k].items()
+    beside = [_value(strengths[j]) for j in (k - 1, k + 1) if 0 <= j < len(strengths)]
+    more = [{unit: float(f"{math.sqrt(value*b):.3g}")} for b in beside if b > 0] or [{unit: value/2}]
+    return sorted([*strengths, *(m for m in more if m not in strengths)], key=_value)
+
 # %% ../nbs/15_sweeps.ipynb #6c0aba8d
-@patch
-def benchmark(self: Bench,
+def benchmark(
+    bench: Bench,
     methods: list,  # names
-    layers=None, strengths=SHARES, allow=.15, refine=1, repeats=2, rule="stop",  # of `sweep`; strengths may be a dict (task, method) -> strengths
-    seeds=3,  # of test runs: how many, or which
+    search: Search = Search(),
     params: dict = {},  # method -> hyper-parameters
     curve: bool = True,  # run all strengths at the chosen layer, for the figure of a metric against strength
-    lm_eval: dict = None,  # of `lm_eval_scores`: guardrail tasks for the unsteered model and for each method at its choice
+    lm_eval: dict = None,  # of `lm_eval_scores`: guardrail tasks, for the unsteered model and for each choice
 ):
-    "Choose on validation and report on test, for each method"
-    seeds = range(seeds) if isinstance(seeds, int) else seeds
-    for s in seeds:
-        for arm in ("none", "prompt")[:1 + (self.task.instruct is not None)]: self.run(split="test", seed=s, arm=arm)
-    if lm_eval: self.guardrails(lm_eval)
-    for method in methods:
-        own, grid = params.get(method, {}), strengths[self.task.name, method] if isinstance(strengths, dict) else strengths
-        choice = self.sweep(method, layers, grid, own, allow, refine, repeats, rule)
-        say(f"odesteer: {self.about['name']} {self.task.name} {method}: " + (f"{'all blocks' if choice.layer is None else f'layer {choice.layer}'}, {choice.strength}: " if choice.strength else "") + choice.why)
-        if choice.strength is None: continue
-        for s in seeds: self.run(method, choice.layer, choice.strength, canonical_params(method, {"seed": s, **own}), "test", s)
-        if lm_eval: self.guardrails(lm_eval, method, choice.layer, choice.strength, own)
-        if curve:
-            for x in (t[1] for t in choice.trials) if feedback(method) else strength_grid(method, grid): self.run(method, choice.layer, x, canonical_params(method, {"seed": 0, **own}))
+    "Choose on validation and report on test, for each method, beside the unsteered model and the prompt-only arm"
+    plain = ("none",) if bench.task.instruct is None else ("none", "prompt")
+    for seed in search.test_seeds:
+        for arm in plain: bench.run(split="test", seed=seed, arm=arm)
+    if lm_eval: guardrails(bench, lm_eval)
+    for method in methods: _benchmark_method(bench, method, search, params.get(method, {}), curve, lm_eval)
+
+def _benchmark_method(bench, method, search, params, curve, lm_eval):
+    choice = sweep(bench, method, search, params)
+    log(f"odesteer: {bench.about['name']} {bench.task.name} {method}: {_in_words(choice)}")
+    if choice.strength is None: return
+    run = partial(bench.run, method, choice.layer)
+    for s in search.test_seeds: run(choice.strength, canonical_params(method, {"seed": s, **params}), "test", s)
+    if lm_eval: guardrails(bench, lm_eval, Setting(method, choice.layer, choice.strength, params))
+    if not curve: return
+    if load_class(method).needs_layer: strengths = _strengths(bench, method, search)
+    else: strengths = [t.strength for t in choice.trials]  # set-points that were never tried say nothing
+    for strength in strengths: run(strength, canonical_params(method, {"seed": 0, **params}))
+
+# %% ../nbs/15_sweeps.ipynb #4dfa3f12
+class Setting(NamedTuple):
+    "A method with its place and strength"
+    method: str
+    layer: int  # None: all blocks
+    strength: dict  # one unit and its value
+    params: dict = {}  # hyper-parameters
+
+def _in_words(choice: Choice) -> str:
+    "Place, strength and reason"
+    if not choice.strength: return choice.why
+    place = "all blocks" if choice.layer is None else f"layer {choice.layer}"
+    return f"{place}, {choice.strength}: {choice.why}"
+
+def chosen(
+    bench: Bench, methods: list, search: Search = Search(), params: dict = {},  # as of `benchmark`
+) -> list:  # of `Setting`
+    "The settings of the methods for which a strength is safe"
+    choices = [(m, sweep(bench, m, search, params.get(m, {}))) for m in methods]
+    return [Setting(m, c.layer, c.strength, params.get(m, {})) for m, c in choices if c.strength]
 
 # %% ../nbs/15_sweeps.ipynb #0ea4ad56
-@patch
-def chosen(self: Bench, methods, params={}, layers=None, strengths=SHARES, allow=.15, refine=1, repeats=2, rule="stop") -> list:
-    "(method, layer, strength, params) of the methods for which a strength is safe"
-    found = [(m, self.sweep(m, layers, strengths[self.task.name, m] if isinstance(strengths, dict) else strengths, params.get(m, {}), allow, refine, repeats, rule)) for m in methods]
-    return [(m, c.layer, c.strength, params.get(m, {})) for m, c in found if c.strength]
-
-@patch
-def guardrails(self: Bench, lm_eval, method=None, layer=None, strength=None, params={}) -> dict:
-    "Scores on tasks of lm-eval, unsteered or at a setting; kept in a file, not made again"
-    config = dict(model=self.about, lm_eval=lm_eval, **({} if method is None else dict(task=self.task.name, data=self.task.data, method=method, layer=layer, strength=strength, params=params)))
-    path = self.out/"guardrails"/f"{run_key(config)}.json"
+def guardrails(
+    bench: Bench,
+    lm_eval: dict,  # of `lm_eval_scores`: tasks, include_path, limit
+    setting: Setting = None,  # None: unsteered
+) -> dict:  # config, scores
+    "Scores on tasks of lm-eval; kept in a file, not made again"
+    own = {} if setting is None else dict(task=bench.task.name, data=bench.task.data, **setting._asdict())
+    config = dict(model=bench.about, lm_eval=lm_eval, **own)
+    path = bench.out/"guardrails"/f"{run_key(config)}.json"
     if not path.exists():
-        steered = {} if method is None else dict(steerer=self.steerer(method, layer, canonical_params(method, {"seed": 0, **params})), layer=layer, strength=self.strength(method, layer, strength, params) | ({} if self.task.positions == "last" else {"positions": self.task.positions}))
-        scores = lm_eval_scores(self.model, self.tokenizer, **lm_eval, **steered, batch_size=self.batch_size)
+        steered = {} if setting is None else _steering_of(bench, setting)
+        scores = lm_eval_scores(bench.model, bench.tokenizer, **lm_eval, **steered, batch_size=bench.batch_size)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps({"config": config, "scores": scores}).encode())
+        write_atomic(path, json.dumps({"config": config, "scores": scores}))
     return json.loads(path.read_text(encoding="utf-8"))
 
+def _steering_of(bench, setting) -> dict:
+    "Steerer, layer and strength of a setting, as `lm_eval_scores` takes them"
+    method, layer, strength, params = setting
+    steerer = bench.steerer(method, layer, canonical_params(method, {"seed": 0, **params}))
+    strength = bench.strength(method, layer, strength, params) | _unusual_positions(bench)
+    return dict(steerer=steerer, layer=layer, strength=strength)
+
+def _unusual_positions(bench) -> dict:
+    return {} if bench.task.positions == "last" else {"positions": bench.task.positions}
+
+# %% ../nbs/15_sweeps.ipynb #9b5cc5ac
+class Variant(NamedTuple):
+    "An arm of a study: a method with what is changed"
+    label: str
+    method: str = "odesteer"
+    changed: dict = {}  # hyper-parameters
+
+@dataclass(frozen=True)
+class Study:
+    "A question with arms that differ in one setting, the reference first"
+    question: str
+    at: tuple  # where the arms meet: "share", "angle", "level", "effort" or "best"
+    arms: list  # of `Variant`
+    coarse: bool = False  # the search for each arm's own strength is coarse, where there are many
+    own: bool = False  # each method at the layer of its own choice, not at ODESteer's
+
+    @property
+    def reference(self) -> str: return self.arms[0].label
+
+def _vary(arms: dict, method="odesteer") -> list:
+    "Arms of one method: label -> what is changed"
+    return [Variant(label, method, changed) for label, changed in arms.items()]
+
 # %% ../nbs/15_sweeps.ipynb #3f897a6e
-_full, _step = "odesteer", "step-odesteer"
-#: study -> its question, where its arms meet, whether the search for their own best strength is coarse (many arms), and the arms (label, method, changed settings), the reference first
+_steps = [Variant(f"{k} steps", changed={"steps": k}) for k in (10, 2, 3, 5, 20)]
+_steps.insert(1, Variant("1 step", "step-odesteer"))  # a method of its own, so its runs are shared
+_metrics = {"p = 0": {"metric": "euclidean"}}
+_metrics |= {f"p = {name}": {"metric": "covariance", "power": p} for name, p in (("1/2", .5), ("1", 1.))}
+_kernels = {f"gamma {g:g}, C {c:g}": {"gamma": g, "C": c} for g in (.1, 1., 10.) for c in (1., 100., 1e4)}
+_features = {f: {"features": f} for f in ("count-sketch", "rff", "linear")}
+_by_cv = {"as configured": {}, "cross-validated": {"C": "cv", "gamma": "cv"}}
+#: name -> `Study`, in the order of the report
 ABLATIONS = {
-    "multistep": dict(question="linear, one step or many?", at=("share", "angle", "best"), arms=[
-        ("many steps", _full, {}), ("one step", _step, {}), ("linear, probe (ITI)", "iti", {}), ("linear, means (CAA)", "caa", {})]),
-    "steps": dict(question="how many steps?", at=("share",), arms=[
-        ("10 steps", _full, {"steps": 10}), ("1 step", _step, {}), *((f"{k} steps", _full, {"steps": k}) for k in (2, 3, 5, 20))]),
-    "solver": dict(question="which solver?", at=("share",), arms=[(s, _full, {"solver": s}) for s in ("euler", "midpoint", "rk4")]),
-    "metric": dict(question="steepest in which metric?", at=("share", "best"), arms=[
-        ("p = 0", _full, {"metric": "euclidean"}), *((f"p = {name}", _full, {"metric": "covariance", "power": p}) for name, p in (("1/2", .5), ("1", 1.)))]),
-    "features": dict(question="which features of the activation?", at=("share", "best"), arms=[(f, _full, {"features": f}) for f in ("count-sketch", "rff", "linear")]),
-    "gamma and C": dict(question="how curved, how smooth?", at=("best",), coarse=True, arms=[
-        ("as configured", _full, {}), *((f"gamma {g:g}, C {c:g}", _full, {"gamma": g, "C": c}) for g in (.1, 1., 10.) for c in (1., 100., 1e4))]),
-    "cross-validation": dict(question="defaults, or C and gamma by cross-validation?", at=("share", "best"), arms=[
-        ("as configured", _full, {}), ("cross-validated", _full, {"C": "cv", "gamma": "cv"})]),
-    "stop level": dict(question="walk on, or stop at a barrier level?", at=("level",), arms=[("many steps", _full, {})]),
-    "closed loop": dict(question="does it pay to close the loop?", at=("effort", "best"), own=True, arms=[
-        ("one block (CAA)", "caa", {}), ("one block (ODESteer)", _full, {}), ("every block, open loop (PID-AcT)", "pid-act", {}), ("P (ActAdd-LFS)", "actadd-lfs", {}), ("PID (S-PID)", "spid", {}),
-        ("A-LQR", "alqr", {}), ("A-LQR lite", "alqr-feature", {}), ("barrier-driven", "barrier-lqr", {})]),
-    "Jacobian": dict(question="is the Jacobian needed?", at=("effort", "best"), arms=[("A-LQR", "alqr", {}), ("A-LQR, A = I", "alqr", {"jacobian": "identity"})]),
-    "set-point": dict(question="where does the set-point begin?", at=("effort", "best"), arms=[(s, "alqr", {"setpoint": s}) for s in ("uncentred", "centred")]),
-    "gains": dict(question="how dear is a correction?", at=("effort", "best"), coarse=True, arms=[(f"q/r = {q:g}", "alqr", {"q": q, "qf": q}) for q in (.1, 1., 10.)]),
+    "multistep": Study("linear, one step or many?", ("share", "angle", "best"), [
+        Variant("many steps"), Variant("one step", "step-odesteer"),
+        Variant("linear, probe (ITI)", "iti"), Variant("linear, means (CAA)", "caa")]),
+    "steps": Study("how many steps?", ("share",), _steps),
+    "solver": Study("which solver?", ("share",), _vary({s: {"solver": s} for s in ("euler", "midpoint", "rk4")})),
+    "metric": Study("steepest in which metric?", ("share", "best"), _vary(_metrics)),
+    "features": Study("which features of the activation?", ("share", "best"), _vary(_features)),
+    "gamma and C": Study("how curved, how smooth?", ("best",), _vary({"as configured": {}} | _kernels), coarse=True),
+    "cross-validation": Study("defaults, or C and gamma by cross-validation?", ("share", "best"), _vary(_by_cv)),
+    "stop level": Study("walk on, or stop at a barrier level?", ("level",), [Variant("many steps")]),
+}
+
+# %% ../nbs/15_sweeps.ipynb #65d24502
+_jacobians = {"A-LQR": {}, "A-LQR, A = I": {"jacobian": "identity"}}
+_setpoints = {s: {"setpoint": s} for s in ("uncentred", "centred")}
+_gains = {f"q/r = {q:g}": {"q": q, "qf": q} for q in (.1, 1., 10.)}
+_met = "effort", "best"  # where methods on one block and on all blocks can meet
+ABLATIONS |= {
+    "closed loop": Study("does it pay to close the loop?", _met, [
+        Variant("one block (CAA)", "caa"), Variant("one block (ODESteer)"),
+        Variant("every block, open loop (PID-AcT)", "pid-act"), Variant("P (ActAdd-LFS)", "actadd-lfs"),
+        Variant("PID (S-PID)", "spid"), Variant("A-LQR", "alqr"), Variant("A-LQR lite", "alqr-feature"),
+        Variant("barrier-driven", "barrier-lqr")], own=True),
+    "Jacobian": Study("is the Jacobian needed?", _met, _vary(_jacobians, "alqr")),
+    "set-point": Study("where does the set-point begin?", _met, _vary(_setpoints, "alqr")),
+    "gains": Study("how dear is a correction?", _met, _vary(_gains, "alqr"), coarse=True),
 }
 
 # %% ../nbs/15_sweeps.ipynb #80526af4
+class Arm(NamedTuple):
+    "What an ablation runs: a method at its strengths"
+    study: str
+    label: str
+    method: str
+    params: dict  # hyper-parameters that differ from the defaults
+    reference: bool  # the others are compared with this one
+    strengths: list  # dicts; "best" among them stands for a sweep on validation
+
 def ablation_arms(
     study: str,  # a key of ABLATIONS
-    params: dict = {},  # hyper-parameters of ODESteer that every arm shares
-    others: dict = {},  # controller -> hyper-parameters that its arms share
+    params: dict = {},  # method -> hyper-parameters that its arms share; those of steerers are ODESteer's
     shares: tuple = (.15, .3, .6),  # strengths of "share", of the median norm
     angles: tuple = (5, 10, 20),  # of "angle", in degrees
-    levels: tuple = (.1, .25, .5, .75, .9),  # of "level", as quantiles of the barrier over the wanted fitted activations
+    levels: tuple = (.1, .25, .5, .75, .9),  # of "level": quantiles of the barrier over wanted fitted activations
     efforts: tuple = (.05,),  # of "effort": what is added over the activation, mean over all blocks
-) -> list:  # of dicts; "best" among the strengths stands for a sweep on validation
-    "The runs of an ablation"
-    if study not in ABLATIONS: raise ValueError(f"there is no ablation {study!r}: choose one of {', '.join(map(repr, ABLATIONS))}")
-    cap, seen = max(shares), {}
-    meet = {"share": [{"share": s} for s in shares], "angle": [{"angle": d} for d in angles], "effort": [{"effort": e} for e in efforts], "best": ["best"],
-            "level": [{"share": cap}, *({"level": q, "share": cap} for q in levels)]}
-    for label, method, changed in ABLATIONS[study]["arms"]:
-        takes = inspect.signature(load_class(method)).parameters if method in (_full, _step) else ()
-        own = own_params(method, others.get(method, {}) | changed if feedback(method) else {k: v for k, v in (params | changed).items() if k in takes})
-        seen.setdefault(arm_label(method, own), dict(study=study, label=label, method=method, params=own, reference=not seen, strengths=[s for at in ABLATIONS[study]["at"] for s in meet[at]]))
-    return list(seen.values())
+) -> list:  # of `Arm`, the reference first
+    "The arms of an ablation"
+    if study not in ABLATIONS:
+        raise ValueError(f"there is no ablation {study!r}: choose one of {', '.join(map(repr, ABLATIONS))}")
+    cap = {"share": max(shares)}
+    meet = {"share": [{"share": s} for s in shares], "angle": [{"angle": d} for d in angles], "best": ["best"],
+            "effort": [{"effort": e} for e in efforts], "level": [cap, *({"level": q} | cap for q in levels)]}
+    strengths = [s for at in ABLATIONS[study].at for s in meet[at]]
+    arms = {}
+    for label, method, changed in ABLATIONS[study].arms:
+        own = own_params(method, _arm_params(method, changed, params))
+        arms.setdefault(arm_label(method, own), Arm(study, label, method, own, not arms, strengths))
+    return list(arms.values())
+
+# %% ../nbs/15_sweeps.ipynb #8bbe1c5c
+def _arm_params(method, changed, params) -> dict:
+    "Hyper-parameters of an arm: what its kind shares, then what is changed"
+    if not load_class(method).needs_layer: return params.get(method, {}) | changed
+    if method not in ("odesteer", "step-odesteer"): return {}
+    takes = inspect.signature(load_class(method)).parameters
+    return {k: v for k, v in (params.get("odesteer", {}) | changed).items() if k in takes}
 
 # %% ../nbs/15_sweeps.ipynb #af436cc1
-@patch
-def ablate(self: Bench,
+def ablate(
+    bench: Bench,
     study: str,  # a name in `ABLATIONS`
-    params: dict = {},  # hyper-parameters of ODESteer
-    others: dict = {},  # controller -> hyper-parameters
-    layers=None, strengths=SHARES, allow=.15, refine=1, repeats=2, rule="stop",  # of the sweep whose layer is used
-    seeds=3,  # of test runs: how many, or which
+    search: Search = Search(),
+    params: dict = {},  # method -> hyper-parameters; those of the steerers' arms are ODESteer's
 ):
     "The arms of a study, on test"
-    main = self.sweep("odesteer", layers, strengths, params, allow, refine, repeats, rule)
-    if main.strength is None: return say(f"odesteer: {self.task.name}: no strength of odesteer is safe, nothing to ablate")
-    looks = (0, 1) if ABLATIONS[study].get("coarse") else (refine, repeats)
-    for arm in ablation_arms(study, params, others):
-        method, own = arm["method"], arm["params"]
-        best = self.sweep(method, layers if ABLATIONS[study].get("own") else [main.layer], strengths, own, allow, *looks, rule) if "best" in arm["strengths"] else main
-        layer = None if feedback(method) else best.layer if best.strength and ABLATIONS[study].get("own") else main.layer
-        for strength in (best.strength if s == "best" else s for s in arm["strengths"]):
-            if strength is None: continue
-            for s in range(seeds) if isinstance(seeds, int) else seeds:
-                drawn = canonical_params(method, {**own, "seed": s})
-                if "effort" in strength:
-                    try: self.strength(method, layer, strength, drawn)
-                    except ValueError as e: say(f"odesteer: {self.about['name']} {self.task.name} {arm['label']}: {e}"); break
-                self.run(method, layer, strength, drawn, "test", s)
+    main = sweep(bench, "odesteer", search, params.get("odesteer", {}))
+    if main.strength is None:
+        return log(f"odesteer: {bench.task.name}: no strength of odesteer is safe, nothing to ablate")
+    coarse, own = ABLATIONS[study].coarse, ABLATIONS[study].own
+    narrow = replace(search, refine=0, repeats=1) if coarse else search
+    if not own: narrow = replace(narrow, layers=[main.layer])
+    for arm in ablation_arms(study, params):
+        best = sweep(bench, arm.method, narrow, arm.params) if "best" in arm.strengths else main
+        layer = best.layer if own and best.strength else main.layer
+        if not load_class(arm.method).needs_layer: layer = None
+        for strength in arm.strengths:
+            if strength == "best": strength = best.strength
+            if strength is not None: _test_arm(bench, arm, layer, strength, search.test_seeds)
+
+def _test_arm(bench, arm, layer, strength, seeds):
+    for seed in seeds:
+        params = canonical_params(arm.method, {**arm.params, "seed": seed})
+        if "effort" in strength:
+            try: bench.strength(arm.method, layer, strength, params)
+            except ValueError as e: return log(f"odesteer: {bench.about['name']} {bench.task.name} {arm.label}: {e}")
+        bench.run(arm.method, layer, strength, params, "test", seed)
 
 # %% ../nbs/15_sweeps.ipynb #7af05404
-@patch
-def speed(self: Bench, arms: list, rounds=5, tokens=16) -> dict:
-    "Tokens per second over those of the unsteered model: for each arm (method, layer, strength, params) one ratio per round; kept in a file, and only measured where no file has them"
-    asked = {arm_label(m, canonical_params(m, p)): [m, layer, strength, canonical_params(m, {"seed": 0, **p})] for m, layer, strength, p in arms}
-    held, known = dict(task=self.task.name, data=self.task.data, model=self.about, rounds=rounds, tokens=tokens, **({} if self.task.positions == "last" else {"positions": self.task.positions})), {}
-    for old in (json.loads(p.read_text()) for p in sorted((self.out/"speed").glob("*.json"))):
-        if {k: v for k, v in old["config"].items() if k != "arms"} == held: known |= {n: old["ratios"][n] for n, arm in old["config"]["arms"].items() if asked.get(n) == arm}
-    named = {n: arm for n, arm in asked.items() if n not in known}
-    if not named: return known
-    config = {**held, "arms": named}
-    path, prompts = self.out/"speed"/f"{run_key(config)}.json", [p.text for _, p in self.task.prompts("test")[:self.batch_size]]
-    def seconds(arm):
-        steered = nullcontext() if arm is None else ods.steering(self.model, self.steerer(*arm[:2], arm[3]), layer=arm[1], positions=self.task.positions, **self.strength(*arm))
-        start = time.perf_counter()
-        with steered: ods.generate_text(self.model, self.tokenizer, prompts, len(prompts), do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, temperature=None, top_p=None, top_k=None)
-        return time.perf_counter() - start
-    for arm in (None, *named.values()): seconds(arm)  # warm-up: fits, buffers
-    ratios = {name: [] for name in named}
-    for _ in range(rounds):
-        plain = seconds(None)
-        for name, arm in named.items(): ratios[name].append(plain / seconds(arm))
+def compare_speed(
+    bench: Bench,
+    arms: list,  # `Setting`s, or tuples (method, layer, strength, params)
+    rounds=5,
+    tokens=16,  # generated for each prompt
+) -> dict:  # label of the arm -> one ratio per round
+    "Tokens per second over those of the unsteered model; kept in a file, and measured only where no file has them"
+    settings = {}
+    for method, layer, strength, params in arms:
+        params = canonical_params(method, {"seed": 0, **params})
+        settings[arm_label(method, params)] = [method, layer, strength, params]
+    shared = dict(task=bench.task.name, data=bench.task.data, model=bench.about,
+                  rounds=rounds, tokens=tokens, **_unusual_positions(bench))
+    known = _known_ratios(bench.out/"speed", shared, settings)
+    missing = {name: setting for name, setting in settings.items() if name not in known}
+    if not missing: return known
+    config = {**shared, "arms": missing}
+    ratios = _ratios(partial(_seconds, bench, tokens), missing, rounds)
+    path = bench.out/"speed"/f"{run_key(config)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps({"config": config, "ratios": ratios, "environment": environment(self.model)}).encode())
+    write_atomic(path, json.dumps({"config": config, "ratios": ratios, "environment": environment(bench.model)}))
     return known | ratios
 
-# %% ../nbs/15_sweeps.ipynb #5c74e5b0
-_sketch = {"n_components": 2000}  # activations have 128 numbers: a narrower sketch is enough
-_curved = _sketch | {"gamma": 10.}  # the published 0.1 is nearly linear, and here no linear method can work
-#: world -> method -> hyper-parameters that differ from the published ones
-MICRO_PARAMS = {world: {m: own for m in ("odesteer", "step-odesteer")} | {"spid": {"kp": .3}, "barrier-lqr": {"gamma": own.get("gamma", 1.)}} for world, own in (("speakers", _sketch), ("experts", _curved))}
-QUICK = dict(units=[("speakers", 0, axis) for axis in ("truth", "toxicity", "helpfulness")], strengths=(.15, .3, .6, 1.), refine=1, repeats=1, seeds=2, rounds=3)
-STUDIED = "closed loop",  # ablations for every axis; the others for truth alone
-FULL = dict(units=[*(("speakers", seed, axis) for seed in range(3) for axis in ("truth", "toxicity", "helpfulness")), *(("experts", seed, "truth") for seed in range(3))],
-            strengths=(.1, .2, .4, .8, 1.2), refine=2, repeats=2, seeds=3, rounds=5, studies="all")
+# %% ../nbs/15_sweeps.ipynb #372e6d2f
+def _seconds(bench, tokens, setting=None) -> float:
+    "Seconds for one batch of test prompts, greedily and always the same number of tokens; None: unsteered"
+    prompts = [p.text for _, p in bench.task.prompts("test")[:bench.batch_size]]
+    greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    steered = nullcontext()
+    if setting is not None:
+        method, layer, strength, params = setting
+        steerer, strength = bench.steerer(method, layer, params), bench.strength(*setting)
+        steered = ods.steering(bench.model, steerer, layer=layer, positions=bench.task.positions, **strength)
+    start = time.perf_counter()
+    with steered:
+        ods.generate_text(bench.model, bench.tokenizer, prompts, len(prompts),
+                          min_new_tokens=tokens, max_new_tokens=tokens, **greedy)
+    return time.perf_counter() - start
 
-def micro_bench(world, seed, axis, out="runs", **kwargs) -> Bench:
+def _ratios(seconds, arms: dict, rounds) -> dict:
+    "Speed of each arm over the unsteered one, round by round, taking turns"
+    for setting in (None, *arms.values()): seconds(setting)  # warm-up: fits, buffers
+    ratios = {name: [] for name in arms}
+    for _ in range(rounds):
+        plain = seconds(None)
+        for name, setting in arms.items(): ratios[name].append(plain / seconds(setting))
+    return ratios
+
+# %% ../nbs/15_sweeps.ipynb #2184d1a6
+def _known_ratios(folder, shared, settings) -> dict:
+    "What was measured before under the same conditions"
+    known = {}
+    for path in sorted(folder.glob("*.json")):
+        saved = json.loads(path.read_text())
+        arms = saved["config"].pop("arms")
+        if saved["config"] != shared: continue
+        known |= {name: saved["ratios"][name] for name, arm in arms.items() if settings.get(name) == arm}
+    return known
+
+# %% ../nbs/15_sweeps.ipynb #36c77cb1
+#: studies that run on every task; the others only where units end in "truth"
+_EVERYWHERE = "closed loop",
+
+@dataclass(frozen=True)
+class Plan:
+    "A comparison: every method on every unit, then the studies. All fields are data, `search` too (`asdict`)"
+    units: list = ()  # what `make` takes, one tuple for each model and task, such as ("speakers", 0, "truth")
+    methods: list = ()  # names of steerers, controllers and placebos
+    search: Search = Search()  # layers, strengths, rule and seeds
+    params: dict = field(default_factory=dict)  # method -> hyper-parameters; or first name of a unit -> these
+    studies: object = ()  # names in `ABLATIONS`, or "all"
+    rounds: int = 0  # of the side-by-side measurement of speed; 0: none
+    curve: bool = True  # all strengths at the chosen layer, for the figure of a metric against strength
+    lm_eval: dict = None  # of `lm_eval_scores`: guardrail tasks of lm-eval
+    part: tuple = (1, 1)  # (i, n): the units of machine i of n
+
+    def __post_init__(self):
+        i, n = self.part
+        if not 1 <= i <= n: raise ValueError(f"part must be (i, n) with i from 1 to n, got {self.part!r}")
+        if self.rounds < 0: raise ValueError(f"rounds must be 0 or more, got {self.rounds!r}")
+        for name in () if self.studies == "all" else self.studies:
+            if name not in ABLATIONS: ablation_arms(name)  # says which there are
+
+    def params_of(self, unit) -> dict:
+        "method -> hyper-parameters, for a unit"
+        return self.params.get(unit[0], self.params)
+
+# %% ../nbs/15_sweeps.ipynb #73a4b149
+class Step(NamedTuple):
+    "A piece of a plan"
+    unit: tuple
+    kind: str  # "unsteered", "method", "speed" or "study"
+    name: str = ""  # of the method or study
+
+def plan_steps(plan: Plan) -> list:  # of `Step`
+    "What this machine does, in order; a ValueError if nothing is left for it"
+    i, n = plan.part
+    units = plan.units[i - 1::n]
+    if not units:
+        raise ValueError(f"part {i} of {n} is empty: work is shared by model and task, of which there are "
+                         f"{len(plan.units)}; give each machine some of the --methods instead")
+    steps = []
+    for unit in units:
+        steps.append(Step(unit, "unsteered"))
+        steps += [Step(unit, "method", m) for m in plan.methods]
+        if plan.rounds > 0: steps.append(Step(unit, "speed"))
+    studies = list(ABLATIONS) if plan.studies == "all" else plan.studies
+    for unit in units:
+        steps += [Step(unit, "study", s) for s in studies if unit[-1] == "truth" or s in _EVERYWHERE]
+    return steps
+
+# %% ../nbs/15_sweeps.ipynb #bedafc63
+def micro_bench(
+    world: str, seed: int, axis: str,  # of `load_micro` and `micro_task`
+    out="runs",  # folder for the runs
+    **kwargs,  # of `Bench`: deadline, on_run
+) -> Bench:
     "The bench of a micro model and an axis"
     lm = ods.load_micro(world, seed)
-    return Bench(lm.model, lm.tokenizer, micro_task(lm, axis), out, f"micro-{world}-{seed}", world, batch_size=200, **kwargs)
-
-def _share(units, part):
-    "The units of machine i of n"
-    mine = units[part[0] - 1::part[1]]
-    if not mine: raise ValueError(f"part {part[0]} of {part[1]} is empty: work is shared by model and task, of which there are {len(units)}; give each machine some of the --methods instead")
-    return mine
+    name = f"micro-{world}-{seed}"
+    return Bench(lm.model, lm.tokenizer, micro_task(lm, axis), out, name, world, batch_size=200, **kwargs)
 
 def run_plan(
-    units: list,  # what `make` takes, one tuple for each model and task
-    methods: list,
-    make=micro_bench,
-    studies=(),  # names of ablations or "all"; of those not in STUDIED, for units that end in "truth"
-    part=(1, 1),  # this machine's share (i of n)
-    out="runs", minutes=math.inf,
-    params=MICRO_PARAMS,  # method -> hyper-parameters; or first name of a unit -> these
-    rounds: int = 0,  # of the side-by-side measurement of speed
-    **settings,  # of `Bench.benchmark`
+    plan: Plan,
+    make=micro_bench,  # (*unit, out=, deadline=, on_run=) -> `Bench`
+    out="runs",  # folder for the runs
+    minutes=math.inf,  # no run is begun after that time: then `Paused` is raised
 ):
-    "Every method on every unit, then the ablations; finished parts are not repeated"
+    "Every method on every unit, then the studies; finished parts are not repeated"
     from tqdm import tqdm
-    mine, start, studies = _share(units, part), time.monotonic(), list(ABLATIONS) if studies == "all" else studies
-    steps = [(u, m) for u in mine for m in [None, *methods, *["speed"]*(rounds > 0)]] + [(u, s) for u in mine for s in studies if u[-1] == "truth" or s in STUDIED]
-    made, bar = {}, tqdm(steps, "benchmark", disable=None)
-    for unit, what in bar:
-        if unit not in made: made = {unit: make(*unit, out=out)}  # one model at a time
-        bench = made[unit]
-        bench.deadline, bench.tick = start + 60*minutes, lambda run: bar.set_postfix_str(f"{' '.join(map(str, unit))} {what}: {run.key}")
-        own, sweeping = params.get(unit[0], params), {k: v for k, v in settings.items() if k not in ("curve", "lm_eval")}
-        if what == "speed": bench.speed(bench.chosen(methods, own, **{k: v for k, v in sweeping.items() if k != "seeds"}), rounds)
-        elif what in studies: bench.ablate(what, own.get("odesteer", {}), own, **sweeping)
-        else: bench.benchmark([what] if what else [], params=own, **settings)
+    deadline = time.monotonic() + 60*minutes
+    bar = tqdm(plan_steps(plan), disable=None)
+    unit = bench = None
+    for step in bar:
+        bar.set_description_str(" ".join(map(str, (*step.unit, step.kind, step.name))))
+        if step.unit != unit:
+            unit, bench = step.unit, None  # one model at a time
+            bench = make(*unit, out=out, deadline=deadline, on_run=lambda run: bar.set_postfix_str(run.key))
+        _take_step(bench, step, plan)
+
+# %% ../nbs/15_sweeps.ipynb #4055d9b6
+def _take_step(bench, step: Step, plan: Plan):
+    search, params = plan.search, plan.params_of(step.unit)
+    if step.kind == "speed": compare_speed(bench, chosen(bench, plan.methods, search, params), plan.rounds)
+    elif step.kind == "study": ablate(bench, step.name, search, params)
+    else: benchmark(bench, [step.name] if step.name else [], search, params, plan.curve, plan.lm_eval)
+
+# %% ../nbs/15_sweeps.ipynb #5c74e5b0
+def _micro_params(**own):
+    "Hyper-parameters that differ from the published ones; activations have 128 numbers: a narrow sketch is enough"
+    own = {"n_components": 2000, **own}
+    return {"odesteer": own, "step-odesteer": own,
+            "spid": {"kp": .3}, "barrier-lqr": {"gamma": own.get("gamma", 1.)}}
+
+#: world -> method -> hyper-parameters. In the world of experts the published gamma, 0.1, is nearly linear,
+#: and no linear method can work
+MICRO_PARAMS = {"speakers": _micro_params(), "experts": _micro_params(gamma=10.)}
+
+_axes = "truth", "toxicity", "helpfulness"
+#: the micro benchmark; `methods` is left to be said
+QUICK = Plan(units=[("speakers", 0, axis) for axis in _axes], params=MICRO_PARAMS, rounds=3,
+             search=Search(strengths=(.15, .3, .6, 1.), refine=1, repeats=1, seeds=2))
+FULL = Plan(units=[("speakers", seed, axis) for seed in range(3) for axis in _axes]
+                  + [("experts", seed, "truth") for seed in range(3)], params=MICRO_PARAMS, rounds=5, studies="all",
+            search=Search(strengths=(.1, .2, .4, .8, 1.2), refine=2, repeats=2, seeds=3))
 
 # %% ../nbs/15_sweeps.ipynb #96d45ddb
-def _paper(model, layer, distances, template="plain", toxicity=None):
+_SKETCH = dict(n_components=8000, degree=2, gamma=.1, coef0=1.)
+_MAPS = "caa", "mimic", "linact", "hpr", "recontrol", "truthflow"  # T=1 is the published map
+_DIRECTIONS = {"odesteer": _SKETCH | dict(solver="euler", steps=10), "step-odesteer": _SKETCH, "iti": {}, "repe": {}}
+
+def _paper(model, layer, distances, template="plain", toxicity=None) -> dict:
     "The settings of the ODESteer paper for one model"
     along = {"truthfulqa": distances, "ultrafeedback": distances, "realtoxicityprompts": toxicity or distances}
     qa = "chat" if template == "chat-raw" else "qa"
+    methods = {m: dict(params=params, T=along) for m, params in _DIRECTIONS.items()}
+    methods |= {m: dict(params={}, T=1) for m in _MAPS}
+    tasks = {"truthfulqa": dict(template=qa, fluency="gpt2-xl"), "ultrafeedback": dict(template=template),
+             "realtoxicityprompts": dict(filter="gpt2", fluency="gpt2-xl")}
+    judges = {"truthfulqa": "truth+info", "ultrafeedback": "reward", "realtoxicityprompts": "toxicity+toxic-bert"}
     return dict(model=model, dtype="float32", layer=layer, seeds=[42, 43, 44], batch_size=10,
-                methods={m: dict(params=p, T=along if unit == "length" else 1) for m, p, unit in PAPER_METHODS},
-                tasks={"truthfulqa": dict(template=qa, fluency="gpt2-xl"), "ultrafeedback": dict(template=template), "realtoxicityprompts": dict(filter="gpt2", fluency="gpt2-xl")},
-                decoding={t: SAMPLING | DECODING[t] for t in along},
-                judges={"truthfulqa": "truth+info", "ultrafeedback": "reward", "realtoxicityprompts": "toxicity+toxic-bert"})
+                methods=methods, tasks=tasks, decoding={t: SAMPLING | DECODING[t] for t in along}, judges=judges)
 
-_SKETCH = dict(n_components=8000, degree=2, gamma=.1, coef0=1.)
-PAPER_METHODS = [("odesteer", _SKETCH | dict(solver="euler", steps=10), "length"), ("step-odesteer", _SKETCH, "length"), ("iti", {}, "length"), ("repe", {}, "length"),
-                 *((m, {}, "fraction") for m in ("caa", "mimic", "linact", "hpr", "recontrol", "truthflow"))]
-PRESETS = {"paper-falcon-7b": _paper("tiiuae/falcon-7b", 14, [20, 21, 22, 23]),
-           "paper-mistral-7b": _paper("mistralai/Mistral-7B-v0.3", 15, [3, 3.5, 4]),
-           "paper-llama3.1-8b": _paper("meta-llama/Llama-3.1-8B", 13, [4, 5, 6]),
-           "paper-qwen2.5-7b": _paper("Qwen/Qwen2.5-7B", 13, [13, 14, 15, 16], "chat-raw", [48])}
-
+PRESETS = {
+    "paper-falcon-7b": _paper("tiiuae/falcon-7b", 14, [20, 21, 22, 23]),
+    "paper-mistral-7b": _paper("mistralai/Mistral-7B-v0.3", 15, [3, 3.5, 4]),
+    "paper-llama3.1-8b": _paper("meta-llama/Llama-3.1-8B", 13, [4, 5, 6]),
+    "paper-qwen2.5-7b": _paper("Qwen/Qwen2.5-7B", 13, [13, 14, 15, 16], "chat-raw", [48]),
+}
 
 # %% ../nbs/15_sweeps.ipynb #5bd95945
-_LAMBDAS = [2, 2.5, 3, 3.5]  # where none are published: the span of its sweeps
+_ALQR_NOTE = ("published with 4-bit weights, without seeds and with prompts that were fitted on among those tested; "
+              "here folds are kept apart, and strengths are chosen on validation")
+_FAR = [2, 2.5, 3, 3.5]  # set-points where none are published: the span of its sweeps
+_NEAR = [.5, 1, 1.5]
 
-def _alqr(model, spid, toxicity, truth, spid_at=([.5, 1], [.5, 1, 1.5])):
+def _alqr(model, spid, toxicity, truth, spid_at=([.5, 1], _NEAR)) -> dict:
     "The settings of the A-LQR paper for a base model: gains (q, r, qf) and set-points of each task"
-    own = {"realtoxicityprompts": toxicity, "truthfulqa": truth}
-    weights = lambda q, r, qf, n: dict(q=q, r=r, qf=qf, n_texts=200, n_jacobian=n)
+    alqr, at = {}, {}
+    for t, (q, r, qf, T) in {"realtoxicityprompts": toxicity, "truthfulqa": truth}.items():
+        alqr[t] = dict(q=q, r=r, qf=qf, n_texts=200, n_jacobian=35 if t == "truthfulqa" else 50)
+        at[t] = T
+    pid = dict(zip(("kp", "ki", "kd"), spid))
     return dict(model=model, dtype="bfloat16", layer=None, seeds=[0], batch_size=20,
-                methods={"alqr": dict(params={t: weights(*g[:3], 35 if t == "truthfulqa" else 50) for t, g in own.items()}, T={t: g[3] for t, g in own.items()}),
-                         "spid": dict(params=dict(zip(("kp", "ki", "kd"), spid)), T=dict(zip(own, spid_at)))},
-                tasks={t: dict(protocol="alqr") for t in own}, decoding={t: SAMPLING | DECODING[f"{t}, alqr"] for t in own}, judges={"realtoxicityprompts": "toxicity", "truthfulqa": "truth+info"}, note=ALQR_NOTE)
-
-ALQR_NOTE = "published with 4-bit weights, without seeds and with prompts that were fitted on among those tested; here folds are kept apart, and strengths are chosen on validation"
-
-def _refusal(model):
-    "Its settings for refusal, turned around as published: red-team evaluation"
-    return dict(model=model, dtype="bfloat16", layer=None, seeds=[0], batch_size=16, tasks={"refusal": dict(direction="comply", positions="all", n_harmless=0, suffix="\n\n")},
-                methods={"alqr": dict(params=dict(q=.2, r=7., qf=.2, n_texts=200, n_jacobian=50), T={"refusal": [1]}), "spid": dict(params=dict(kp=.1, ki=.025, kd=.025), T={"refusal": [1]})},
-                decoding={"refusal": SAMPLING | DECODING["refusal"]}, judges={"refusal": "harmful"}, note=ALQR_NOTE + "; give your files: --data harmful.csv,harmless.jsonl; S-PID's published grid is kp .05 and .1, ki and kd 0 and .025")
+                methods={"alqr": dict(params=alqr, T=at), "spid": dict(params=pid, T=dict(zip(at, spid_at)))},
+                tasks={t: dict(protocol="alqr") for t in at},
+                decoding={t: SAMPLING | DECODING[f"{t}, alqr"] for t in at},
+                judges={"realtoxicityprompts": "toxicity", "truthfulqa": "truth+info"}, note=_ALQR_NOTE)
 
 # %% ../nbs/15_sweeps.ipynb #a9e9363a
-PRESETS |= {f"alqr-{name}": _alqr(*settings) for name, settings in {
+_BASE_MODELS = {  # model, S-PID's kp, ki, kd, A-LQR's q, r, qf, set-points for toxicity and truth, S-PID's set-points
     "gemma-2-2b": ("google/gemma-2-2b", (.7, .01, .1), (.1, 3., .1, [1, 1.25, 1.375, 1.5]), (.1, 1., .3, [3])),
-    "llama-3-8b": ("meta-llama/Meta-Llama-3-8B", (.1, .1, 0.), (.1, 10., 10., [2, 2.5]), (.1, 10., 10., [2, 2.5, 3.5]), ([.5, 1, 1.5],)*2),
-    "gemma-2-9b": ("google/gemma-2-9b", (.7, .05, 0.), (.1, 1., .1, [2]), (.1, 1., .1, _LAMBDAS), ([.5, 1, 1.5],)*2),
-    "qwen2.5-3b": ("Qwen/Qwen2.5-3B", (.3, .1, 0.), (.1, 10., 1., [3]), (.1, 1., .3, [3, 3.5]), ([.5, 1, 1.5],)*2),
-    "qwen2.5-14b": ("Qwen/Qwen2.5-14B", (.5, .01, .01), (1., 1., 1., [2, 2.5]), (.1, 1., .3, [3, 3.5]), ([.5, 1, 1.5], [2])),
-    "llama-3.2-1b": ("meta-llama/Llama-3.2-1B", (.5, .5, .1), (.1, 1., .1, [2, 2.5, 3.5]), (.1, 1., 1., _LAMBDAS), ([1], [1])),
-    "qwen2.5-32b": ("Qwen/Qwen2.5-32B", (.7, .1, 0.), (1., 5., .1, [2, 2.5, 3.5]), (1., 5., .1, _LAMBDAS), ([1, 1.5],)*2)}.items()}
-PRESETS |= {f"alqr-red-team-{name}": _refusal(model) for name, model in {
-    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct", "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct", "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct", "qwen2.5-14b": "Qwen/Qwen2.5-14B-Instruct",
-    "gemma-2-2b": "google/gemma-2-2b-it", "gemma-2-9b": "google/gemma-2-9b-it"}.items()}
-PRESETS["alqr-concept"] = dict(model="google/gemma-2-2b", dtype="bfloat16", layer=None, seeds=[0], batch_size=50, tasks={"concept": {}}, decoding={"concept": SAMPLING | DECODING["concept"]}, judges={"concept": "prevalence"},
-                               methods={"alqr": dict(params=dict(q=.1, r=1., qf=.1, n_texts=200, n_jacobian=50), T={"concept": [.5, 1, 1.5, 2, 2.5]})},
-                               note="give your file and concept: --data sentences.csv --option target=football --option 'definition=...'; any of the base models: --model")
+    "llama-3-8b": ("meta-llama/Meta-Llama-3-8B", (.1, .1, 0.),
+                   (.1, 10., 10., [2, 2.5]), (.1, 10., 10., [2, 2.5, 3.5]), (_NEAR, _NEAR)),
+    "gemma-2-9b": ("google/gemma-2-9b", (.7, .05, 0.), (.1, 1., .1, [2]), (.1, 1., .1, _FAR), (_NEAR, _NEAR)),
+    "qwen2.5-3b": ("Qwen/Qwen2.5-3B", (.3, .1, 0.), (.1, 10., 1., [3]), (.1, 1., .3, [3, 3.5]), (_NEAR, _NEAR)),
+    "qwen2.5-14b": ("Qwen/Qwen2.5-14B", (.5, .01, .01),
+                    (1., 1., 1., [2, 2.5]), (.1, 1., .3, [3, 3.5]), (_NEAR, [2])),
+    "llama-3.2-1b": ("meta-llama/Llama-3.2-1B", (.5, .5, .1),
+                     (.1, 1., .1, [2, 2.5, 3.5]), (.1, 1., 1., _FAR), ([1], [1])),
+    "qwen2.5-32b": ("Qwen/Qwen2.5-32B", (.7, .1, 0.),
+                    (1., 5., .1, [2, 2.5, 3.5]), (1., 5., .1, _FAR), ([1, 1.5], [1, 1.5])),
+}
+PRESETS |= {f"alqr-{name}": _alqr(*settings) for name, settings in _BASE_MODELS.items()}
 
-def preset_params(
-    preset: dict,  # of PRESETS
-    task: str,
-) -> dict:  # method -> hyper-parameters
-    "The hyper-parameters of a preset for a task"
-    return {m: how["params"].get(task, {}) if set(how["params"]) & set(preset["tasks"]) else how["params"] for m, how in preset["methods"].items()}
+# %% ../nbs/15_sweeps.ipynb #0607342f
+def _refusal(model) -> dict:
+    "Its settings for refusal, turned around as published: red-team evaluation"
+    alqr, spid = dict(q=.2, r=7., qf=.2, n_texts=200, n_jacobian=50), dict(kp=.1, ki=.025, kd=.025)
+    return dict(model=model, dtype="bfloat16", layer=None, seeds=[0], batch_size=16,
+                tasks={"refusal": dict(direction="comply", positions="all", n_harmless=0, suffix="\n\n")},
+                methods={m: dict(params=p, T={"refusal": [1]}) for m, p in (("alqr", alqr), ("spid", spid))},
+                decoding={"refusal": SAMPLING | DECODING["refusal"]}, judges={"refusal": "harmful"},
+                note=_ALQR_NOTE + "; give your files: --data harmful.csv,harmless.jsonl; "
+                                  "S-PID's published grid is kp .05 and .1, ki and kd 0 and .025")
+
+PRESETS |= {f"alqr-red-team-{name}": _refusal(model) for name, model in {
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct", "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct", "qwen2.5-14b": "Qwen/Qwen2.5-14B-Instruct",
+    "gemma-2-2b": "google/gemma-2-2b-it", "gemma-2-9b": "google/gemma-2-9b-it"}.items()}
+PRESETS["alqr-concept"] = dict(
+    model="google/gemma-2-2b", dtype="bfloat16", layer=None, seeds=[0], batch_size=50,
+    tasks={"concept": {}}, decoding={"concept": SAMPLING | DECODING["concept"]}, judges={"concept": "prevalence"},
+    methods={"alqr": dict(params=dict(q=.1, r=1., qf=.1, n_texts=200, n_jacobian=50),
+                          T={"concept": [.5, 1, 1.5, 2, 2.5]})},
+    note="give your file and concept: --data sentences.csv --option target=football --option 'definition=...'; "
+         "any of the base models: --model")
 
 # %% ../nbs/15_sweeps.ipynb #b7010238
 def show_preset(
@@ -410,18 +710,54 @@ def show_preset(
     "A preset in words: what will be run, on what, how often"
     if name not in PRESETS: raise ValueError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
     p = PRESETS[name]
-    def words(d): return ", ".join(f"{k} {v!r}" if isinstance(v, str) and not v.strip() else f"{k} {v}" for k, v in d.items() if v is not None)
-    def strengths(T): return "the published map (T=1)" if T == 1 else "; ".join(f"T {', '.join(map(str, ts))} on {', '.join(tasks)}" for ts, tasks in _inverted(T))
-    lines = [f"{name}: {p['model']}, {p['dtype']}, {'all blocks' if p['layer'] is None else 'block ' + str(p['layer']) + ' (from 0)'}, seeds {', '.join(map(str, p['seeds']))}, batches of {p['batch_size']}"]
-    for t, kw in p["tasks"].items(): lines += [f"  task {t}: {words(kw | {'judges': p['judges'][t]})}", f"    decoding: {words(p['decoding'][t])}"]
+    place = "all blocks" if p["layer"] is None else f"block {p['layer']} (from 0)"
+    seeds = ", ".join(map(str, p["seeds"]))
+    lines = [f"{name}: {p['model']}, {p['dtype']}, {place}, seeds {seeds}, batches of {p['batch_size']}"]
+    for t, options in p["tasks"].items():
+        lines.append(f"  task {t}: {_words(options | {'judges': p['judges'][t]})}")
+        lines.append(f"    decoding: {_words(p['decoding'][t])}")
     for m, how in p["methods"].items():
         own = {t: preset_params(p, t)[m] for t in p["tasks"]}
-        same = len({json.dumps(x) for x in own.values()}) == 1
-        lines.append(f"  method {m}: {strengths(how['T'])}" + (f"; {words(how['params'])}" if same and how["params"] else "" if same else "".join(f"; {words(x)} on {t}" for t, x in own.items())))
-    return "\n".join([*lines, *([f"  note: {p['note']}"] if p.get("note") else [])])
+        if any(x != how["params"] for x in own.values()): settings = [f"{_words(x)} on {t}" for t, x in own.items()]
+        else: settings = [_words(how["params"])] if how["params"] else []
+        lines.append(f"  method {m}: " + "; ".join([_strengths_in_words(how["T"]), *settings]))
+    if p.get("note"): lines.append(f"  note: {p['note']}")
+    return "\n".join(lines)
 
-def _inverted(T):
-    "Strengths and the tasks that share them"
-    shared = {}
+# %% ../nbs/15_sweeps.ipynb #87b5bd25
+def _words(options: dict) -> str:
+    "Options as text; blanks are quoted, or nobody would see them"
+    quoted = lambda v: repr(v) if isinstance(v, str) and not v.strip() else str(v)
+    return ", ".join(f"{k} {quoted(v)}" for k, v in options.items() if v is not None)
+
+def _strengths_in_words(T) -> str:
+    if T == 1: return "the published map (T=1)"
+    shared = {}  # strengths -> tasks that have them
     for task, ts in T.items(): shared.setdefault(tuple(ts), []).append(task)
-    return shared.items()
+    return "; ".join(f"T {', '.join(map(str, ts))} on {', '.join(tasks)}" for ts, tasks in shared.items())
+
+def preset_params(
+    preset: dict,  # of PRESETS
+    task: str,
+) -> dict:  # method -> hyper-parameters
+    "The hyper-parameters of a preset for a task"
+    def own(params): return params.get(task, {}) if params.keys() & preset["tasks"].keys() else params
+    return {m: own(how["params"]) for m, how in preset["methods"].items()}
+
+# %% ../nbs/15_sweeps.ipynb #273ed74a
+def preset_plan(
+    name: str,  # of PRESETS
+    tasks: list = None,  # some of the preset's; default: all
+    seeds: int = None,  # how many of the published ones; default: all
+) -> Plan:  # its units are (task,)
+    "What a published table did, as a plan: no search, but the best of the published strengths"
+    p = PRESETS[name]
+    tasks = list(tasks or p["tasks"])
+    strengths = {}
+    for method, how in p["methods"].items():
+        for t in tasks:
+            T = how["T"][t] if isinstance(how["T"], dict) else [how["T"]]
+            strengths[t, method] = [{"T": x} for x in T]
+    layers = None if p["layer"] is None else [p["layer"]]
+    search = Search(layers, strengths, refine=0, repeats=1, rule="best", seeds=p["seeds"][:seeds])
+    return Plan([(t,) for t in tasks], list(p["methods"]), search, {t: preset_params(p, t) for t in tasks})

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -405,13 +406,13 @@ def test_a_run_is_made_again_from_its_config_alone(files, capsys, monkeypatch):
 
 def test_a_plan_is_a_comparison_in_one_file(files, capsys, monkeypatch):
     plans = []
-    monkeypatch.setattr(cli, "run_plan", lambda **plan: plans.append(plan))
+    monkeypatch.setattr(cli, "run_plan", lambda plan, make, out, minutes: plans.append((plan, out, minutes)))
     Path("plan.json").write_text(json.dumps(dict(tasks=["micro-truth", "micro-toxicity"], methods=["caa", "iti"], shares=[.2, .4], layers=1, seeds=2, models=2, allow=.3, out="here", minutes=5, params={"odesteer": {"gamma": 10}})))
     assert main(["bench", "plan.json"]) == 0
     assert main(["bench", "micro-truth", "micro-toxicity", "--methods", "caa,iti", "--shares", ".2,.4", "--layers", "1", "--seeds", "2", "--models", "2", "--allow", ".3", "--out", "here", "--minutes", "5", "--params", '{"odesteer": {"gamma": 10}}']) == 0
-    assert plans[0] == plans[1] and plans[0]["params"]["speakers"]["odesteer"] == {"n_components": 2000, "gamma": 10}
+    assert plans[0] == plans[1] and plans[0][0].params["speakers"]["odesteer"] == {"n_components": 2000, "gamma": 10}
     assert main(["bench", "plan.json", "--methods", "repe", "--out", "there"]) == 0
-    assert plans[2] == plans[0] | {"methods": ["repe"], "out": "there"}
+    assert plans[2] == (replace(plans[0][0], methods=["repe"]), "there", 5)
 
 
 def test_a_run_on_a_model_and_a_file_is_made_again(files, tiny, capsys):
@@ -437,18 +438,18 @@ def test_a_run_on_a_model_and_a_file_is_made_again(files, tiny, capsys):
 
 def test_a_preset_prints_and_runs_exactly_what_it_says(files, tiny, capsys, monkeypatch):
     plans = []
-    monkeypatch.setattr(cli, "run_plan", lambda **plan: plans.append(plan)); monkeypatch.setattr(cli, "count_layers", lambda *_: 32)
+    monkeypatch.setattr(cli, "run_plan", lambda plan, make, out, minutes: plans.append((plan, out, minutes))); monkeypatch.setattr(cli, "count_layers", lambda *_: 32)
     assert main(["bench", "--preset", "paper-llama3.1-8b"]) == 0
     assert show_preset("paper-llama3.1-8b") in capsys.readouterr().out
-    plan, = plans
-    assert plan["units"] == [("truthfulqa",), ("ultrafeedback",), ("realtoxicityprompts",)] and plan["layers"] == [13] and plan["seeds"] == [42, 43, 44] and plan["rule"] == "best"
-    assert plan["strengths"]["truthfulqa", "odesteer"] == [{"T": 4}, {"T": 5}, {"T": 6}] and plan["strengths"]["ultrafeedback", "caa"] == [{"T": 1}]
-    assert plan["params"]["truthfulqa"]["odesteer"]["n_components"] == 8000 and set(plan["methods"]) == set(ods.steerer_names("steerer"))
+    plan = plans[0][0]
+    assert plan.units == [("truthfulqa",), ("ultrafeedback",), ("realtoxicityprompts",)] and plan.search.layers == [13] and plan.search.seeds == [42, 43, 44] and plan.search.rule == "best"
+    assert plan.search.strengths["truthfulqa", "odesteer"] == [{"T": 4}, {"T": 5}, {"T": 6}] and plan.search.strengths["ultrafeedback", "caa"] == [{"T": 1}]
+    assert plan.params["truthfulqa"]["odesteer"]["n_components"] == 8000 and set(plan.methods) == set(ods.steerer_names("steerer"))
     assert main(["bench", "--preset", "alqr-gemma-2-2b"]) == 0
     assert show_preset("alqr-gemma-2-2b") in capsys.readouterr().out
-    plan = plans[1]
-    assert plan["units"] == [("realtoxicityprompts",), ("truthfulqa",)] and plan["layers"] is None and plan["methods"] == ["alqr", "spid"] and plan["strengths"]["truthfulqa", "alqr"] == [{"T": 3}]
-    assert [plan["params"][t]["alqr"]["qf"] for t in ("realtoxicityprompts", "truthfulqa")] == [.1, .3] and plan["params"]["truthfulqa"]["spid"] == dict(kp=.7, ki=.01, kd=.1)
+    plan = plans[1][0]
+    assert plan.units == [("realtoxicityprompts",), ("truthfulqa",)] and plan.search.layers is None and plan.methods == ["alqr", "spid"] and plan.search.strengths["truthfulqa", "alqr"] == [{"T": 3}]
+    assert [plan.params[t]["alqr"]["qf"] for t in ("realtoxicityprompts", "truthfulqa")] == [.1, .3] and plan.params["truthfulqa"]["spid"] == dict(kp=.7, ki=.01, kd=.1)
 
 
 def test_refusal_and_concept_on_a_model_and_files(files, tiny, capsys, monkeypatch):

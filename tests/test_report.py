@@ -384,12 +384,12 @@ def test_errors_say_what_to_do(tmp_path):
 
 @pytest.mark.parametrize("study", ABLATIONS)
 def test_arms_of_an_ablation_can_be_made_and_differ(study):
-    arms = ablation_arms(study, {"n_components": 50, "gamma": 10.})
-    assert arms[0]["reference"] and not any(a["reference"] for a in arms[1:]) and len({json.dumps([a["method"], a["params"]]) for a in arms}) == len(arms)
+    arms = ablation_arms(study, {"odesteer": {"n_components": 50, "gamma": 10.}})
+    assert arms[0].reference and not any(a.reference for a in arms[1:]) and len({json.dumps([a.method, a.params]) for a in arms}) == len(arms)
     for a in arms:
-        s = ods.make_steerer(a["method"], **a["params"])
-        if a["method"] == "odesteer": assert s.n_components == 50 and (s.gamma == 10. or study in ("gamma and C", "cross-validation"))
-    assert all(json.loads(json.dumps(s)) == s for a in arms for s in a["strengths"])
+        s = ods.make_steerer(a.method, **a.params)
+        if a.method == "odesteer": assert s.n_components == 50 and (s.gamma == 10. or study in ("gamma and C", "cross-validation"))
+    assert all(json.loads(json.dumps(s)) == s for a in arms for s in a.strengths)
 
 
 def test_a_matched_angle_is_matched():

@@ -1,0 +1,245 @@
+"Runs that survive anything: keys, what stands in a folder, kills, strengths that meet, flat memory"
+import json
+import math
+import tracemalloc
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import odesteer as ods
+from odesteer.data import Prompt
+from odesteer.runs import Bench, Paused, canonical_params, rerun, run_key, strength_at, write_batches
+from odesteer.sweeps import MICRO_PARAMS, micro_bench
+from odesteer.tasks import Fold, Task
+
+from .benches import bench, contents, small
+
+
+@pytest.fixture(scope="module")
+def lm(): return ods.load_micro()
+
+
+# ---- tasks and keys
+
+def test_a_task_that_leaks_cannot_exist(lm):
+    task = small(lm)
+    fold, = task.folds
+    make = lambda *parts: Task("t", [Fold(*parts)], task.judge, task.primary, task.better, data={})
+    make(fold.texts, fold.val, fold.test)
+    shout = [Prompt(p.text, "WHAT is  it?") for p in fold.val[:1]]
+    for parts in ((fold.texts, fold.val, fold.val), (fold.texts, [Prompt("x", fold.texts.pos_groups[0])], fold.test), (fold.texts, shout, [Prompt("y", "what is it")])):
+        with pytest.raises(ValueError, match="questions stand both in the"): make(*parts)
+    with pytest.raises(ValueError, match="was not checked|were not checked"): Bench(lm.model, lm.tokenizer, small(lm, data=None), "unused")
+    with pytest.raises(ValueError, match="better="): Task("t", [fold], task.judge, "beauty", task.better, data={})
+
+
+def test_every_setting_that_matters_changes_the_key(lm, tmp_path):
+    base = dict(method="caa", layer=1, strength={"share": .3}, params={}, split="val", seed=0)
+    keys = [run_key(bench(lm, tmp_path).config(**base))]
+    for change in (dict(method="iti"), dict(layer=2), dict(strength={"share": .31}), dict(strength={"T": .3}), dict(params={"C": 2.}), dict(split="test"), dict(seed=1), dict(method=None), dict(method=None, arm="prompt")):
+        keys.append(run_key(bench(lm, tmp_path).config(**{**base, **change})))
+    for other in (bench(lm, tmp_path, n=5), bench(lm, tmp_path, batch_size=3), bench(lm, tmp_path, decoding={"max_new_tokens": 9}), bench(lm, tmp_path, axis="toxicity"), bench(lm, tmp_path, samples=2), bench(lm, tmp_path, stop=(".",))): keys.append(run_key(other.config(**base)))
+    with torch.no_grad():
+        weight = lm.model.model.layers[0].mlp.up_proj.weight
+        before = weight[0, 0].item()
+        weight[0, 0] += 1
+        keys.append(run_key(bench(lm, tmp_path).config(**base)))
+        weight[0, 0] = before
+    assert len(set(keys)) == len(keys)
+    assert run_key(bench(lm, tmp_path/"elsewhere").config(**base)) == keys[0]
+
+
+def test_hyper_parameters_in_one_form():
+    assert canonical_params("odesteer", {"steps": 10, "gamma": .5, "seed": 0}) == {"gamma": .5}
+    assert canonical_params("caa", {"seed": 3}) == {} and canonical_params("random", {"seed": 3}) == {"seed": 3}
+    with pytest.raises(TypeError, match="caa has no hyper-parameter steps; it has none"): canonical_params("caa", {"steps": 3})
+
+
+# ---- keys that stay
+
+def test_keys_of_old_do_not_change(lm, tmp_path):
+    "The engine may grow, but must find again what was run before"
+    b = micro_bench("speakers", 0, "truth", tmp_path)
+    sketch = MICRO_PARAMS["speakers"]["odesteer"]
+    keys = {("caa", 1, (("share", .4),), "val", 0): "46666bcd89526261", ("odesteer", 1, (("share", .4),), "val", 0): "d59e637b31a0119f", ("step-odesteer", 1, (("angle", 10),), "test", 0): "0e043043e9443d32", (None, None, None, "test", 2): "cade43d1ef19290d"}
+    for (method, layer, strength, split, seed), key in keys.items():
+        assert run_key(b.config(method, layer, strength and dict(strength), sketch if method in MICRO_PARAMS["speakers"] else {}, split, seed)) == key
+
+
+# ---- runs
+
+def test_a_run_holds_what_was_asked_and_answered(lm, tmp_path):
+    b = bench(lm, tmp_path)
+    run = b.run("caa", 1, {"share": .3}, split="test", seed=2)
+    items = [json.loads(line) for line in open(tmp_path/run.key/"answers.jsonl")]
+    assert [i["prompt"] for i in items] == [p.text for p in b.task.folds[0].test] and [i["i"] for i in items] == [*range(6)]
+    with ods.steering(lm.model, b.steerer("caa", 1, {}), share=.3):
+        by_hand = [a for s in (0, 4) for a in ods.generate_text(lm.model, lm.tokenizer, [i["prompt"] for i in items[s:s + 4]], seed=2_000_006 + s, **b.task.decoding)]
+    assert [i["answer"] for i in items] == by_hand
+    judged = b.task.judge(b.task.folds[0].test, by_hand)
+    np.testing.assert_allclose(run.scores["true_info"], judged["true_info"])
+    assert run.summary["means"]["info"] == np.mean(judged["info"]) and run.summary["n"] == 6 and run.summary["groups"] == len({i["group"] for i in items})
+    assert np.nanmean(run.scores["kl"]) > 0 and 0 < run.summary["angle"] < 90 and run.summary["tokens_per_second"] > 0
+    assert {p.name for p in (tmp_path/run.key).iterdir()} == {"config.json", "environment.json", "answers.jsonl", "scores.json", "summary.json"}
+    assert not lm.model.model.layers[1]._forward_hooks
+
+
+def test_prompt_arm_choices_stops_and_several_answers(lm, tmp_path):
+    prompts = {p.text for p in bench(lm, tmp_path).task.folds[0].val}
+    asked = bench(lm, tmp_path).run(arm="prompt")
+    assert all(json.loads(line)["prompt"] not in prompts for line in open(tmp_path/asked.key/"answers.jsonl"))
+    values = lambda p: [f" the {p.fact.entity} is {p.fact.truth}.", f" the {p.fact.entity} is {p.fact.myth}."]
+    b = bench(lm, tmp_path, choices=values, judge=lambda prompts, answers: {"true_info": [float(p.fact.truth in a) for p, a in zip(prompts, answers)]})
+    chosen = b.run(split="test")
+    logp = [ods.score_continuations(lm.model, lm.tokenizer, [p.text]*2, values(p)) for p in b.task.folds[0].test]
+    np.testing.assert_array_equal(chosen.scores["true_info"], [float(x[0] > x[1]) for x in logp])
+    seen = []
+    b = bench(lm, tmp_path, samples=3, stop=(" is",), judge=lambda prompts, answers: seen.append(len(prompts)) or {"true_info": [float(" is" in a) for a in answers]})
+    run = b.run()
+    assert b.batch_size == 3 and seen == [3]*6 and len(run.groups) == 18 and run.scores["true_info"].sum() == 0
+
+
+def test_a_judge_may_leave_items_undefined(lm, tmp_path):
+    b = bench(lm, tmp_path, judge=lambda prompts, answers: {"true_info": [np.nan] + [1.]*(len(prompts) - 1)})
+    run = b.run()
+    assert np.isnan(run.scores["true_info"]).sum() == 2 and run.summary["means"]["true_info"] == 1. and "NaN" not in (tmp_path/run.key/"scores.json").read_text()
+
+
+def test_a_damaged_steerer_or_lost_file_is_made_again_or_named(lm, tmp_path):
+    b = bench(lm, tmp_path)
+    b.steerer("caa", 1, {})
+    card, = tmp_path.glob("steerers/*/steerer.safetensors")
+    card.write_bytes(b"x")
+    with pytest.raises(ValueError, match="damaged"): bench(lm, tmp_path).steerer("caa", 1, {})
+
+
+def test_what_was_judged_is_not_judged_again(lm, tmp_path, monkeypatch):
+    seen, b = [], bench(lm, tmp_path)
+    judge = b.task.judge
+    b.task.judge = lambda prompts, answers: seen.append(len(prompts)) or judge(prompts, answers)
+    monkeypatch.setattr(b, "displacement", lambda *_: 1/0, raising=False)
+    with pytest.raises(ZeroDivisionError): b.run("caa", 1, {"share": .3})
+    monkeypatch.undo()
+    b.run("caa", 1, {"share": .3})
+    assert seen == [4, 2]
+
+
+def test_a_bench_stays_as_it_was_made(lm, tmp_path):
+    "What a run is does not depend on what was done before it"
+    seen, b = [], bench(lm, tmp_path, on_run=lambda run: seen.append(run.key))
+    before, key = dict(vars(b)), run_key(b.config())
+    run = b.run("caa", 1, {"share": .3})
+    b.read_layers([1, 2])
+    b.displacement("caa", 2, {"share": .3})
+    after = vars(b)
+    assert {k: v for k, v in after.items() if k not in ("_acts", "_steerers")} == {k: v for k, v in before.items() if k not in ("_acts", "_steerers")}
+    assert run_key(b.config()) == key and seen[0] == run.key and len(seen) == 1
+
+
+def test_making_a_run_again_leaves_the_task_alone(lm, tmp_path):
+    task = small(lm)
+    config = Bench(lm.model, lm.tokenizer, small(lm, decoding=task.decoding | {"max_new_tokens": 5}), tmp_path, "micro").config()
+    run = rerun(config, tmp_path, lm.model, lm.tokenizer, task)
+    assert run.config["decoding"]["max_new_tokens"] == 5 and task.decoding["max_new_tokens"] == 8
+
+
+# ---- killed
+
+@pytest.mark.parametrize("cut", [0, 1, 10, -1, -5, None])
+def test_batches_cut_anywhere_are_made_again(tmp_path, cut):
+    out, made = tmp_path/"x.jsonl", []
+    def batch(i): made.append(i); return [{"i": i, "text": "ä\u2028\n"}]
+    def stop(i):
+        if i == 3: raise KeyboardInterrupt
+        return batch(i)
+    with pytest.raises(KeyboardInterrupt): write_batches(out, stop, range(5), {"a": 1})
+    part = Path(f"{out}.part")
+    blob = part.read_bytes()
+    part.write_bytes(blob[:cut] if cut is not None else blob.replace(b'"key": "', b'"key": "f'))
+    write_batches(out, batch, range(5), {"a": 1})
+    assert [json.loads(line) for line in out.read_text().split("\n")[:-1]] == [{"i": i, "text": "ä\u2028\n"} for i in range(5)]
+    assert made[:3] == [0, 1, 2] and sorted(set(made)) == [*range(5)] and not part.exists()
+    if cut == -1: assert made == [0, 1, 2, 2, 3, 4]
+
+
+def test_time_that_is_used_up_pauses_between_runs(lm, tmp_path):
+    b = bench(lm, tmp_path, deadline=0)
+    with pytest.raises(Paused): b.run()
+    with pytest.raises(Paused): b.read_layers([1])
+    assert not contents(tmp_path) and not (tmp_path/"activations").exists()
+
+
+# ---- controllers: they act on all blocks, and are fitted on texts
+
+def test_a_run_of_a_controller(lm, tmp_path, monkeypatch):
+    b = bench(lm, tmp_path)
+    run = b.run("alqr", None, {"T": 2.}, split="test")
+    texts, items = b.task.folds[0].texts, [json.loads(line) for line in open(tmp_path/run.key/"answers.jsonl")]
+    ctl = ods.make_steerer("alqr").fit(lm.model, lm.tokenizer, texts.pos, texts.neg, progress=False)
+    with ods.steering(lm.model, ctl, strength=2.): by_hand = [a for s in (0, 4) for a in ods.generate_text(lm.model, lm.tokenizer, [i["prompt"] for i in items[s:s + 4]], seed=s, **b.task.decoding)]
+    assert [i["answer"] for i in items] == by_hand and run.config["layer"] is None and "layer None" not in repr(run)
+    assert "moved" not in run.summary and run.summary["effort"] == pytest.approx(effort_by_hand(lm, ctl.W_, items, lambda t, x: 2*ctl.mu_[t] - x @ ctl.V_[t]), rel=1e-3)
+    monkeypatch.setattr(type(ctl), "fit", lambda *_, **__: 1/0)
+    assert torch.equal(bench(lm, tmp_path).steerer("alqr", None, {}).W_, b.steerer("alqr", None, {}).W_)  # found on disk
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in lm.model.model.layers)
+
+
+def effort_by_hand(lm, W, items, alpha):
+    "Mean |u| / |x| over blocks and the tokens from the last of the prompt on, text by text and block by block, without hooks of ours"
+    shares = []
+    for i in items:
+        prompt, ids = (lm.tokenizer(text, return_tensors="pt").input_ids for text in (i["prompt"], i["prompt"] + i["answer"]))
+        n, at = prompt.shape[1], {}
+        def block(t):
+            def hook(module, args, out):
+                y = (out[0] if isinstance(out, tuple) else out).clone()
+                u = alpha(t, args[0][:, n - 1:])[..., None] * W[t]
+                y[:, n - 1:] += u
+                at[t] = (u.norm(dim=-1) / y[:, n - 1:].norm(dim=-1))[0]
+                return (y, *out[1:]) if isinstance(out, tuple) else y
+            return hook
+        handles = [layer.register_forward_hook(block(t)) for t, layer in enumerate(lm.model.model.layers)]
+        with torch.no_grad(): lm.model(ids)
+        for h in handles: h.remove()
+        shares += [torch.stack([at[t] for t in range(len(handles))]).mean(0)]
+    return torch.cat(shares).mean().item()
+
+
+@pytest.mark.parametrize("usual, least", [(0., .02), (-1.3, .02), (2.2, .05), (.61, 0.)])
+@pytest.mark.parametrize("wanted", [.06, .1, .3])
+def test_strength_at_an_effort(usual, least, wanted):
+    asked = []
+    def measure(x): asked.append(x); return math.hypot(least, .1*(x - usual))
+    x = strength_at(measure, wanted, [-8., -4., -2., -1., 0., 1., 2., 4., 8., 16.])
+    assert x > usual and measure(x) == pytest.approx(wanted, rel=.02) and len(asked) < 40
+    with pytest.raises(ValueError, match="0.01 is not reached: the least is") if least else nullcontext(): strength_at(measure, .01, [-8., -4., -2., -1., 0., 1., 2., 4., 8.])
+    with pytest.raises(ValueError, match="5 is not reached: it is"): strength_at(measure, 5., [0., 1., 2.])
+
+
+def test_arms_of_equal_effort(lm, tmp_path, capsys):
+    b = bench(lm, tmp_path, n=8)
+    rows = [json.loads(line) for line in open(tmp_path/b.run().key/"answers.jsonl")]
+    for method, layer, unit in (("caa", 1, "share"), ("alqr", None, "T"), ("pid-act", None, "T")):
+        at = b.strength(method, layer, {"effort": .06})
+        assert list(at) == [unit] and b.effort(method, layer, at, {}, rows) == pytest.approx(.06, rel=.02)
+    ctl, lam = b.steerer("alqr", None, {}), b.strength("alqr", None, {"effort": .06})["T"]
+    assert effort_by_hand(lm, ctl.W_, rows, lambda t, x: lam*ctl.mu_[t] - x @ ctl.V_[t]) == pytest.approx(.06, rel=.021)
+    assert bench(lm, tmp_path, n=8).strength("alqr", None, {"effort": .06}, {"seed": 2}) == {"T": lam}  # once for all seeds, and from disk
+    with pytest.raises(ValueError, match="an effort of 0.6 is not reached"): b.strength("caa", 1, {"effort": .6})
+
+
+# ---- size
+
+def test_memory_stays_flat_over_ten_thousand_items(tmp_path):
+    def batch(i): return [{"i": j, "prompt": "p"*200, "answer": "a"*200} for j in range(i, i + 50)]
+    def peak(n):
+        tracemalloc.start()
+        write_batches(tmp_path/f"{n}.jsonl", batch, range(0, n, 50), {})
+        top = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return top
+    peak(500)
+    assert peak(10_000) < 1.5 * peak(500) and sum(1 for _ in open(tmp_path/"10000.jsonl")) == 10_000
