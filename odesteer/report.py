@@ -86,7 +86,7 @@ def csv(self: Table) -> str:
     for row in self.rows: write([x for c, w in zip(row, wide) for x in spread(c, w)])
     return out.getvalue()
 
-# %% ../nbs/17_report.ipynb #a24de59e
+# %% ../nbs/17_report.ipynb #eeb45835
 @patch
 def latex(self: Table) -> str:
     "For a paper: a booktabs table"
@@ -127,7 +127,7 @@ def steering_methods(scope: dict) -> list:  # of names
     rows = [r for r in scope["rows"] if r["arm"] not in ("unsteered", "prompt") and not _is_off(r)]
     return [r["method"] for r in rows if r["method"] not in PLACEBOS]
 
-# %% ../nbs/17_report.ipynb #ea17af78
+# %% ../nbs/17_report.ipynb #12906468
 def _is_off(r) -> bool: return r["off"] == len(r["chosen"])  # no strength was safe, on any model
 def _metric(m, r) -> MetricRow: return r["metrics"].get(m, MetricRow())
 def _change(m, r) -> Interval: return _metric(m, r).change
@@ -155,7 +155,7 @@ def _strengths(r):
     text = lambda c: "off" if c.strength is None else place(c.strength).replace("share ", "")
     return "/".join(dict.fromkeys(text(c) for c in r["chosen"] if c)) or None
 
-# %% ../nbs/17_report.ipynb #14b2a216
+# %% ../nbs/17_report.ipynb #e055a8be
 def _main_columns(scope, rows) -> list:
     "(name, function of a row) of every column that some row can fill"
     p, watch = scope["primary"], scope["watch"]
@@ -206,7 +206,7 @@ def pair_table(
     return Table(f"pairs, {scope['task']}, {_title(scope)}", ["arm", "other", difference, "p", "items"], rows,
                  signed=(difference,))
 
-# %% ../nbs/17_report.ipynb #dbb66429
+# %% ../nbs/17_report.ipynb #37e5deab
 def guardrail_table(
     rows: list,  # of `guardrail_rows`
 ) -> Table:
@@ -281,7 +281,7 @@ def together(gains: dict) -> dict:
     for name, p in holm({name: g.p for name, g in gains.items()}).items(): gains[name].p = p
     return gains
 
-# %% ../nbs/17_report.ipynb #71666396
+# %% ../nbs/17_report.ipynb #3bb4c7a8
 def study_gains(scope: dict, name: str) -> dict:  # (arm, place) -> Gain over the study's reference
     "What a study found, at best settings and averaged over matched strengths"
     rows = _averaged(scope["studies"].get(name, []))
@@ -320,7 +320,7 @@ def _compared(gains) -> str:
 
 def _listed(gains, text="over {}"): return [f"{text.format(name)} {g}" for name, g in gains.items()]
 
-# %% ../nbs/17_report.ipynb #a713d472
+# %% ../nbs/17_report.ipynb #a50d49da
 def enough_steps(scope: dict) -> Verdict:  # None if nothing was compared
     "Is one step enough?"
     gains = {}
@@ -455,7 +455,7 @@ def _beats_claim(by_method, off):
     if lost: claim += f"; worse: {', '.join(lost)}"
     return claim + (f" ({', '.join(off)} had no safe strength and stands for no steering)" if off else "")
 
-# %% ../nbs/17_report.ipynb #f8577ba7
+# %% ../nbs/17_report.ipynb #66112f48
 def verdicts(
     results: dict,  # of `gather`, or read from results.json
 ) -> dict:  # name of a scope -> its verdicts
@@ -504,7 +504,7 @@ def strength_figure(scope: dict):  # matplotlib figure
         fig.supylabel(f"{scope['primary']}, validation", fontsize=9)
     return fig
 
-# %% ../nbs/17_report.ipynb #b6d7fdaa
+# %% ../nbs/17_report.ipynb #73aca4e5
 def _strength_panel(ax, row, points, widest):
     "The curve of a method, and where it was stopped"
     from odesteer.plots import sweep_plot
@@ -549,7 +549,7 @@ def _pareto_panel(ax, scope, rows, guard):
     ax.axvline(0, color="#999999", ls="--", lw=.9, zorder=0)
     ax.set_xlabel(f"change of {guard}")
 
-# %% ../nbs/17_report.ipynb #2ae455a5
+# %% ../nbs/17_report.ipynb #f0cbd9fe
 def _cross(ax, x: Interval, y: Interval, color, filled):
     "A point with its intervals in both directions"
     if x.known and y.known:
@@ -718,7 +718,7 @@ def _provenance(results):
             f"left out: {runs['unfinished']} unfinished, {runs['damaged']} damaged. "
             f"{time} of generation on {'; '.join(map(about, results['machines']))}. odesteer {results['odesteer']}.")
 
-# %% ../nbs/17_report.ipynb #6f6b3e8b
+# %% ../nbs/17_report.ipynb #30863ccc
 def _scope_pages(s, found, drawn, answers):
     "Paragraphs about a scope"
     name = _name(s)
