@@ -737,7 +737,7 @@ _RECORD = "micro-record.json"
 _BARRIERS = {
     "caa": dict(method="caa"),
     "odesteer, gamma 10": dict(method="odesteer", gamma=10., n_components=2000),
-    "the same, metric C^1/2": dict(method="odesteer", gamma=10., n_components=2000, metric="covariance", power=.5)}
+    "the same, metric Sigma^1/2": dict(method="odesteer", gamma=10., n_components=2000, metric="covariance", power=.5)}
 
 
 # %% ../nbs/06_micro.ipynb #6930c461
