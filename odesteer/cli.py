@@ -26,7 +26,7 @@ from .micro import AXES, Recipe, no_progress_bars
 from .speed import PARTS, goals, measure, show
 
 # %% auto #0
-__all__ = ['MEANING', 'UNITS', 'METHODS', 'FILES_OF', 'FILE', 'DEMO', 'FIT', 'GENERATE', 'CHECK', 'BENCH', 'REPORT', 'SPEED',
+__all__ = ['MEANING', 'UNITS', 'METHODS', 'FILE', 'DEMO', 'FIT', 'GENERATE', 'CHECK', 'BENCH', 'REPORT', 'SPEED',
            'committed_choice', 'Arm', 'run_arm', 'groups_of', 'shown', 'sweep', 'climb', 'demo_figure', 'kinds',
            'side_by_side', 'user_task', 'load_model', 'count_layers', 'check_layer', 'at_layer', 'told', 'demo',
            'one_thread', 'show_demo', 'fit', 'generate', 'check', 'bench', 'bench_plan', 'bench_files', 'plan_options',
@@ -465,14 +465,11 @@ def _real_plan(o, plan, tasks={}, judges={}, batch_size=None, decoding={}):
     return replace(plan, units=[(t,) for t in o.tasks]), make
 
 # %% ../nbs/24_cli.ipynb #efd1a951
-#: Task -> names of its files, in the order of --data; the first is enough, where others have a default
-FILES_OF = {"ultrafeedback": ("path", "test"), "realtoxicityprompts": ("path", "comments"), "refusal": ("harmful", "harmless")}
-
 def sources_of(name, o, judge=None) -> dict:
     "Files and judge of a task, as its builder takes them"
-    files, names = list_of(o.data or ""), FILES_OF.get(name, ("path",))
+    files, names = list_of(o.data or ""), REAL_TASKS[name].files
     if len(files) > len(names): raise ValueError(f"--data {o.data}: {name} has {len(names)} file{'s' * (len(names) > 1)} ({', '.join(names)})")
-    known, options = inspect.signature(REAL_TASKS[name]).parameters, {}
+    known, options = inspect.signature(REAL_TASKS[name].build).parameters, {}
     for text in o.option:
         key, equals, value = text.partition("=")
         if not equals or key not in known or key in ("judge", "limit", *names): raise ValueError(f"--option {text}: write it as NAME=VALUE; {name} has {', '.join(k for k in known if k not in ('judge', 'limit', *names))}")

@@ -14,9 +14,10 @@ import odesteer as ods
 from .check import lm_eval_scores
 from .data import SAMPLING
 from .euler import load_class, write_atomic
+from .models import device_of
 from .runs import VARIES, Bench, Run, arm_label, canonical_params, environment, log, own_params, run_key
-from .statistics import paired_difference
-from .tasks import DECODING, Task, micro_task
+from .statistics import paired_difference, trials
+from .tasks import REAL_TASKS, Task, micro_task
 
 # %% auto #0
 __all__ = ['ABLATIONS', 'MICRO_PARAMS', 'QUICK', 'FULL', 'PRESETS', 'Stop', 'stop_rule', 'Search', 'strength_grid', 'Trial',
@@ -55,7 +56,7 @@ def stop_rule(
     at = f"{strengths[best]:.3g}" if best >= 0 else "no steering at all"
     return Stop(best, f"no guardrail stopped it up to {strengths[-1]:.3g}; best {task.primary} at {at}", ended=False)
 
-# %% ../nbs/15_sweeps.ipynb #9cc65ea2
+# %% ../nbs/15_sweeps.ipynb #c5798d03
 def _gain(task, groups, resamples, metric, before: Run, after: Run):
     "How much better a metric became, item by item, with its interval"
     way = task.better.get(metric, 1)
@@ -79,7 +80,7 @@ def _signed(gain, way) -> str:
     lo, hi = sorted((way*gain.lo, way*gain.hi))
     return f"{way*gain.value:+.3f} [{lo:+.3f}, {hi:+.3f}]"
 
-# %% ../nbs/15_sweeps.ipynb #dc04c310
+# %% ../nbs/15_sweeps.ipynb #acefe1a9
 @dataclass(frozen=True)
 class Search:
     "How layer and strength are chosen on validation, and with which seeds the choice is tested"
@@ -105,7 +106,7 @@ class Search:
         "The seeds of test runs"
         return list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
 
-# %% ../nbs/15_sweeps.ipynb #a745d73b
+# %% ../nbs/15_sweeps.ipynb #3ef7ff12
 def _as_strengths(grid) -> list: return [s if isinstance(s, dict) else {"share": s} for s in grid]
 def _value(strength: dict) -> float: return next(iter(strength.values()))
 
@@ -143,7 +144,7 @@ class Choice:
     why: str
     trials: list  # of `Trial`, in the order tried
 
-# %% ../nbs/15_sweeps.ipynb #4c6acf03
+# %% ../nbs/15_sweeps.ipynb #d194127c
 def sweep(
     bench: Bench,
     method: str,
@@ -183,12 +184,15 @@ def _read_choice(path) -> Choice:
     trials = [Trial(*t) for t in saved["trials"]]
     return Choice(saved["layer"], saved["strength"], saved["why"], trials)
 
-def auto_layers(model, most=8) -> list:
+def auto_layers(
+    model,
+    most: int = 8,  # layers to try
+) -> list:
     "All blocks of a small model; of a large one, some over the first three quarters, where steering works best"
     n = len(ods.decoder_layers(model))
     return list(range(n)) if n <= most else sorted({round(i) for i in np.linspace(n/8, 3*n/4, most)})
 
-# %% ../nbs/15_sweeps.ipynb #331f4c72
+# %% ../nbs/15_sweeps.ipynb #ff7e8d81
 def _choose(bench, method, params, layers, strengths, search) -> Choice:
     if load_class(method).needs_layer:
         bench.read_layers([k for k in layers if not bench.finished(method, k, strengths[0], params)])
@@ -211,7 +215,7 @@ def _choose(bench, method, params, layers, strengths, search) -> Choice:
     if stop.index < 0: return Choice(None, None, stop.why, trials)
     return Choice(layer, strengths[stop.index], stop.why, trials)
 
-# %% ../nbs/15_sweeps.ipynb #30a9eaa6
+# %% ../nbs/15_sweeps.ipynb #33717e3d
 class _Top(NamedTuple):
     "Where a climb ended"
     stop: Stop
@@ -276,7 +280,7 @@ def _benchmark_method(bench, method, search, params, curve, lm_eval):
     else: strengths = [t.strength for t in choice.trials]  # set-points that were never tried say nothing
     for strength in strengths: run(strength, canonical_params(method, {"seed": 0, **params}))
 
-# %% ../nbs/15_sweeps.ipynb #4dfa3f12
+# %% ../nbs/15_sweeps.ipynb #258fb972
 class Setting(NamedTuple):
     "A method with its place and strength"
     method: str
@@ -324,7 +328,7 @@ def _steering_of(bench, setting) -> dict:
 def _unusual_positions(bench) -> dict:
     return {} if bench.task.positions == "last" else {"positions": bench.task.positions}
 
-# %% ../nbs/15_sweeps.ipynb #9b5cc5ac
+# %% ../nbs/15_sweeps.ipynb #5a930907
 class Variant(NamedTuple):
     "An arm of a study: a method with what is changed"
     label: str
@@ -369,20 +373,20 @@ ABLATIONS = {
     "stop level": Study("walk on, or stop at a barrier level?", ("level",), [Variant("many steps")]),
 }
 
-# %% ../nbs/15_sweeps.ipynb #65d24502
+# %% ../nbs/15_sweeps.ipynb #f662a4ca
 _jacobians = {"A-LQR": {}, "A-LQR, A = I": {"jacobian": "identity"}}
 _setpoints = {s: {"setpoint": s} for s in ("uncentred", "centred")}
 _gains = {f"q/r = {q:g}": {"q": q, "qf": q} for q in (.1, 1., 10.)}
-_met = "effort", "best"  # where methods on one block and on all blocks can meet
+_across = "effort", "best"  # where methods on one block and on all blocks can meet
 ABLATIONS |= {
-    "closed loop": Study("does it pay to close the loop?", _met, [
+    "closed loop": Study("does it pay to close the loop?", _across, [
         Variant("one block (CAA)", "caa"), Variant("one block (ODESteer)"),
         Variant("every block, open loop (PID-AcT)", "pid-act"), Variant("P (ActAdd-LFS)", "actadd-lfs"),
         Variant("PID (S-PID)", "spid"), Variant("A-LQR", "alqr"), Variant("A-LQR lite", "alqr-feature"),
         Variant("barrier-driven", "barrier-lqr")], own=True),
-    "Jacobian": Study("is the Jacobian needed?", _met, _vary(_jacobians, "alqr")),
-    "set-point": Study("where does the set-point begin?", _met, _vary(_setpoints, "alqr")),
-    "gains": Study("how dear is a correction?", _met, _vary(_gains, "alqr"), coarse=True),
+    "Jacobian": Study("is the Jacobian needed?", _across, _vary(_jacobians, "alqr")),
+    "set-point": Study("where does the set-point begin?", _across, _vary(_setpoints, "alqr")),
+    "gains": Study("how dear is a correction?", _across, _vary(_gains, "alqr"), coarse=True),
 }
 
 # %% ../nbs/15_sweeps.ipynb #80526af4
@@ -416,7 +420,7 @@ def ablation_arms(
         arms.setdefault(arm_label(method, own), Arm(study, label, method, own, not arms, strengths))
     return list(arms.values())
 
-# %% ../nbs/15_sweeps.ipynb #8bbe1c5c
+# %% ../nbs/15_sweeps.ipynb #288cd076
 def _arm_params(method, changed, params) -> dict:
     "Hyper-parameters of an arm: what its kind shares, then what is changed"
     if not load_class(method).needs_layer: return params.get(method, {}) | changed
@@ -472,15 +476,18 @@ def compare_speed(
     missing = {name: setting for name, setting in settings.items() if name not in known}
     if not missing: return known
     config = {**shared, "arms": missing}
-    ratios = _ratios(partial(_seconds, bench, tokens), missing, rounds)
+    turns = {None: None, **missing}  # None: unsteered
+    seconds = trials({name: partial(_answer, bench, tokens, setting) for name, setting in turns.items()},
+                     rounds, least=0., device=device_of(bench.model))
+    ratios = {name: (seconds[None] / seconds[name]).tolist() for name in missing}
     path = bench.out/"speed"/f"{run_key(config)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps({"config": config, "ratios": ratios, "environment": environment(bench.model)}))
     return known | ratios
 
-# %% ../nbs/15_sweeps.ipynb #372e6d2f
-def _seconds(bench, tokens, setting=None) -> float:
-    "Seconds for one batch of test prompts, greedily and always the same number of tokens; None: unsteered"
+# %% ../nbs/15_sweeps.ipynb #6e7b6a87
+def _answer(bench, tokens, setting=None):
+    "One batch of test prompts, greedily and always the same number of tokens; None: unsteered"
     prompts = [p.text for _, p in bench.task.prompts("test")[:bench.batch_size]]
     greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
     steered = nullcontext()
@@ -488,22 +495,11 @@ def _seconds(bench, tokens, setting=None) -> float:
         method, layer, strength, params = setting
         steerer, strength = bench.steerer(method, layer, params), bench.strength(*setting)
         steered = ods.steering(bench.model, steerer, layer=layer, positions=bench.task.positions, **strength)
-    start = time.perf_counter()
     with steered:
         ods.generate_text(bench.model, bench.tokenizer, prompts, len(prompts),
                           min_new_tokens=tokens, max_new_tokens=tokens, **greedy)
-    return time.perf_counter() - start
 
-def _ratios(seconds, arms: dict, rounds) -> dict:
-    "Speed of each arm over the unsteered one, round by round, taking turns"
-    for setting in (None, *arms.values()): seconds(setting)  # warm-up: fits, buffers
-    ratios = {name: [] for name in arms}
-    for _ in range(rounds):
-        plain = seconds(None)
-        for name, setting in arms.items(): ratios[name].append(plain / seconds(setting))
-    return ratios
-
-# %% ../nbs/15_sweeps.ipynb #2184d1a6
+# %% ../nbs/15_sweeps.ipynb #4dbd68a0
 def _known_ratios(folder, shared, settings) -> dict:
     "What was measured before under the same conditions"
     known = {}
@@ -514,7 +510,7 @@ def _known_ratios(folder, shared, settings) -> dict:
         known |= {name: saved["ratios"][name] for name, arm in arms.items() if settings.get(name) == arm}
     return known
 
-# %% ../nbs/15_sweeps.ipynb #36c77cb1
+# %% ../nbs/15_sweeps.ipynb #ddf2ce80
 #: studies that run on every task; the others only where units end in "truth"
 _EVERYWHERE = "closed loop",
 
@@ -542,7 +538,7 @@ class Plan:
         "method -> hyper-parameters, for a unit"
         return self.params.get(unit[0], self.params)
 
-# %% ../nbs/15_sweeps.ipynb #73a4b149
+# %% ../nbs/15_sweeps.ipynb #bae1e31f
 class Step(NamedTuple):
     "A piece of a plan"
     unit: tuple
@@ -566,7 +562,7 @@ def plan_steps(plan: Plan) -> list:  # of `Step`
         steps += [Step(unit, "study", s) for s in studies if unit[-1] == "truth" or s in _EVERYWHERE]
     return steps
 
-# %% ../nbs/15_sweeps.ipynb #bedafc63
+# %% ../nbs/15_sweeps.ipynb #b8c67e98
 def micro_bench(
     world: str, seed: int, axis: str,  # of `load_micro` and `micro_task`
     out="runs",  # folder for the runs
@@ -595,7 +591,7 @@ def run_plan(
             bench = make(*unit, out=out, deadline=deadline, on_run=lambda run: bar.set_postfix_str(run.key))
         _take_step(bench, step, plan)
 
-# %% ../nbs/15_sweeps.ipynb #4055d9b6
+# %% ../nbs/15_sweeps.ipynb #a31e4761
 def _take_step(bench, step: Step, plan: Plan):
     search, params = plan.search, plan.params_of(step.unit)
     if step.kind == "speed": compare_speed(bench, chosen(bench, plan.methods, search, params), plan.rounds)
@@ -634,9 +630,9 @@ def _paper(model, layer, distances, template="plain", toxicity=None) -> dict:
     methods |= {m: dict(params={}, T=1) for m in _MAPS}
     tasks = {"truthfulqa": dict(template=qa, fluency="gpt2-xl"), "ultrafeedback": dict(template=template),
              "realtoxicityprompts": dict(filter="gpt2", fluency="gpt2-xl")}
-    judges = {"truthfulqa": "truth+info", "ultrafeedback": "reward", "realtoxicityprompts": "toxicity+toxic-bert"}
     return dict(model=model, dtype="float32", layer=layer, seeds=[42, 43, 44], batch_size=10,
-                methods=methods, tasks=tasks, decoding={t: SAMPLING | DECODING[t] for t in along}, judges=judges)
+                methods=methods, tasks=tasks, decoding={t: SAMPLING | REAL_TASKS[t].decoding for t in along},
+                judges={t: REAL_TASKS[t].judge for t in along})
 
 PRESETS = {
     "paper-falcon-7b": _paper("tiiuae/falcon-7b", 14, [20, 21, 22, 23]),
@@ -661,8 +657,8 @@ def _alqr(model, spid, toxicity, truth, spid_at=([.5, 1], _NEAR)) -> dict:
     return dict(model=model, dtype="bfloat16", layer=None, seeds=[0], batch_size=20,
                 methods={"alqr": dict(params=alqr, T=at), "spid": dict(params=pid, T=dict(zip(at, spid_at)))},
                 tasks={t: dict(protocol="alqr") for t in at},
-                decoding={t: SAMPLING | DECODING[f"{t}, alqr"] for t in at},
-                judges={"realtoxicityprompts": "toxicity", "truthfulqa": "truth+info"}, note=_ALQR_NOTE)
+                decoding={t: SAMPLING | REAL_TASKS[t].rules("alqr")["decoding"] for t in at},
+                judges={t: REAL_TASKS[t].rules("alqr")["judge"] for t in at}, note=_ALQR_NOTE)
 
 # %% ../nbs/15_sweeps.ipynb #a9e9363a
 _BASE_MODELS = {  # model, S-PID's kp, ki, kd, A-LQR's q, r, qf, set-points for toxicity and truth, S-PID's set-points
@@ -680,14 +676,15 @@ _BASE_MODELS = {  # model, S-PID's kp, ki, kd, A-LQR's q, r, qf, set-points for 
 }
 PRESETS |= {f"alqr-{name}": _alqr(*settings) for name, settings in _BASE_MODELS.items()}
 
-# %% ../nbs/15_sweeps.ipynb #0607342f
+# %% ../nbs/15_sweeps.ipynb #2789615c
 def _refusal(model) -> dict:
     "Its settings for refusal, turned around as published: red-team evaluation"
     alqr, spid = dict(q=.2, r=7., qf=.2, n_texts=200, n_jacobian=50), dict(kp=.1, ki=.025, kd=.025)
     return dict(model=model, dtype="bfloat16", layer=None, seeds=[0], batch_size=16,
                 tasks={"refusal": dict(direction="comply", positions="all", n_harmless=0, suffix="\n\n")},
                 methods={m: dict(params=p, T={"refusal": [1]}) for m, p in (("alqr", alqr), ("spid", spid))},
-                decoding={"refusal": SAMPLING | DECODING["refusal"]}, judges={"refusal": "harmful"},
+                decoding={"refusal": SAMPLING | REAL_TASKS["refusal"].decoding},
+                judges={"refusal": REAL_TASKS["refusal"].judge},
                 note=_ALQR_NOTE + "; give your files: --data harmful.csv,harmless.jsonl; "
                                   "S-PID's published grid is kp .05 and .1, ki and kd 0 and .025")
 
@@ -697,7 +694,8 @@ PRESETS |= {f"alqr-red-team-{name}": _refusal(model) for name, model in {
     "gemma-2-2b": "google/gemma-2-2b-it", "gemma-2-9b": "google/gemma-2-9b-it"}.items()}
 PRESETS["alqr-concept"] = dict(
     model="google/gemma-2-2b", dtype="bfloat16", layer=None, seeds=[0], batch_size=50,
-    tasks={"concept": {}}, decoding={"concept": SAMPLING | DECODING["concept"]}, judges={"concept": "prevalence"},
+    tasks={"concept": {}}, decoding={"concept": SAMPLING | REAL_TASKS["concept"].decoding},
+    judges={"concept": REAL_TASKS["concept"].judge},
     methods={"alqr": dict(params=dict(q=.1, r=1., qf=.1, n_texts=200, n_jacobian=50),
                           T={"concept": [.5, 1, 1.5, 2, 2.5]})},
     note="give your file and concept: --data sentences.csv --option target=football --option 'definition=...'; "
@@ -724,7 +722,7 @@ def show_preset(
     if p.get("note"): lines.append(f"  note: {p['note']}")
     return "\n".join(lines)
 
-# %% ../nbs/15_sweeps.ipynb #87b5bd25
+# %% ../nbs/15_sweeps.ipynb #2a11b8f4
 def _words(options: dict) -> str:
     "Options as text; blanks are quoted, or nobody would see them"
     quoted = lambda v: repr(v) if isinstance(v, str) and not v.strip() else str(v)
@@ -744,7 +742,7 @@ def preset_params(
     def own(params): return params.get(task, {}) if params.keys() & preset["tasks"].keys() else params
     return {m: own(how["params"]) for m, how in preset["methods"].items()}
 
-# %% ../nbs/15_sweeps.ipynb #273ed74a
+# %% ../nbs/15_sweeps.ipynb #681353e7
 def preset_plan(
     name: str,  # of PRESETS
     tasks: list = None,  # some of the preset's; default: all

@@ -292,6 +292,13 @@ def test_shipped_model_knows_both_stories(lm):
 def test_truth_can_be_decoded(lm): assert max(lm.separability("truth")) > .8
 
 
+@pytest.mark.parametrize("degree, probe", [(1, "linear"), (2, "quadratic")])
+def test_separability_is_that_of_the_record(lm, degree, probe):
+    "Each block has its own probe: block by block the AUC is the recorded one, but for rounding"
+    record = json.loads((micro.resources.files("odesteer")/"assets"/"micro-record.json").read_text())
+    assert np.allclose(lm.separability("truth", degree), record["speakers 0"]["auc"]["truth"][probe], atol=.02)
+
+
 def test_answers_are_drawn_as_those_of_the_record(lm):
     "The numbers on record were drawn with transformers' own cut to 50 tokens"
     prompts = lm.world.prompts("truth", "val")[:20]
