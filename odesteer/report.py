@@ -5,74 +5,102 @@
 # %% ../nbs/17_report.ipynb #d77967e2
 from __future__ import annotations
 from collections import defaultdict
+from csv import DictReader, writer
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
-import csv, io, json, re
+from typing import NamedTuple
+import io, json, re
 import numpy as np
 from fastcore.basics import patch
-from .euler import write_atomic
-from .results import PLACEBOS, find_runs, gather, place
+from .euler import load_class, write_atomic
+from .results import (DERIVED, PLACEBOS, Interval, MetricRow, as_results, committed, curve_unit, gather,
+                              place)
 from .statistics import format_number, holm
 from .sweeps import ABLATIONS
-from .data import feedback
 
 # %% auto #0
-__all__ = ['Table', 'main_table', 'ranked', 'steering_methods', 'study_table', 'pair_table', 'guardrail_table', 'tables', 'Gain',
-           'gain', 'study_gains', 'averaged', 'together', 'Verdict', 'compared', 'enough_steps', 'worth_curving',
-           'setting_matters', 'closed_loop', 'jacobian_needed', 'costs', 'beats', 'verdicts', 'color_of',
-           'strength_figure', 'pareto_figure', 'layer_figure', 'study_figure', 'figures', 'report', 'committed',
-           'published', 'forest_figure', 'published_gains', 'beside_published']
+__all__ = ['READINGS', 'Table', 'main_table', 'ranked', 'steering_methods', 'study_table', 'pair_table', 'guardrail_table',
+           'tables', 'Gain', 'gain', 'together', 'study_gains', 'Verdict', 'enough_steps', 'worth_curving',
+           'setting_matters', 'closed_loop', 'jacobian_needed', 'costs', 'beats', 'verdicts', 'strength_figure',
+           'pareto_figure', 'layer_figure', 'study_figure', 'forest_figure', 'figures', 'report', 'published',
+           'published_gains', 'Beside', 'beside_published']
 
 # %% ../nbs/17_report.ipynb #a26c546f
 @dataclass
 class Table:
-    "Rows of text, numbers and intervals [value, low, high]; shows as Markdown"
+    """Rows of text, numbers and intervals; shows as Markdown
+
+    Grows on this page: `cells`, `markdown`, `csv`, `latex`."""
     title: str
     columns: list  # their names
-    rows: list  # of lists of cells
+    rows: list  # of lists of cells: text, a number, an `Interval` (or a list of value, low and high), or None
     best: int = None  # row to mark
     signed: tuple = ()  # columns that hold differences
     note: str = ""
 
-    def cells(self) -> list:
-        "Every cell as text"
-        text = lambda name, c: "<0.001" if name[:2] in ("p", "p ") and isinstance(c, float) and c < .001 else _cell(c, "+" if name in self.signed else "")
-        return [[text(name, c) for name, c in zip(self.columns, row)] for row in self.rows]
+@patch
+def cells(self: Table) -> list:  # of lists of str
+    "Every cell as text"
+    return [[_column_cell(name, c, name in self.signed) for name, c in zip(self.columns, row)] for row in self.rows]
 
-    def markdown(self) -> str:
-        plain = lambda t: t.replace("\\", "\\\\").replace("|", "\\|")
-        body = [[f"**{plain(c)}**" if i == self.best and c else plain(c) for c in row] for i, row in enumerate(self.cells())]
-        table = "\n".join("| " + " | ".join(row) + " |" for row in [list(map(plain, self.columns)), ["---"]*len(self.columns), *body])
-        return "\n\n".join(t for t in (f"**{self.title}**", table, self.note) if t)
-    def _repr_markdown_(self): return self.markdown()
+def _column_cell(name, c, signed):
+    "A cell as text; a p-value too small for three decimals says so"
+    if name[:2] in ("p", "p ") and isinstance(c, float) and c < .001: return "<0.001"
+    return _cell(c, "+" if signed else "")
 
-    def csv(self) -> str:
-        "One row a line; a column of intervals becomes three: its name, and the ends as name low and name high"
-        wide = [any(isinstance(row[j], list) for row in self.rows) for j in range(len(self.columns))]
-        spread = lambda c, w: (c or [None]*3) if w and not isinstance(c, (str, int, float)) else [c, None, None][:3 if w else 1]
-        out = io.StringIO()
-        write = csv.writer(out, lineterminator="\n").writerow
-        write([name for c, w in zip(self.columns, wide) for name in ([c, f"{c} low", f"{c} high"] if w else [c])])
-        for row in self.rows: write([x for c, w in zip(row, wide) for x in spread(c, w)])
-        return out.getvalue()
+def _cell(c, sign="") -> str:
+    "A cell as text, whatever its column"
+    if isinstance(c, (list, tuple)):
+        c = Interval(*c)
+        return _cell(c.value, sign) + (f" [{_cell(c.lo, sign)}, {_cell(c.hi, sign)}]" if c.known else "")
+    if isinstance(c, float): return format_number(c, sign)
+    return "" if c is None else str(c)
 
 # %% ../nbs/17_report.ipynb #a050fc72
-def _cell(c, sign="") -> str:
-    "A cell as text"
-    if c is None: return ""
-    if isinstance(c, list): return _cell(c[0], sign) + (f" [{_cell(c[1], sign)}, {_cell(c[2], sign)}]" if None not in c[1:] else "")
-    return c if isinstance(c, str) else str(c) if isinstance(c, int) else format_number(c, sign)
+@patch
+def markdown(self: Table) -> str:
+    "For reading; bars and backslashes in the text are escaped"
+    plain = lambda t: t.replace("\\", "\\\\").replace("|", "\\|")
+    line = lambda row: "| " + " | ".join(row) + " |"
+    lines = [line(map(plain, self.columns)), line(["---"]*len(self.columns))]
+    for i, row in enumerate(self.cells()):
+        lines.append(line(f"**{plain(c)}**" if i == self.best and c else plain(c) for c in row))
+    return "\n\n".join(t for t in (f"**{self.title}**", "\n".join(lines), self.note) if t)
 
 @patch
-def latex(self: Table) -> str:
-    "A booktabs table"
-    body = [[f"\\textbf{{{_tex(c)}}}" if i == self.best and c else _tex(c) for c in row] for i, row in enumerate(self.cells())]
-    lines = [" & ".join(row) + r" \\" for row in [list(map(_tex, self.columns)), *body]]
-    return "\n".join([r"\begin{table}", rf"\caption{{{_tex(self.title)}}}", r"\begin{tabular}{l" + "r"*(len(self.columns) - 1) + "}", r"\toprule", lines[0], r"\midrule",
-                      *lines[1:], r"\bottomrule", r"\end{tabular}", *([_tex(self.note)] if self.note else []), r"\end{table}", ""])
+def _repr_markdown_(self: Table): return self.markdown()
 
-_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", **{c: "\\" + c for c in "&%$#_{}"}}
+@patch
+def csv(self: Table) -> str:
+    "One row a line; a column of intervals becomes three: its name, and the ends as name low and name high"
+    wide = [any(isinstance(row[j], (list, tuple)) for row in self.rows) for j in range(len(self.columns))]
+    def spread(c, w):
+        "A cell as the one or three that its column has"
+        if not w: return [c]
+        return list(c) if isinstance(c, (list, tuple)) else [c, None, None]
+    out = io.StringIO()
+    write = writer(out, lineterminator="\n").writerow
+    write([t for name, w in zip(self.columns, wide) for t in ([name, f"{name} low", f"{name} high"] if w else [name])])
+    for row in self.rows: write([x for c, w in zip(row, wide) for x in spread(c, w)])
+    return out.getvalue()
+
+# %% ../nbs/17_report.ipynb #eeb45835
+@patch
+def latex(self: Table) -> str:
+    "For a paper: a booktabs table"
+    body = [[f"\\textbf{{{_tex(c)}}}" if i == self.best and c else _tex(c) for c in row]
+            for i, row in enumerate(self.cells())]
+    head, *lines = [" & ".join(row) + r" \\" for row in [list(map(_tex, self.columns)), *body]]
+    form = "l" + "r"*(len(self.columns) - 1)
+    note = [_tex(self.note)] if self.note else []
+    return "\n".join([r"\begin{table}", rf"\caption{{{_tex(self.title)}}}", rf"\begin{{tabular}}{{{form}}}",
+                      r"\toprule", head, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}", *note,
+                      r"\end{table}", ""])
+
+_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+        ">": r"\textgreater{}", "|": r"\textbar{}", **{c: "\\" + c for c in "&%$#_{}"}}
 def _tex(text): return "".join(_TEX.get(c, c) for c in text)
 
 # %% ../nbs/17_report.ipynb #528c1eb6
@@ -80,81 +108,155 @@ def main_table(
     scope: dict,  # one of results["scopes"]
 ) -> Table:
     "Every arm of a scope at its chosen setting"
-    p, watch, rows = scope["primary"], scope["watch"], ranked(scope)
-    extra = [m for m in ("perplexity", "dist1", "dist2", "kl") if any(m in r["metrics"] for r in rows)]
-    derived = [k for k in ("true x info", "reward P90", "win") if any(k in r for r in rows)]
-    pushed = any(r.get("effort") is not None for r in rows)
-    columns = ["arm", p, f"change of {p}", "p (Holm)", "made worse", *(f"change of {m}" for m in watch), *derived, *extra, *["effort"]*pushed, "speed", "layer", "strength"]
-    def cells(r):
-        safe, ms = r["off"] < len(r["chosen"]), r["metrics"]
-        first = lambda m: (ms.get(m) or [None])[0]
-        if not safe: return [_named(r)] + [None]*(len(columns) - 2) + ["no safe strength"]
-        settings = ["/".join(dict.fromkeys("off" if c[1] is None else "all" if c[0] is None and k == 0 else str(c[0]) if k == 0 else place(c[1]).replace("share ", "") for c in r["chosen"] if c)) or None for k in (0, 1)]
-        return [_named(r), ms[p][:3], ms[p][3:6] or None, r["holm"], ms[p][6:9] or None, *(ms[m][3:6] or None if m in ms else None for m in watch), *(r.get(k) for k in derived),
-                *map(first, extra), *[r.get("effort")]*pushed, r["speed"] and r["speed"][0], *settings]
-    best = next((i for i, r in enumerate(rows) if r["method"] in steering_methods(scope)), None)
-    note = f"{scope['n']} answers about {scope['groups']} questions; in brackets 95 % intervals by question; change: paired difference to unsteered; made worse: share of answers; strength: share of the median norm, of controllers the set-point (T); {'effort: what is added over the activation, mean over all blocks and tokens; ' * pushed}speed: of unsteered, " + ("measured side by side." if any(r.get("timed") for r in scope["rows"]) else "as it came.")
-    settings = [r["arm"] for r in rows if r["arm"] != r["method"]]
-    if settings: note += f" Settings: {'; '.join(settings)}."
-    return Table(f"{scope['task']}, {_title(scope)}", columns, [cells(r) for r in rows], best, tuple(c for c in columns if c.startswith("change")), note)
+    rows, steering = ranked(scope), steering_methods(scope)
+    columns = _main_columns(scope, rows)
+    names = [name for name, _ in columns]
+    blank = [None]*(len(columns) - 2)
+    cells = [[_named(r), *blank, "no safe strength"] if _is_off(r) else [cell(r) for _, cell in columns] for r in rows]
+    best = next((i for i, r in enumerate(rows) if r["method"] in steering), None)
+    signed = tuple(name for name in names if name.startswith("change"))
+    return Table(f"{scope['task']}, {_title(scope)}", names, cells, best, signed, _main_note(scope))
 
-def ranked(scope) -> list:
+def ranked(scope: dict) -> list:  # of rows
     "Rows of a scope: best primary metric first, arms without a safe strength last"
-    way = scope["better"][scope["primary"]]
-    return sorted(scope["rows"], key=lambda r: (r["off"] == len(r["chosen"]), -way * r["metrics"][scope["primary"]][0]))
+    p = scope["primary"]
+    return sorted(scope["rows"], key=lambda r: (_is_off(r), -scope["better"][p] * r["metrics"][p].mean.value))
 
-def steering_methods(scope) -> list:
+def steering_methods(scope: dict) -> list:  # of names
     "Methods of a scope that are meant to work and were safe somewhere"
-    return [r["method"] for r in scope["rows"] if r["arm"] not in ("unsteered", "prompt") and r["method"] not in PLACEBOS and r["off"] < len(r["chosen"])]
+    rows = [r for r in scope["rows"] if r["arm"] not in ("unsteered", "prompt") and not _is_off(r)]
+    return [r["method"] for r in rows if r["method"] not in PLACEBOS]
 
-def _title(scope): return scope["name"] + (f" ({len(scope['models'])} models)" if len(scope["models"]) > 1 else "")
-def _named(r): return r["method"] + " (placebo)"*(r["method"] in PLACEBOS) + f" (off in {r['off']} of {len(r['chosen'])} models)"*(0 < r["off"] < len(r["chosen"]))
+# %% ../nbs/17_report.ipynb #12906468
+def _is_off(r) -> bool: return r["off"] == len(r["chosen"])  # no strength was safe, on any model
+def _metric(m, r) -> MetricRow: return r["metrics"].get(m, MetricRow())
+def _change(m, r) -> Interval: return _metric(m, r).change
+def _mean_value(m, r) -> float: return _metric(m, r).mean.value if _metric(m, r) else None
+def _has_effort(rows) -> bool: return any(r.get("effort") is not None for r in rows)
+
+def _title(scope):
+    "Name of a scope, with the number of its models"
+    models = len(scope["models"])
+    return scope["name"] + (f" ({models} models)" if models > 1 else "")
+
+def _named(r):
+    "The method of a row, and what must be known about it"
+    some = 0 < r["off"] < len(r["chosen"])
+    off = f" (off in {r['off']} of {len(r['chosen'])} models)" if some else ""
+    return r["method"] + (" (placebo)" if r["method"] in PLACEBOS else "") + off
+
+def _layers(r):
+    "The chosen layers of a row, as text"
+    text = lambda c: "off" if c.strength is None else "all" if c.layer is None else str(c.layer)
+    return "/".join(dict.fromkeys(text(c) for c in r["chosen"] if c)) or None
+
+def _strengths(r):
+    "The chosen strengths of a row, as text; shares without their name"
+    text = lambda c: "off" if c.strength is None else place(c.strength).replace("share ", "")
+    return "/".join(dict.fromkeys(text(c) for c in r["chosen"] if c)) or None
+
+# %% ../nbs/17_report.ipynb #e055a8be
+def _main_columns(scope, rows) -> list:
+    "(name, function of a row) of every column that some row can fill"
+    p, watch = scope["primary"], scope["watch"]
+    extra = [m for m in ("perplexity", "dist1", "dist2", "kl") if any(m in r["metrics"] for r in rows)]
+    derived = [k for k in DERIVED if any(k in r for r in rows)]
+    columns = [("arm", _named), (p, lambda r: _metric(p, r).mean), (f"change of {p}", partial(_change, p)),
+               ("p (Holm)", lambda r: r["holm"]), ("made worse", lambda r: _metric(p, r).worse)]
+    columns += [(f"change of {m}", partial(_change, m)) for m in watch]
+    columns += [(k, lambda r, k=k: r.get(k)) for k in derived]
+    columns += [(m, partial(_mean_value, m)) for m in extra]
+    if _has_effort(rows): columns.append(("effort", lambda r: r.get("effort")))
+    speed = lambda r: r["speed"] and r["speed"].value
+    return columns + [("speed", speed), ("layer", _layers), ("strength", _strengths)]
+
+def _main_note(scope):
+    "What the columns of the main table mean"
+    timed = any(r.get("timed") for r in scope["rows"])
+    effort = "effort: what is added over the activation, mean over all blocks and tokens; "
+    settings = [r["arm"] for r in ranked(scope) if r["arm"] != r["method"]]
+    return (f"{scope['n']} answers about {scope['groups']} questions; in brackets 95 % intervals by question; "
+            "change: paired difference to unsteered; made worse: share of answers; "
+            "strength: share of the median norm, of controllers the set-point (T); "
+            + (effort if _has_effort(scope["rows"]) else "")
+            + "speed: of unsteered, " + ("measured side by side." if timed else "as it came.")
+            + (f" Settings: {'; '.join(settings)}." if settings else ""))
 
 # %% ../nbs/17_report.ipynb #1b56f31b
-def study_table(scope, name) -> Table:
+def study_table(
+    scope: dict,  # one of results["scopes"]
+    name: str,  # of ABLATIONS
+) -> Table:
     "An ablation of a scope"
-    rows = [[place, arm, v[:3], v[3:6] if v[3] is not None else "reference", v[6], *(v[8:11] + [None])[:3]] for arm, place, *v in scope["studies"][name]]
-    return Table(f"{ABLATIONS[name].question} {scope['task']}, {_title(scope)}", ["where", "arm", scope["primary"], "change", "p", "moved", "angle", "effort"], rows, signed=("change",),
-                 note="change: paired difference to the first arm at the same place (at a level: to walking on); angle in degrees; moved: share of the norm; effort: what is added over the activation, mean over all blocks.")
+    rows = [[r.place, r.arm, r.mean, r.difference or "reference", r.p, r.moved, r.angle, r.effort]
+            for r in scope["studies"][name]]
+    columns = ["where", "arm", scope["primary"], "change", "p", "moved", "angle", "effort"]
+    note = ("change: paired difference to the first arm at the same place (at a level: to walking on); "
+            "angle in degrees; moved: share of the norm; "
+            "effort: what is added over the activation, mean over all blocks.")
+    title = f"{ABLATIONS[name].question} {scope['task']}, {_title(scope)}"
+    return Table(title, columns, rows, signed=("change",), note=note)
 
-def pair_table(scope) -> Table:
+def pair_table(
+    scope: dict,  # one of results["scopes"]
+) -> Table:
     "Every method against every yardstick"
-    return Table(f"pairs, {scope['task']}, {_title(scope)}", ["arm", "other", f"{scope['primary']}, arm minus other", "p", "items"], [[a, b, d[:3], *d[3:]] for a, b, *d in scope["pairs"]],
-                 signed=(f"{scope['primary']}, arm minus other",))
+    difference = f"{scope['primary']}, arm minus other"
+    rows = [[pair.arm, pair.other, pair.difference, pair.p, pair.n] for pair in scope["pairs"]]
+    return Table(f"pairs, {scope['task']}, {_title(scope)}", ["arm", "other", difference, "p", "items"], rows,
+                 signed=(difference,))
 
+# %% ../nbs/17_report.ipynb #37e5deab
 def guardrail_table(
     rows: list,  # of `guardrail_rows`
 ) -> Table:
     "Scores on tasks of lm-eval, unsteered and steered"
-    cells = [[r["model"], r["task"], r["metric"], r["method"], None if r["layer"] is None else str(r["layer"]), r["strength"] and place(r["strength"]), r["score"], r["change"], r["n"]] for r in rows]
-    return Table("guardrail tasks of lm-eval", ["model", "task", "metric", "arm", "layer", "strength", "score", "change", "questions"], cells, signed=("change",), note="change: paired difference to the unsteered model, with its 95 % interval over questions.")
+    def cells(r):
+        layer = None if r["layer"] is None else str(r["layer"])
+        strength = r["strength"] and place(r["strength"])
+        return [r["model"], r["task"], r["metric"], r["method"], layer, strength, r["score"], r["change"], r["n"]]
+    columns = ["model", "task", "metric", "arm", "layer", "strength", "score", "change", "questions"]
+    return Table("guardrail tasks of lm-eval", columns, list(map(cells, rows)), signed=("change",),
+                 note="change: paired difference to the unsteered model, with its 95 % interval over questions.")
 
-def tables(results: dict) -> dict:  # name -> Table
+def tables(
+    results: dict,  # of `gather`, or read from results.json
+) -> dict:  # name -> Table
     "All tables: one for each scope, then pairs and ablations; guardrail tasks, where some were asked for"
-    out = {"guardrail tasks": guardrail_table(results["guardrails"])} if results.get("guardrails") else {}
+    results, out = as_results(results), {}
+    if results.get("guardrails"): out["guardrail tasks"] = guardrail_table(results["guardrails"])
     for s in results["scopes"]:
-        name = f"{s['task']}, {s['name']}"
+        name = _name(s)
         out[name] = main_table(s)
         if s.get("pairs"): out[f"{name}, pairs"] = pair_table(s)
         out |= {f"{name}, {study}": study_table(s, study) for study in s.get("studies", {})}
     return out
 
+def _name(scope): return f"{scope['task']}, {scope['name']}"
+
 # %% ../nbs/17_report.ipynb #58e88303
+_BETTER, _WORSE, _UNCLEAR = READINGS = "better than", "worse than", "no clear difference from"
+
 @dataclass
 class Gain:
     "How much better one arm is than another; more is better whatever the metric"
     value: float
-    lo: float
+    lo: float  # None: there is no interval
     hi: float
     p: float  # of no difference; where several gains answer one question, adjusted for their number
     n: int  # items
 
     @property
-    def reading(self) -> str:
-        if self.lo is None or self.lo <= 0 <= self.hi or self.p >= .05: return "no clear difference from"
-        return "better than" if self.lo > 0 else "worse than"
+    def reading(self) -> str:  # one of READINGS
+        "What the interval and the test allow to say"
+        if self.lo is None or self.lo <= 0 <= self.hi or self.p >= .05: return _UNCLEAR
+        return _BETTER if self.lo > 0 else _WORSE
+
     def __str__(self): return _cell([self.value, self.lo, self.hi], "+") + f", n={self.n}"
-    def __neg__(self): return Gain(*(None if x is None else 0 - x for x in (self.value, self.hi, self.lo)), self.p, self.n)
+
+    def __neg__(self):
+        turned = [None if x is None else 0 - x for x in (self.value, self.hi, self.lo)]
+        return Gain(*turned, self.p, self.n)
 
 # %% ../nbs/17_report.ipynb #8a3c398f
 def gain(
@@ -162,29 +264,40 @@ def gain(
     arm: str, other: str,  # arms at their chosen settings
 ) -> Gain:  # None if they were not compared
     "How much better an arm is than another"
-    off = {r["arm"] for r in scope["rows"] if r["off"] == len(r["chosen"]) and r["method"] not in PLACEBOS}
-    for a, b, *d in scope["pairs"]:
-        if {a, b} & off: continue  # what was not safe anywhere was not tried on test
-        g = Gain(*d) if scope["better"][scope["primary"]] > 0 else -Gain(*d)
-        if (a, b) == (arm, other): return g
-        if (b, a) == (arm, other): return -g
+    off = {r["arm"] for r in scope["rows"] if _is_off(r) and r["method"] not in PLACEBOS}
+    if {arm, other} & off: return None  # what was not safe anywhere was not tried on test
+    for pair in scope["pairs"]:
+        if {pair.arm, pair.other} != {arm, other}: continue
+        g = _gain(scope, pair.difference, pair.p, pair.n)
+        return g if pair.arm == arm else -g
 
-def study_gains(scope, name) -> dict:  # (arm, place) -> Gain over the study's reference
-    "What a study found, at best settings and averaged over matched strengths"
-    rows, way = scope["studies"].get(name, []), scope["better"][scope["primary"]]
-    return {(arm, _meeting(place)): Gain(*v[3:8]) if way > 0 else -Gain(*v[3:8]) for arm, place, *v in averaged(rows) if v[3] is not None}
-
-def averaged(rows) -> list:
-    "Rows of a study without the single strengths that a mean stands for"
-    kinds = {place.split()[0] for _, place, *_ in rows if "mean" in place}
-    return [r for r in rows if "mean" in r[1] or r[1].split()[0] not in kinds]
-
-def _meeting(place): return "each at its best" if place == "best" else f"at equal {place}"
+def _gain(scope, difference, p, n):
+    "A difference of the primary metric, turned so that more is better"
+    g = Gain(*difference, p, n)
+    return g if scope["better"][scope["primary"]] > 0 else -g
 
 def together(gains: dict) -> dict:
     "Gains that answer one question, with their p-values adjusted by Holm"
-    for k, p in holm({k: g.p for k, g in gains.items()}).items(): gains[k].p = p
+    for name, p in holm({name: g.p for name, g in gains.items()}).items(): gains[name].p = p
     return gains
+
+# %% ../nbs/17_report.ipynb #3bb4c7a8
+def study_gains(scope: dict, name: str) -> dict:  # (arm, place) -> Gain over the study's reference
+    "What a study found, at best settings and averaged over matched strengths"
+    rows = _averaged(scope["studies"].get(name, []))
+    return {(r.arm, _meeting(r.place)): _gain(scope, r.difference, r.p, r.n) for r in rows if r.difference}
+
+def _averaged(rows) -> list:
+    "Rows of a study without the single strengths that a mean stands for"
+    kind = lambda r: r.place.split()[0]
+    averaged = {kind(r) for r in rows if "mean" in r.place}
+    return [r for r in rows if "mean" in r.place or kind(r) not in averaged]
+
+def _meeting(place): return "each at its best" if place == "best" else f"at equal {place}"
+
+def _arm_of(scope, method):
+    "The main arm of a method, None if it has none"
+    return next((r["arm"] for r in scope["rows"] if r["method"] == method), None)
 
 # %% ../nbs/17_report.ipynb #9cc8c7d9
 @dataclass
@@ -193,225 +306,368 @@ class Verdict:
     question: str
     claim: str
     evidence: list  # of str
+
     def __str__(self): return f"{self.question} **{self.claim}** " + "; ".join(self.evidence) + "."
     def _repr_markdown_(self): return str(self)
 
-def compared(gains: dict) -> str:  # other -> Gain
+def _by_reading(gains) -> dict:
+    "reading -> names of the gains that are read so"
+    return {reading: [name for name, g in gains.items() if g.reading == reading] for reading in READINGS}
+
+def _compared(gains) -> str:
     "Which others an arm is better than, worse than, or not clearly different from"
-    said = ((reading, [name for name, g in gains.items() if g.reading == reading]) for reading in ("better than", "worse than", "no clear difference from"))
-    return "; ".join(f"{reading} {', '.join(names)}" for reading, names in said if names)
+    return "; ".join(f"{reading} {', '.join(names)}" for reading, names in _by_reading(gains).items() if names)
 
 def _listed(gains, text="over {}"): return [f"{text.format(name)} {g}" for name, g in gains.items()]
 
-def enough_steps(scope) -> Verdict:
+# %% ../nbs/17_report.ipynb #a50d49da
+def enough_steps(scope: dict) -> Verdict:  # None if nothing was compared
     "Is one step enough?"
-    chosen = gain(scope, *(_arm_of(scope, m) for m in ("odesteer", "step-odesteer")))
-    gains = together(({"at chosen settings": chosen} if chosen else {}) | {place: -g for (arm, place), g in study_gains(scope, "multistep").items() if arm == "one step"})
+    gains = {}
+    chosen = gain(scope, _arm_of(scope, "odesteer"), _arm_of(scope, "step-odesteer"))
+    if chosen: gains["at chosen settings"] = chosen
+    gains |= {where: -g for (arm, where), g in study_gains(scope, "multistep").items() if arm == "one step"}
     if not gains: return None
-    where, first = next(iter(gains.items()))
-    claim = {"better than": "No: many steps are better than one", "worse than": "Yes, and it is better than many",
-             "no clear difference from": f"Yes, as far as this tells: no clear difference, and many steps gain at most {_cell(first.hi, '+')}"}[first.reading]
-    if first.lo == first.hi == 0: claim = f"Yes: {where} both score the same on every question"
-    other = {r: [k for k, g in gains.items() if g.reading == r] for r in dict.fromkeys(g.reading for g in gains.values()) if r != first.reading}
-    return Verdict("Is one step enough?", claim + "".join(f"; {', '.join(places)} many steps are {r} one" for r, places in other.items()).replace("are no clear", "show no clear"), _listed(gains, "many steps over one {}"))
+    where, first = next(iter(together(gains).items()))
+    claim = _steps_claim(where, first)
+    for reading in dict.fromkeys(g.reading for g in gains.values()):
+        if reading == first.reading: continue
+        verb = "show" if reading == _UNCLEAR else "are"
+        claim += f"; {', '.join(_by_reading(gains)[reading])} many steps {verb} {reading} one"
+    return Verdict("Is one step enough?", claim, _listed(gains, "many steps over one {}"))
 
-def _arm_of(scope, method): return next((r["arm"] for r in scope["rows"] if r["method"] == method), None)
+def _steps_claim(where, first):
+    "The answer by the first comparison"
+    if first.lo == first.hi == 0: return f"Yes: {where} both score the same on every question"
+    if first.reading == _BETTER: return "No: many steps are better than one"
+    if first.reading == _WORSE: return "Yes, and it is better than many"
+    most = _cell(first.hi, "+")
+    return f"Yes, as far as this tells: no clear difference, and many steps gain at most {most}"
 
 # %% ../nbs/17_report.ipynb #30bfebaa
-def worth_curving(scope) -> Verdict:
+def worth_curving(scope: dict) -> Verdict:  # None if nothing was compared
     "Is nonlinearity worth it?"
     full = _arm_of(scope, "odesteer")
-    gains = together({m: g for m in ("caa", "iti") if (g := gain(scope, full, _arm_of(scope, m)))})
-    sketch = together({f"linear features, {place}": -g for (arm, place), g in study_gains(scope, "features").items() if arm == "linear"})
+    over = {m: gain(scope, full, _arm_of(scope, m)) for m in ("caa", "iti")}
+    gains = together({m: g for m, g in over.items() if g})
+    linear = {where: -g for (arm, where), g in study_gains(scope, "features").items() if arm == "linear"}
+    sketch = together({f"linear features, {where}": g for where, g in linear.items()})
     if not gains and not sketch: return None
     readings = {g.reading for g in (gains or sketch).values()}
-    claim = ("Yes" if readings == {"better than"} else "No" if "worse than" in readings else "Not shown") + f": odesteer is {compared(gains or sketch)}".replace("is no clear", "shows no clear")
-    return Verdict("Is nonlinearity worth it?", claim, _listed(gains, f"odesteer over {{}}") + _listed(sketch, "count sketch over {}"))
+    answer = "Yes" if readings == {_BETTER} else "No" if _WORSE in readings else "Not shown"
+    claim = f"{answer}: odesteer is {_compared(gains or sketch)}".replace("is no clear", "shows no clear")
+    return Verdict("Is nonlinearity worth it?", claim,
+                   _listed(gains, "odesteer over {}") + _listed(sketch, "count sketch over {}"))
 
-def setting_matters(scope, study, question) -> Verdict:
+def setting_matters(
+    scope: dict,
+    study: str,  # of ABLATIONS
+    question: str,
+) -> Verdict:  # None if the study was not run
     "Does a setting matter? By the arms of its study"
-    gains = together({f"{arm} ({place})": g for (arm, place), g in study_gains(scope, study).items()})
+    gains = together({f"{arm} ({where})": g for (arm, where), g in study_gains(scope, study).items()})
     if not gains: return None
-    clear, reference = {k: g for k, g in gains.items() if g.reading != "no clear difference from"}, ABLATIONS[study].reference
-    said = "; ".join(f"{k} is {g.reading} {reference}" for k, g in clear.items())
-    return Verdict(question, f"Yes: {said}" if clear else f"No clear difference from {reference}", _listed(gains, f"{{}} over {reference}"))
+    reference = ABLATIONS[study].reference
+    clear = "; ".join(f"{name} is {g.reading} {reference}" for name, g in gains.items() if g.reading != _UNCLEAR)
+    claim = f"Yes: {clear}" if clear else f"No clear difference from {reference}"
+    return Verdict(question, claim, _listed(gains, f"{{}} over {reference}"))
 
 # %% ../nbs/17_report.ipynb #63ef2a14
-def closed_loop(scope) -> Verdict:
+def closed_loop(scope: dict) -> Verdict:  # None if the study was not run
     "Does it pay to close the loop? By the arms of that study, against pushing at one block"
-    gains, reference = together({f"{arm}, {place}": g for (arm, place), g in study_gains(scope, "closed loop").items()}), ABLATIONS["closed loop"].reference
-    loops = {k: g for k, g in gains.items() if not k.startswith(("one block", "every block"))}
+    reference = ABLATIONS["closed loop"].reference
+    gains = together({f"{arm}, {where}": g for (arm, where), g in study_gains(scope, "closed loop").items()})
+    loops = {name: g for name, g in gains.items() if not name.startswith(("one block", "every block"))}
     if not loops: return None
-    said = {r: [k for k, g in loops.items() if g.reading == r] for r in ("better than", "worse than", "no clear difference from")}
-    claim = "; ".join(f"{r} {reference}: {', '.join(names)}" for r, names in said.items() if names)
-    return Verdict("Does it pay to close the loop?", ("Yes" if len(said["better than"]) == len(loops) else "No" if not said["better than"] else "Some of it") + f". {claim[:1].upper()}{claim[1:]}", _listed(gains, f"{{}}: over {reference}"))
+    read = _by_reading(loops)
+    wins = len(read[_BETTER])
+    answer = "Yes" if wins == len(loops) else "Some of it" if wins else "No"
+    claim = "; ".join(f"{reading} {reference}: {', '.join(names)}" for reading, names in read.items() if names)
+    return Verdict("Does it pay to close the loop?", f"{answer}. {claim[:1].upper()}{claim[1:]}",
+                   _listed(gains, f"{{}}: over {reference}"))
 
-def jacobian_needed(scope) -> Verdict:
+def jacobian_needed(scope: dict) -> Verdict:  # None if the study was not run
     "Is the Jacobian needed? A-LQR against itself with every block taken for the identity"
-    gains = together({place: -g for (_, place), g in study_gains(scope, "Jacobian").items()})
+    gains = together({where: -g for (_, where), g in study_gains(scope, "Jacobian").items()})
     if not gains: return None
     readings = {g.reading for g in gains.values()}
-    claim = "Yes" if readings == {"better than"} else "No" if "better than" not in readings else "Not shown"
-    return Verdict("Is the Jacobian needed?", claim + "".join(f"; {place}, A-LQR {'is' if g.reading.startswith(('better', 'worse')) else 'shows'} {g.reading} A-LQR with A = I" for place, g in gains.items()), _listed(gains, "A-LQR over A = I {}"))
+    claim = "Yes" if readings == {_BETTER} else "Not shown" if _BETTER in readings else "No"
+    for where, g in gains.items():
+        verb = "shows" if g.reading == _UNCLEAR else "is"
+        claim += f"; {where}, A-LQR {verb} {g.reading} A-LQR with A = I"
+    return Verdict("Is the Jacobian needed?", claim, _listed(gains, "A-LQR over A = I {}"))
 
 # %% ../nbs/17_report.ipynb #d878b6e4
-def costs(scope) -> Verdict:
+def costs(scope: dict) -> Verdict:  # None if no method was safe
     "What does it cost? For ODESteer, and for the best method if that is another"
-    rows = {r["arm"]: r for r in ranked(scope) if r["method"] in steering_methods(scope)}
+    steering = steering_methods(scope)
+    rows = [r for r in ranked(scope) if r["method"] in steering]
     if not rows: return None
-    arms = list(dict.fromkeys([a for a in [_arm_of(scope, "odesteer")] if a in rows] + [next(iter(rows))]))
-    claims = [f"{rows[a]['method']}: {_guards(scope, rows[a])}, {rows[a]['metrics'][scope['primary']][6]:.0%} of answers made worse" + (f", speed x {rows[a]['speed'][0]:.2f}" if rows[a]["speed"] else "") for a in arms]
-    evidence = [f"{rows[a]['method']}: " + ", ".join([*(f"{m} {_cell(rows[a]['metrics'][m][3:6], '+')}" for m in scope["watch"] if len(rows[a]["metrics"].get(m, [])) > 5),
-                f"made worse {_cell(rows[a]['metrics'][scope['primary']][6:9])}", f"speed {_cell(rows[a]['speed'])}, n={rows[a]['n']}"]) for a in arms]
-    return Verdict("What does it cost?", "; ".join(claims), evidence)
+    looked_at = [r for r in rows if r["arm"] == _arm_of(scope, "odesteer")]
+    if rows[0] not in looked_at: looked_at.append(rows[0])
+    return Verdict("What does it cost?", "; ".join(_cost_claim(scope, r) for r in looked_at),
+                   [_cost_evidence(scope, r) for r in looked_at])
+
+def _cost_claim(scope, r):
+    "What a row paid, in words"
+    worse = _metric(scope["primary"], r).worse.value
+    speed = f", speed x {r['speed'].value:.2f}" if r["speed"] else ""
+    return f"{r['method']}: {_guards(scope, r)}, {worse:.0%} of answers made worse{speed}"
+
+def _cost_evidence(scope, r):
+    "What a row paid, in numbers"
+    changes = [f"{m} {_cell(_change(m, r), '+')}" for m in scope["watch"] if _change(m, r)]
+    worse, speed = _cell(_metric(scope["primary"], r).worse), _cell(r["speed"])
+    return f"{r['method']}: " + ", ".join([*changes, f"made worse {worse}", f"speed {speed}, n={r['n']}"])
 
 def _guards(scope, r):
     "Which guardrails a row clearly worsens"
-    worse = [m for m in scope["watch"] if len(d := r["metrics"].get(m, [])[3:6]) == 3 and d[1] is not None and (d[2] < 0 if scope["better"].get(m, 1) > 0 else d[1] > 0)]
+    lost = lambda m, d: d.hi < 0 if scope["better"].get(m, 1) > 0 else d.lo > 0
+    worse = [m for m in scope["watch"] if (d := _change(m, r)) and d.known and lost(m, d)]
     return f"clearly worse {', '.join(worse)}" if worse else "no guardrail clearly worse"
 
 # %% ../nbs/17_report.ipynb #c0e5024b
-def beats(scope, others: list, question) -> Verdict:
+def beats(
+    scope: dict,
+    others: list,  # methods
+    question: str,
+) -> Verdict:  # None if nothing was compared
     "Is any method better than all of these? Many are tried, so the p-values are adjusted"
-    arms, methods = [a for a in (_arm_of(scope, m) for m in others) if a], [r["arm"] for r in scope["rows"] if r["method"] in steering_methods(scope)]
-    gains = together({(m, a): g for m in methods for a in arms if (g := gain(scope, m, a))})
+    steering = steering_methods(scope)
+    tried = [r for r in scope["rows"] if r["method"] in steering]
+    rivals = [r for m in others for r in scope["rows"] if r["arm"] == _arm_of(scope, m)]
+    gains = {(r["method"], o["method"]): gain(scope, r["arm"], o["arm"]) for r in tried for o in rivals}
+    gains = together({pair: g for pair, g in gains.items() if g})
     if not gains: return None
-    called, off = {r["arm"]: r["method"] for r in scope["rows"]}, [r["method"] for r in scope["rows"] if r["arm"] in arms and r["off"] == len(r["chosen"])]
-    gains = {(called[m], called[a]): g for (m, a), g in gains.items()}
-    said = {m: {a: g for (k, a), g in gains.items() if k == m} for m, _ in gains}
-    won = [m for m, own in said.items() if all(g.reading == "better than" for g in own.values())]
-    lost = [m for m, own in said.items() if any(g.reading == "worse than" for g in own.values())]
-    claim = f"Yes, {len(won)} of {len(said)}: {', '.join(won)}" if won else f"No, none of {len(said)}"
-    nearest = {m: min(own, key=lambda a: own[a].value) for m, own in said.items()}
-    claim += (f"; worse: {', '.join(lost)}" if lost else "") + (f" ({', '.join(off)} had no safe strength and stands for no steering)" if off else "")
-    return Verdict(question, claim, [f"{m} over {a} {gains[m, a]}" for m, a in nearest.items()])
+    by_method = defaultdict(dict)  # method -> rival -> gain
+    for (m, rival), g in gains.items(): by_method[m][rival] = g
+    nearest = {m: min(own, key=lambda rival: own[rival].value) for m, own in by_method.items()}
+    off = [o["method"] for o in rivals if _is_off(o)]
+    return Verdict(question, _beats_claim(by_method, off), [f"{m} over {o} {gains[m, o]}" for m, o in nearest.items()])
 
-def verdicts(results: dict) -> dict:  # name of a scope -> its verdicts
+def _beats_claim(by_method, off):
+    "How many methods are better than all their rivals, and which are worse than one"
+    readings = {m: {g.reading for g in own.values()} for m, own in by_method.items()}
+    won = [m for m, read in readings.items() if read == {_BETTER}]
+    lost = [m for m, read in readings.items() if _WORSE in read]
+    total = len(by_method)
+    claim = f"Yes, {len(won)} of {total}: {', '.join(won)}" if won else f"No, none of {total}"
+    if lost: claim += f"; worse: {', '.join(lost)}"
+    return claim + (f" ({', '.join(off)} had no safe strength and stands for no steering)" if off else "")
+
+# %% ../nbs/17_report.ipynb #66112f48
+def verdicts(
+    results: dict,  # of `gather`, or read from results.json
+) -> dict:  # name of a scope -> its verdicts
     "Answers in words, with their intervals, for every scope that stands for itself"
-    out = {}
-    for s in results["scopes"]:
-        if s["part"]: continue
-        found = [enough_steps(s), worth_curving(s), setting_matters(s, "solver", "Does the solver matter?"), setting_matters(s, "metric", "Does the metric matter?"), closed_loop(s), jacobian_needed(s), costs(s),
-                 beats(s, PLACEBOS, "Is any method better than every placebo?"), beats(s, ["prompt"], "Is any method better than asking in the prompt?")]
-        out[f"{s['task']}, {_title(s)}"] = [v for v in found if v]
-    return out
+    whole = [s for s in as_results(results)["scopes"] if not s["part"]]
+    return {f"{s['task']}, {_title(s)}": [v for v in _all_verdicts(s) if v] for s in whole}
+
+def _all_verdicts(scope):
+    "In the order of the report; None where a question was not asked"
+    yield enough_steps(scope)
+    yield worth_curving(scope)
+    yield setting_matters(scope, "solver", "Does the solver matter?")
+    yield setting_matters(scope, "metric", "Does the metric matter?")
+    yield closed_loop(scope)
+    yield jacobian_needed(scope)
+    yield costs(scope)
+    yield beats(scope, PLACEBOS, "Is any method better than every placebo?")
+    yield beats(scope, ["prompt"], "Is any method better than asking in the prompt?")
 
 # %% ../nbs/17_report.ipynb #c71b401a
-def color_of(method): from odesteer.plots import COLORS; return COLORS.get(method, COLORS["random"])
+def _color_of(method):
+    "A method's colour, the same everywhere"
+    from odesteer.plots import COLORS
+    return COLORS.get({"unsteered": "none"}.get(method, method), COLORS["random"])
 
 def strength_figure(scope: dict):  # matplotlib figure
     "Validation: the primary metric against strength, a panel per method; dashed: no steering"
     import matplotlib.pyplot as plt
-    from odesteer.plots import style, sweep_plot
-    curves = {a: c["chosen"] for a, c in scope["curves"].items() if "chosen" in c}
+    from odesteer.plots import style
+    curves = {arm: c["chosen"] for arm, c in scope["curves"].items() if "chosen" in c}
+    rows = {r["arm"]: r for r in scope["rows"]}
+    widest = defaultdict(float)  # unit -> largest strength of its panels
+    for arm, points in curves.items():
+        unit = curve_unit(rows[arm]["method"])
+        widest[unit] = max(widest[unit], *(p.strength for p in points))
     columns = min(4 if len(curves) < 9 else 6, len(curves))
-    rows, named, widest = -(-len(curves) // columns), {r["arm"]: r for r in scope["rows"]}, defaultdict(float)
-    for arm, points in curves.items(): widest[feedback(named[arm]["method"])] = max(widest[feedback(named[arm]["method"])], *(p[0] for p in points))
-    with style(**{"figure.figsize": (.8 + 1.45*columns, .6 + 1.35*rows), "font.size": 9}):
-        fig, axes = plt.subplots(rows, columns, sharey=True, squeeze=False)
+    lines = -(-len(curves) // columns)
+    with style(**{"figure.figsize": (.8 + 1.45*columns, .6 + 1.35*lines), "font.size": 9}):
+        fig, axes = plt.subplots(lines, columns, sharey=True, squeeze=False)
         for ax, (arm, points) in zip(axes.flat, curves.items()):
-            row = named[arm]
-            unit = "T" if feedback(row["method"]) else "share"
-            if unit == "T": ax.set_xscale("log"); ax.tick_params(which="minor", labelbottom=False)
-            else: ax.set_xlim(0, 1.06*widest[False])
             if scope["unsteered"] is not None: ax.axhline(scope["unsteered"], color="#999999", ls="--", lw=.9, zorder=0)
-            sweep_plot(ax, *np.array(points, float)[:, :4].T, color=color_of(row["method"]))
-            strengths = [c[1][unit] for c in row["chosen"] if c and c[1] and unit in c[1]]
-            for s in set(strengths): ax.axvline(s, color="black", ls=":", lw=1)
-            ax.set_title(row["method"] + ", set-point"*(unit == "T") + ("" if strengths else ": off"), fontsize=8.5)
+            _strength_panel(ax, rows[arm], points, widest)
         for ax in axes.flat[len(curves):]: ax.set_visible(False)
-        fig.supxlabel("strength, share of the median norm (dotted: chosen)" + ("; of controllers the set-point" if True in widest else ""), fontsize=9)
+        controllers = "; of controllers the set-point" if "T" in widest else ""
+        fig.supxlabel(f"strength, share of the median norm (dotted: chosen){controllers}", fontsize=9)
         fig.supylabel(f"{scope['primary']}, validation", fontsize=9)
     return fig
+
+# %% ../nbs/17_report.ipynb #73aca4e5
+def _strength_panel(ax, row, points, widest):
+    "The curve of a method, and where it was stopped"
+    from odesteer.plots import sweep_plot
+    method, unit = row["method"], curve_unit(row["method"])
+    if unit == "T":
+        ax.set_xscale("log")
+        ax.tick_params(which="minor", labelbottom=False)
+    else: ax.set_xlim(0, 1.06*widest["share"])
+    sweep_plot(ax, *np.array([(p.strength, *p.mean) for p in points], float).T, color=_color_of(method))
+    strengths = {c.strength[unit] for c in row["chosen"] if c and c.strength and unit in c.strength}
+    for s in strengths: ax.axvline(s, color="black", ls=":", lw=1)
+    axis = f", {load_class(method).strength_name}" if unit == "T" else ""
+    ax.set_title(method + axis + ("" if strengths else ": off"), fontsize=8.5)
 
 # %% ../nbs/17_report.ipynb #35ce6a7e
 def pareto_figure(scope: dict):  # matplotlib figure
     "Test: gain against the change of each guardrail; filled: no other arm is better in both"
     import matplotlib.pyplot as plt
     from odesteer.plots import direct_label, spread_labels, style
-    way, rows = scope["better"][scope["primary"]], [r for r in ranked(scope) if r["off"] < len(r["chosen"])]
-    change = lambda r, m: r["metrics"][m][3:6] if len(r["metrics"][m]) > 3 else [0., 0., 0.]
+    p, rows = scope["primary"], [r for r in ranked(scope) if not _is_off(r)]
     with style(**{"figure.figsize": (2.3*len(scope["watch"]) + 1.6, 3.4), "font.size": 9}):
         fig, axes = plt.subplots(1, len(scope["watch"]), squeeze=False, sharey=True)
-        for ax, guard in zip(axes.flat, scope["watch"]):
-            side = scope["better"].get(guard, 1)
-            points = [(side * change(r, guard)[0], way * change(r, scope["primary"])[0]) for r in rows]
-            for r, (gx, gy) in zip(rows, points):
-                (x, x0, x1), (y, y0, y1), color = change(r, guard), change(r, scope["primary"]), color_of({"unsteered": "none"}.get(r["method"], r["method"]))
-                if None not in (x0, x1, y0, y1): ax.plot([x0, x1, np.nan, x, x], [y, y, np.nan, y0, y1], color=color, lw=.9, alpha=.6)
-                beaten = any(px >= gx and py >= gy and (px, py) != (gx, gy) for px, py in points)
-                ax.plot(x, y, "o", color=color, markerfacecolor="white" if beaten else color)
-            ax.axvline(0, color="#999999", ls="--", lw=.9, zorder=0)
-            ax.set_xlabel(f"change of {guard}")
-        right = axes[0, -1].get_xlim()[1]
-        for r in rows: direct_label(axes[0, -1], right, change(r, scope["primary"])[0], r["method"], color_of({"unsteered": "none"}.get(r["method"], r["method"]))).set(fontsize=8)
-        axes[0, -1].set_xlim(right=right)
-        axes[0, 0].set_ylabel(f"change of {scope['primary']}" + " (less is better)"*(way < 0))
-        spread_labels(axes[0, -1], 9.5)
+        for ax, guard in zip(axes.flat, scope["watch"]): _pareto_panel(ax, scope, rows, guard)
+        last = axes[0, -1]
+        right = last.get_xlim()[1]
+        for r in rows:
+            direct_label(last, right, _shift(p, r).value, r["method"], _color_of(r["method"])).set(fontsize=8)
+        last.set_xlim(right=right)
+        axes[0, 0].set_ylabel(f"change of {p}" + (" (less is better)" if scope["better"][p] < 0 else ""))
+        spread_labels(last, 9.5)
     return fig
+
+def _shift(m, r) -> Interval: return _change(m, r) or Interval(0., 0., 0.)  # of the unsteered arm: none
+
+def _pareto_panel(ax, scope, rows, guard):
+    "The change of the primary metric against that of one guardrail"
+    p, better = scope["primary"], scope["better"]
+    points = [(better.get(guard, 1) * _shift(guard, r).value, better[p] * _shift(p, r).value) for r in rows]
+    for r, point in zip(rows, points):
+        beaten = any(x >= point[0] and y >= point[1] and (x, y) != point for x, y in points)
+        _cross(ax, _shift(guard, r), _shift(p, r), _color_of(r["method"]), filled=not beaten)
+    ax.axvline(0, color="#999999", ls="--", lw=.9, zorder=0)
+    ax.set_xlabel(f"change of {guard}")
+
+# %% ../nbs/17_report.ipynb #f0cbd9fe
+def _cross(ax, x: Interval, y: Interval, color, filled):
+    "A point with its intervals in both directions"
+    if x.known and y.known:
+        ax.plot([x.lo, x.hi, np.nan, x.value, x.value], [y.value, y.value, np.nan, y.lo, y.hi],
+                color=color, lw=.9, alpha=.6)
+    ax.plot(x.value, y.value, "o", color=color, markerfacecolor=color if filled else "white")
 
 # %% ../nbs/17_report.ipynb #ee8b2815
 def layer_figure(scope: dict):  # matplotlib figure
     "Validation: the best primary metric in each layer, over the strengths tried there"
     import matplotlib.pyplot as plt
     from odesteer.plots import direct_label, spread_labels, style
-    way, found = scope["better"][scope["primary"]], {}
-    for arm, layers in scope["curves"].items():
-        found[arm] = {int(k): way*max(way*p[1] for p in points) for k, points in layers.items() if k.isdigit()}  # controllers act on all layers
+    way, methods = scope["better"][scope["primary"]], {r["arm"]: r["method"] for r in scope["rows"]}
+    found = {arm: _best_by_layer(curves, way) for arm, curves in scope["curves"].items()}
     with style(**{"figure.figsize": (5.4, 1.6 + .14*len(found))}):
         fig, ax = plt.subplots()
-        for arm, best in ((a, b) for a, b in found.items() if b):
-            method = next(r["method"] for r in scope["rows"] if r["arm"] == arm)
-            ax.plot(list(best), list(best.values()), marker="o", color=color_of(method), lw=1.2)
-            direct_label(ax, max(best), best[max(best)], method, color_of(method)).set(fontsize=8)
-        ax.set(xlabel="layer (block, from 0)", ylabel=f"best {scope['primary']} on validation", xticks=sorted({k for b in found.values() for k in b}))
+        for arm, best in found.items():
+            if not best: continue  # a controller acts on all layers
+            method, last = methods[arm], max(best)
+            ax.plot(list(best), list(best.values()), marker="o", color=_color_of(method), lw=1.2)
+            direct_label(ax, last, best[last], method, _color_of(method)).set(fontsize=8)
+        ax.set(xlabel="layer (block, from 0)", ylabel=f"best {scope['primary']} on validation",
+               xticks=sorted({k for best in found.values() for k in best}))
         spread_labels(ax, 9)
     return fig
 
+def _best_by_layer(curves, way) -> dict:
+    "layer -> the best mean over strengths"
+    return {int(k): way*max(way*p.mean.value for p in points) for k, points in curves.items() if k.isdigit()}
+
 # %% ../nbs/17_report.ipynb #2e7b232a
-def study_figure(scope: dict, name: str):  # matplotlib figure
+def study_figure(
+    scope: dict,  # one of results["scopes"]
+    name: str,  # of ABLATIONS
+):  # matplotlib figure
     "Test: what each arm of an ablation changes against the first one, with intervals, where they meet"
     import matplotlib.pyplot as plt
     from odesteer.plots import style
-    if name in ("steps", "stop level"): return _line_figure(scope, name)
-    rows, reference = averaged(scope["studies"][name]), ABLATIONS[name].reference
-    panels = list(dict.fromkeys(place for _, place, *_ in rows))
-    arms = list(dict.fromkeys(arm for arm, *_ in rows if arm != reference))
+    rows, reference = _averaged(scope["studies"][name]), ABLATIONS[name].reference
+    if name in ("steps", "stop level"): return _line_figure(scope, rows, name)
+    panels = list(dict.fromkeys(r.place for r in rows))
+    arms = list(dict.fromkeys(r.arm for r in rows if r.arm != reference))
+    heights = {arm: -i for i, arm in enumerate(arms)}
     with style(**{"figure.figsize": (2 + 1.9*len(panels), 1 + .26*len(arms)), "font.size": 9}):
         fig, axes = plt.subplots(1, len(panels), sharey=True, sharex=True, squeeze=False)
-        for ax, panel in zip(axes.flat, panels):
-            for arm, place, *v in rows:
-                if place != panel or arm == reference: continue
-                if v[4] is not None: ax.plot(v[4:6], [-arms.index(arm)]*2, color=color_of("odesteer"), lw=1.2)
-                ax.plot(v[3], -arms.index(arm), "o", color=color_of("odesteer"))
+        for ax, where in zip(axes.flat, panels):
+            for r in rows:
+                if r.place == where and r.difference: _interval_line(ax, r.difference, heights[r.arm], "odesteer", 1.2)
             ax.axvline(0, color="black", ls="--", lw=.9, zorder=0)
-            ax.set_title(_meeting(panel), fontsize=9)
-        axes[0, 0].set_yticks([-i for i in range(len(arms))], arms); axes[0, 0].set_ylim(.5 - len(arms), .5)
+            ax.set_title(_meeting(where), fontsize=9)
+        axes[0, 0].set_yticks(list(heights.values()), arms)
+        axes[0, 0].set_ylim(.5 - len(arms), .5)
         fig.supxlabel(f"{scope['primary']}, difference to {reference} (test, 95 % intervals)", fontsize=9)
     return fig
 
+def _interval_line(ax, d: Interval, height, method, lw, filled=True):
+    "A point and its interval, lying"
+    color = _color_of(method)
+    if d.known: ax.plot([d.lo, d.hi], [height]*2, color=color, lw=lw)
+    ax.plot(d.value, height, "o", color=color, markerfacecolor=color if filled else "white")
+
 # %% ../nbs/17_report.ipynb #dbdd1c5b
-def _line_figure(scope, name):
+def _line_figure(scope, rows, name):
     "A study whose arms are numbers: steps, or levels"
     import matplotlib.pyplot as plt
     from odesteer.plots import spread_labels, style, sweep_plot
-    rows, lines, steps = averaged(scope["studies"][name]), defaultdict(list), name == "steps"
-    for arm, place, *v in rows: lines[_meeting(place) if steps else "stop at the level"].append([float((arm if steps else place).split()[0 if steps else 1]), *v[:3]])
+    steps, lines = name == "steps", defaultdict(list)
+    for r in rows:
+        label, x = (_meeting(r.place), r.arm.split()[0]) if steps else ("stop at the level", r.place.split()[1])
+        lines[label].append((float(x), *r.mean))
     with style():
         fig, ax = plt.subplots()
-        for label, points in lines.items(): sweep_plot(ax, *np.array(sorted(points), float).T, label=label, color=color_of("odesteer"))
-        if not steps: v = rows[0][2:]; ax.axhline(v[0] - v[3], color="black", ls="--", lw=.9); ax.annotate("walk on", (ax.get_xlim()[0], v[0] - v[3]), xytext=(4, 3), textcoords="offset points")
-        if steps: ax.set_xscale("log"); ax.set_xticks(ticks := sorted({p[0] for points in lines.values() for p in points}), [f"{t:g}" for t in ticks]); ax.set_xticks([], minor=True)
-        ax.set(xlabel="steps" if steps else "level: quantile of the barrier over wanted activations", ylabel=f"{scope['primary']} (test)")
+        for label, points in lines.items():
+            sweep_plot(ax, *np.array(sorted(points), float).T, label=label, color=_color_of("odesteer"))
+        if steps: _step_axis(ax, sorted({x for points in lines.values() for x, *_ in points}))
+        else: _walk_on(ax, rows[0].value - rows[0].change)
+        ax.set(xlabel="steps" if steps else "level: quantile of the barrier over wanted activations",
+               ylabel=f"{scope['primary']} (test)")
         spread_labels(ax)
     return fig
 
-def figures(results: dict):  # yields (name, matplotlib figure)
-    "All figures, one at a time"
-    for s in results["scopes"]:
-        name = f"{s['task']}, {s['name']}"
-        if any("chosen" in c for c in s.get("curves", {}).values()): yield f"{name}, strength", strength_figure(s)
-        if any(k.isdigit() for c in s.get("curves", {}).values() for k in c): yield f"{name}, layers", layer_figure(s)
+def _step_axis(ax, ticks):
+    "Numbers of steps, evenly spaced"
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.set_xticks([], minor=True)
+
+def _walk_on(ax, height):
+    "The line of not stopping at all"
+    ax.axhline(height, color="black", ls="--", lw=.9)
+    ax.annotate("walk on", (ax.get_xlim()[0], height), xytext=(4, 3), textcoords="offset points")
+
+# %% ../nbs/17_report.ipynb #440293f7
+def forest_figure(scope: dict):  # matplotlib figure
+    "Test: the change of the primary metric that each arm brought, best first"
+    import matplotlib.pyplot as plt
+    from odesteer.plots import style
+    p, rows = scope["primary"], [r for r in ranked(scope) if r["method"] != "unsteered"]
+    with style(**{"figure.figsize": (5.6, .7 + .24*len(rows)), "font.size": 9}):
+        fig, ax = plt.subplots()
+        for i, r in enumerate(rows):
+            change = None if _is_off(r) else _change(p, r)
+            _interval_line(ax, change or Interval(0.), -i, r["method"], 1.4, filled=not _is_off(r))
+        ax.axvline(0, color="black", ls="--", lw=.9, zorder=0)
+        names = [_named(r) + (": no safe strength" if _is_off(r) else "") for r in rows]
+        ax.set_yticks([-i for i in range(len(rows))], names)
+        less = " (less is better)" if scope["better"][p] < 0 else ""
+        ax.set(xlabel=f"change of {p}{less}", ylim=(.6 - len(rows), .6))
+    return fig
+
+def figures(
+    results: dict,  # of `gather`, or read from results.json
+):  # yields (name, matplotlib figure)
+    "All figures of the report, one at a time"
+    for s in as_results(results)["scopes"]:
+        name, curves = _name(s), s.get("curves", {}).values()
+        if any("chosen" in c for c in curves): yield f"{name}, strength", strength_figure(s)
+        if any(k.isdigit() for c in curves for k in c): yield f"{name}, layers", layer_figure(s)
         if not s["part"]: yield f"{name}, pareto", pareto_figure(s)
         for study in s.get("studies", {}): yield f"{name}, {study}", study_figure(s, study)
 
@@ -421,12 +677,13 @@ def report(
     out,  # folder for the report
     **settings,  # of `gather`
 ) -> dict:  # the results
-    "Write report.md with its figures, tables as CSV and LaTeX, and results.json"
+    "Write report.md with its figures, tables as CSV and LaTeX, and results.json; errors of `gather`"
     import matplotlib.pyplot as plt
-    results, out = folders if isinstance(folders, dict) else gather(folders, **settings), Path(out)
+    results = as_results(folders) if isinstance(folders, dict) else gather(folders, **settings)
+    out, drawn = Path(out), []
     for sub in ("tables", "figures"): (out/sub).mkdir(parents=True, exist_ok=True)
     write_atomic(out/"results.json", json.dumps(results, separators=(",", ":")).encode())
-    found, drawn = tables(results), []
+    found = tables(results)
     for name, table in found.items():
         write_atomic(out/"tables"/f"{_slug(name)}.csv", table.csv().encode())
         write_atomic(out/"tables"/f"{_slug(name)}.tex", table.latex().encode())
@@ -437,70 +694,85 @@ def report(
     write_atomic(out/"report.md", "\n\n".join(_pages(results, found, drawn)).encode())
     return results
 
-def _hours(s): return f"{s/3600:.1f} hours" if s >= 3600 else f"{s/60:.1f} minutes"
 def _slug(name): return re.sub(r"\W+", "-", name).strip("-")
 
 # %% ../nbs/17_report.ipynb #7095638a
 def _pages(results, found, drawn):
     "Paragraphs of the report"
-    runs, said = results["runs"], verdicts(results)
     yield "# Report"
-    yield (f"{runs['finished']} runs and {results['choices']} choices of strength; {runs['repeated']} runs were found twice and agree; left out: {runs['unfinished']} unfinished, {runs['damaged']} damaged. "
-           f"{_hours(results['seconds'])} of generation on " + "; ".join(", ".join(f"{k} {v}" for k, v in m.items() if k != "seconds") for m in results["machines"]) + f". odesteer {results['odesteer']}.")
-    if "guardrail tasks" in found: yield from ["## Did it get worse at everything else?", found["guardrail tasks"].markdown()]
+    yield _provenance(results)
+    if "guardrail tasks" in found:
+        yield "## Did it get worse at everything else?"
+        yield found["guardrail tasks"].markdown()
+    answers = verdicts(results)
     for s in sorted(results["scopes"], key=lambda s: s["part"]):
-        name, picture = f"{s['task']}, {s['name']}", lambda what: [f"![{what}](figures/{_slug(f'{name}, {what}')}.png)"] if f"{name}, {what}" in drawn else []
-        yield f"## {s['task']}, {_title(s)}"
-        yield from (f"- {v}" for v in said.get(f"{s['task']}, {_title(s)}", []))
-        yield found[name].markdown()
-        why = [f"- {r['arm']}: {r['why']}" for r in s["rows"] if "why" in r]
-        if why: yield "What validation chose, and why:\n\n" + "\n".join(why)
-        for what in ("strength", "pareto", "layers"): yield from picture(what)
-        for study in s.get("studies", {}): yield from [f"### {ABLATIONS[study].question}", *picture(study), found[f"{name}, {study}"].markdown()]
-        if f"{name}, pairs" in found: yield from ["### Pairs", found[f"{name}, pairs"].markdown()]
+        yield from _scope_pages(s, found, drawn, answers.get(f"{s['task']}, {_title(s)}", []))
+
+def _provenance(results):
+    "How many runs, how long, on which machines"
+    runs, seconds = results["runs"], results["seconds"]
+    time = f"{seconds/3600:.1f} hours" if seconds >= 3600 else f"{seconds/60:.1f} minutes"
+    about = lambda machine: ", ".join(f"{k} {v}" for k, v in machine.items() if k != "seconds")
+    return (f"{runs['finished']} runs and {results['choices']} choices of strength; "
+            f"{runs['repeated']} runs were found twice and agree; "
+            f"left out: {runs['unfinished']} unfinished, {runs['damaged']} damaged. "
+            f"{time} of generation on {'; '.join(map(about, results['machines']))}. odesteer {results['odesteer']}.")
+
+# %% ../nbs/17_report.ipynb #30863ccc
+def _scope_pages(s, found, drawn, answers):
+    "Paragraphs about a scope"
+    name = _name(s)
+    def picture(what):
+        full = f"{name}, {what}"
+        return [f"![{what}](figures/{_slug(full)}.png)"] if full in drawn else []
+    yield f"## {s['task']}, {_title(s)}"
+    yield from (f"- {v}" for v in answers)
+    yield found[name].markdown()
+    why = [f"- {r['arm']}: {r['why']}" for r in s["rows"] if "why" in r]
+    if why: yield "What validation chose, and why:\n\n" + "\n".join(why)
+    for what in ("strength", "pareto", "layers"): yield from picture(what)
+    for study in s.get("studies", {}):
+        yield f"### {ABLATIONS[study].question}"
+        yield from picture(study)
+        yield found[f"{name}, {study}"].markdown()
+    if f"{name}, pairs" in found:
+        yield "### Pairs"
+        yield found[f"{name}, pairs"].markdown()
 
 # %% ../nbs/17_report.ipynb #39bba241
-def committed(
-    name: str = "bench-micro",  # of an asset
-) -> dict:  # what `gather` returned
-    "Results that come with the package"
-    return json.loads((resources.files("odesteer")/"assets"/f"{name}.json").read_text(encoding="utf-8"))
-
 def published(
     name: str = "odesteer",  # or "ablation"
-) -> list:  # of rows
+) -> list:  # of dicts, a row of the table each
     "Numbers of published tables: per cent for win, true_info, true and info; toxicity from 0 to 1"
-    rows = csv.DictReader((resources.files("odesteer")/"assets"/f"published-{name}.csv").read_text(encoding="utf-8").splitlines())
-    return [{k: v if k in ("model", "method", "variant") else float(v) if v else None for k, v in row.items()} for row in rows]
+    text = (resources.files("odesteer")/"assets"/f"published-{name}.csv").read_text(encoding="utf-8")
+    words = "model", "method", "variant"
+    number = lambda v: float(v) if v else None
+    return [{k: v if k in words else number(v) for k, v in row.items()} for row in DictReader(text.splitlines())]
 
-# %% ../nbs/17_report.ipynb #440293f7
-def forest_figure(scope: dict):  # matplotlib figure
-    "Test: the change of the primary metric that each arm brought, best first"
-    import matplotlib.pyplot as plt
-    from odesteer.plots import style
-    way, rows = scope["better"][scope["primary"]], [r for r in ranked(scope) if r["method"] != "unsteered"]
-    with style(**{"figure.figsize": (5.6, .7 + .24*len(rows)), "font.size": 9}):
-        fig, ax = plt.subplots()
-        for i, r in enumerate(rows):
-            off, v = r["off"] == len(r["chosen"]), r["metrics"][scope["primary"]]
-            x, lo, hi = (0., None, None) if off or len(v) < 6 else v[3:6]
-            if lo is not None: ax.plot([lo, hi], [-i, -i], color=color_of(r["method"]), lw=1.4)
-            ax.plot(x, -i, "o", color=color_of(r["method"]), markerfacecolor="white" if off else color_of(r["method"]))
-        ax.axvline(0, color="black", ls="--", lw=.9, zorder=0)
-        ax.set_yticks([-i for i in range(len(rows))], [_named(r) + (": no safe strength" if r["off"] == len(r["chosen"]) else "") for r in rows])
-        ax.set(xlabel=f"change of {scope['primary']}" + (" (less is better)" if way < 0 else ""), ylim=(.6 - len(rows), .6))
-    return fig
-
-# %% ../nbs/17_report.ipynb #66dcc1c2
-def published_gains(column: str) -> dict:  # method -> gain
+def published_gains(
+    column: str,  # win, toxicity, true_info, ...
+) -> dict:  # method -> gain
     "Mean gain over no steering in the published table, over its four models"
-    rows = published()
+    rows, gains = published(), defaultdict(list)
     plain = {r["model"]: r[column] for r in rows if r["method"] == "none"}
-    gains = defaultdict(list)
     for r in rows: gains[r["method"]].append(r[column] - plain[r["model"]])
     return {m: float(np.mean(g)) for m, g in gains.items() if m != "none"}
 
-def beside_published(scope: dict, column: str, metric: str = None) -> list:
-    "(method, published gain, our gain, low, high) for the methods that are in both"
-    ours = {r["method"]: r["metrics"][metric or scope["primary"]][3:6] for r in scope["rows"] if r["off"] < len(r["chosen"]) and len(r["metrics"][metric or scope["primary"]]) > 5}
-    return [(m, g, *ours[m]) for m, g in published_gains(column).items() if m in ours]
+# %% ../nbs/17_report.ipynb #66dcc1c2
+class Beside(NamedTuple):
+    "A method in the published table and here"
+    method: str
+    published: float  # its gain there
+    value: float  # its change here
+    lo: float
+    hi: float
+
+def beside_published(
+    scope: dict,  # one of results["scopes"]
+    column: str,  # of the published table
+    metric: str = None,  # of ours; default: the primary one
+) -> list:  # of `Beside`
+    "Published gains beside ours, for the methods that are in both"
+    m = metric or scope["primary"]
+    ours = {r["method"]: _change(m, r) for r in scope["rows"] if not _is_off(r)}
+    return [Beside(name, g, *ours[name]) for name, g in published_gains(column).items() if ours.get(name)]

@@ -6,132 +6,239 @@
 from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 import json, math, re
 import numpy as np
 from fastcore.basics import patch
 import odesteer as ods
-from .data import feedback
-from .runs import VARIES, arm_label, own_params, read_run, run_key
-from .statistics import bootstrap_interval, holm, paired_difference, product_of_means, quantile_interval, share_worse, sign_flip_test, win_rate
+from .euler import load_class
+from .runs import VARIES, Run, arm_label, own_params, read_run, run_key
+from .statistics import (bootstrap_interval, holm, paired_difference, product_of_means, quantile_interval,
+                                 share_worse, sign_flip_test, win_rate)
 from .sweeps import ABLATIONS, ablation_arms
 
 # %% auto #0
-__all__ = ['UNREADABLE', 'PLACEBOS', 'YARDSTICKS', 'Found', 'find_runs', 'Unit', 'make_units', 'Scope', 'guardrail_rows', 'place',
-           'gather']
+__all__ = ['DERIVED', 'PLACEBOS', 'YARDSTICKS', 'Found', 'find_runs', 'Point', 'Unit', 'make_units', 'Interval', 'Scope',
+           'Chosen', 'MetricRow', 'PairRow', 'needs_layer', 'curve_unit', 'CurvePoint', 'place', 'StudyRow',
+           'guardrail_rows', 'gather', 'as_results', 'committed']
 
 # %% ../nbs/16_results.ipynb #04e7630e
 @dataclass
 class Found:
     "What folders of runs hold"
     runs: dict  # key -> `Run`
-    choices: dict  # key -> choice
+    choices: dict  # key -> choice, as its file says it
     homes: dict  # key of a run -> folder of runs (a machine) -> summary there
     count: Counter  # finished, repeated, unfinished, damaged
-    speeds: list  # of side-by-side measurements
+    timings: list  # what was measured side by side: dicts of config and ratios
 
-def find_runs(folders) -> Found:
+def find_runs(
+    folders,  # folder of runs, or several: of machines that shared the work
+) -> Found:  # FileNotFoundError for a folder that is missing; ValueError where no run is finished, or two contradict
     "All finished runs and choices in one or several folders of runs"
     found = Found({}, {}, defaultdict(dict), Counter(finished=0, repeated=0, unfinished=0, damaged=0), [])
     for root in _roots(folders):
-        if not root.is_dir(): raise FileNotFoundError(f"no folder {root}: give the folder that the runs were written to")
-        for path in sorted(f for f in root.iterdir() if re.fullmatch("[0-9a-f]{16}", f.name) and f.is_dir()): _find_run(found, root, path)
-        for path in sorted((root/"choices").glob("*.json")): _find_choice(found, path)
-        found.speeds += [json.loads(path.read_text(encoding="utf-8")) for path in sorted((root/"speed").glob("*.json"))]
+        if not root.is_dir():
+            raise FileNotFoundError(f"no folder {root}: give the folder that the runs were written to")
+        paths = sorted(f for f in root.iterdir() if re.fullmatch("[0-9a-f]{16}", f.name) and f.is_dir())
+        for path in paths: _add_run(found, root, path)
+        for path in sorted((root/"choices").glob("*.json")): _add_choice(found, path)
+        found.timings += [_read_json(path) for path in sorted((root/"speed").glob("*.json"))]
     if not found.runs: raise ValueError(f"no finished run in {folders}: {dict(found.count)}")
     return found
 
 # %% ../nbs/16_results.ipynb #938d2deb
-UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError  # what a damaged file may raise
-def _roots(folders): return [Path(f) for f in ([folders] if isinstance(folders, (str, Path)) else folders)]
+_UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError  # what a damaged file may raise
 
-def _find_run(found, root, path):
+def _roots(folders): return [Path(f) for f in ([folders] if isinstance(folders, (str, Path)) else folders)]
+def _read_json(path): return json.loads(path.read_text(encoding="utf-8"))
+
+def _add_run(found, root, path):
     "Enter a run folder, or count why not"
-    if not (path/"summary.json").exists(): found.count["unfinished"] += 1; return
-    try:
-        run = read_run(path)
-        if run_key(run.config) != path.name or {len(x) for x in run.scores.values()} != {len(run.groups)} or not run.summary["seconds"] > 0: raise ValueError
-        if run.config["split"] == "val" and (spec := run.summary.get("task")): run.scores = {m: run.scores[m] for m in (spec["primary"], *spec["watch"])}  # sweeps are long: keep what is shown
-    except UNREADABLE: found.count["damaged"] += 1; return
+    if not (path/"summary.json").exists():
+        found.count["unfinished"] += 1
+        return
+    try: run = _whole_run(path)
+    except _UNREADABLE:
+        found.count["damaged"] += 1
+        return
     old = found.runs.setdefault(run.key, run)
-    if old is not run and not _same_run(old, run, Path(next(iter(found.homes[run.key])))/run.key, path):
-        raise ValueError(f"run {run.key} in {root} has other answers or scores than the run of that name in {', '.join(found.homes[run.key])}: one was changed, or the machines compute differently; report them separately")
+    if old is not run: _check_same(found, old, run, root)
     found.count["finished" if old is run else "repeated"] += 1
     found.homes[run.key][str(root)] = run.summary
 
-def _same_run(a, b, home_a, home_b):
-    "Whether two runs agree: the answers to the letter, the scores up to rounding"
-    said = lambda path: [(x["group"], x["answer"]) for x in map(json.loads, open(path/"answers.jsonl", encoding="utf-8"))]
-    return a.scores.keys() == b.scores.keys() and all(np.allclose(a.scores[m], b.scores[m], 1e-3, 1e-6, equal_nan=True) for m in a.scores) and said(home_a) == said(home_b)
+def _whole_run(path) -> Run:
+    "A run from its folder; ValueError where its parts do not belong together"
+    run = read_run(path)
+    fits = run_key(run.config) == path.name and {len(x) for x in run.scores.values()} == {len(run.groups)}
+    if not fits or not run.summary["seconds"] > 0: raise ValueError
+    spec = run.summary.get("task")
+    if spec and run.config["split"] == "val":  # sweeps are long: keep the metrics that tables show
+        run.scores = {m: run.scores[m] for m in (spec["primary"], *spec["watch"])}
+    return run
 
-def _find_choice(found, path):
+# %% ../nbs/16_results.ipynb #76a0d407
+def _check_same(found, old, run, root):
+    "Two runs under one key must agree: the answers to the letter, the scores up to rounding"
+    homes = found.homes[run.key]
+    first = Path(next(iter(homes)))
+    close = lambda m: np.allclose(old.scores[m], run.scores[m], 1e-3, 1e-6, equal_nan=True)
+    scores_agree = old.scores.keys() == run.scores.keys() and all(map(close, old.scores))
+    if scores_agree and _answers(first/run.key) == _answers(root/run.key): return
+    raise ValueError(f"run {run.key} in {root} has other answers or scores than the run of that name in "
+                     f"{', '.join(homes)}: one was changed, or the machines compute differently; "
+                     "report them separately")
+
+def _answers(path):
+    "(group, answer) of every item of a run folder"
+    with open(path/"answers.jsonl", encoding="utf-8") as f:
+        return [(x["group"], x["answer"]) for x in map(json.loads, f)]
+
+# %% ../nbs/16_results.ipynb #a8df2e47
+def _add_choice(found, path):
     "Enter what a sweep chose, or count why not"
-    try: choice = json.loads(path.read_text(encoding="utf-8")); settled = choice["layer"], choice["strength"]; choice["config"]["layers"], choice["trials"]
-    except UNREADABLE: found.count["damaged"] += 1; return
+    try:
+        choice = _read_json(path)
+        setting = choice["layer"], choice["strength"]
+        choice["config"]["layers"], choice["trials"]  # raises where the file is not whole
+    except _UNREADABLE:
+        found.count["damaged"] += 1
+        return
     old = found.choices.setdefault(path.stem, choice)
-    if (old["layer"], old["strength"]) != settled: raise ValueError(f"choice {path.stem} is {settled} in {path.parent} but was {(old['layer'], old['strength'])} in another folder: report them separately")
+    before = old["layer"], old["strength"]
+    if before != setting:
+        raise ValueError(f"choice {path.stem} is {setting} in {path.parent} but was {before} in another folder: "
+                         "report them separately")
 
 # %% ../nbs/16_results.ipynb #ee046355
+class Point(NamedTuple):
+    "Where runs stand in a unit"
+    split: str  # "val" or "test"
+    arm: str
+    layer: int  # None: all blocks, or no steering
+    strength: str  # as JSON
+
 @dataclass
 class Unit:
-    "A task on a model: all its runs"
-    held: dict  # what the configs have in common
+    """A task on a model: all its runs
+
+    Grows on this page: `at`, `groups`, `choice`, `chosen`, `explored`, `mains`, `study_runs`."""
+    shared: dict  # what the configs of its runs have in common
     spec: dict  # primary, better, watch of the task
-    points: dict  # (split, arm, layer, strength as JSON) -> runs, one per seed
+    points: dict  # `Point` -> runs, one per seed
     choices: dict  # arm -> what its sweeps chose, the widest sweep first
     arms: dict  # arm -> (method, settings)
     speeds: dict  # key of a run -> folder of runs -> tokens per second
-    timed: dict  # arm -> ratios measured side by side
+    ratios: dict  # arm -> speeds over the unsteered one, measured side by side
 
-    def at(self, split, arm, layer=None, strength=None) -> list: return self.points.get((split, arm, layer, json.dumps(strength, sort_keys=True)), [])
+@patch
+def at(self: Unit, split, arm, layer=None, strength=None) -> list:
+    "Runs at a point; strength as a dict of one unit"
+    return self.points.get(Point(split, arm, layer, json.dumps(strength, sort_keys=True)), [])
 
-    def choice(self, arm, layer=None, coarse=False) -> dict:
-        "What the widest sweep chose, or (given a layer) the finest, or the coarsest, of those that looked at this layer alone, else one that came to it"
-        fit = [c for c in self.choices.get(arm, []) if layer is None or c["layer"] == layer or c["config"]["layers"] == [layer]]
-        tested = [c for c in fit if c["strength"] is None or self.at("test", arm, c["layer"], c["strength"])] or fit
-        alone = [c for c in tested if layer is not None and c["config"]["layers"] == [layer]]
-        return (alone or tested)[-1 if coarse else 0] if tested else None
+@patch
+def groups(self: Unit, split) -> list:
+    "Which question each item of a split is about, (N,)"
+    return next((runs[0].groups for point, runs in self.points.items() if point.split == split), [])
 
-    def chosen(self, arm, layer=None, coarse=False) -> list:
-        "Test runs at the chosen setting; where no strength was safe, steering is off"
-        c = self.choice(arm, layer, coarse)
-        if arm in ("unsteered", "prompt") or (c and c["strength"] is None): return self.at("test", arm if c is None else "unsteered")
-        return self.at("test", arm, c["layer"], c["strength"]) if c else []
+# %% ../nbs/16_results.ipynb #713ba53d
+@patch
+def choice(self: Unit, arm,
+    layer=None,  # given: the finest of the sweeps that looked at this layer alone, else of those that came to it
+    coarse=False,  # the coarsest instead
+) -> dict:  # as its file says it; None if there was no sweep
+    "What the widest sweep of an arm chose"
+    alone = lambda c: c["config"]["layers"] == [layer]
+    fit = [c for c in self.choices.get(arm, []) if layer is None or c["layer"] == layer or alone(c)]
+    run = lambda c: c["strength"] is None or self.at("test", arm, c["layer"], c["strength"])
+    fit = [c for c in fit if run(c)] or fit
+    if layer is not None: fit = [c for c in fit if alone(c)] or fit
+    if fit: return fit[-1 if coarse else 0]
 
-    def explored(self, arm) -> int:
-        "The layer in which most strengths were tried on validation; None if there is none"
-        tried = Counter(k[2] for k in self.points if k[:2] == ("val", arm))
-        return tried.most_common(1)[0][0] if tried else None
+@patch
+def chosen(self: Unit, arm, layer=None, coarse=False) -> list:
+    "Test runs at the chosen setting; where no strength was safe, steering is off"
+    c = self.choice(arm, layer, coarse)
+    if c is None: return self.at("test", arm) if arm in ("unsteered", "prompt") else []
+    if c["strength"] is None: return self.at("test", "unsteered")
+    return self.at("test", arm, c["layer"], c["strength"])
 
-    def mains(self) -> dict:  # method -> arm
-        "Of each method the arm swept over most layers; if several were, the one with the fewest settings"
-        rank = lambda arm: (-len(self.choices[arm][0]["config"]["layers"]), len(self.arms[arm][1]))
-        return {self.arms[arm][0]: arm for arm in sorted(self.choices, key=rank, reverse=True)}
+# %% ../nbs/16_results.ipynb #6248e2b0
+@patch
+def explored(self: Unit, arm) -> int:
+    "The layer in which most strengths were tried on validation; None if there is none"
+    tried = Counter(point.layer for point in self.points if (point.split, point.arm) == ("val", arm))
+    return tried.most_common(1)[0][0] if tried else None
+
+@patch
+def mains(self: Unit) -> dict:  # method -> arm
+    "Of each method the arm swept over most layers; if several were, the one with the fewest settings"
+    rank = lambda arm: (-len(self.choices[arm][0]["config"]["layers"]), len(self.arms[arm][1]))
+    return {self.arms[arm][0]: arm for arm in sorted(self.choices, key=rank, reverse=True)}
 
 # %% ../nbs/16_results.ipynb #81748d1e
-def make_units(found: Found, tasks={}) -> list:
+def make_units(
+    found: Found,
+    tasks: dict = {},  # task name -> dict(primary=, better=, watch=), for runs that do not say
+) -> list:  # of `Unit`; ValueError for a run that does not say, or was asked other questions
     "Runs sorted into units"
-    units, asked = {}, {}
+    units, questions = {}, {}
     for run in found.runs.values():
-        c, held = run.config, {k: v for k, v in run.config.items() if k not in VARIES}
-        spec = run.summary.get("task") or tasks.get(c["task"])
-        if spec is None: raise ValueError(f"run {run.key} does not say which metric of {c['task']!r} is the primary one: give tasks={{{c['task']!r}: dict(primary=, better=, watch=)}}")
-        name = json.dumps(held, sort_keys=True)
-        unit, same = units.setdefault(name, Unit(held, spec, {}, {}, {}, {}, {})), asked.setdefault((name, c["split"]), run.groups)
-        if same != run.groups: raise ValueError(f"run {run.key} was asked other questions than the other {c['split']} runs of {c['task']!r}: its data changed without a trace; move its folder away")
-        run.groups = same  # one list for all
-        unit.points.setdefault((c["split"], _arm(c, unit.arms), c["layer"], json.dumps(c["strength"], sort_keys=True)), []).append(run)
-        unit.speeds[run.key] = {home: summary["tokens_per_second"] for home, summary in found.homes[run.key].items()}
-    for measured in found.speeds:
-        for unit in units.values():
-            if all(unit.held[k] == measured["config"][k] for k in ("task", "data", "model")): unit.timed |= measured["ratios"]
-    for choice in sorted(found.choices.values(), key=lambda c: (len(c["config"]["layers"]), c["config"].get("refine", 0), len(c["trials"])), reverse=True):
-        for unit in units.values():
-            c = choice["config"]
-            if all(c.get(k, v) == v for k, v in unit.held.items()): unit.choices.setdefault(_arm({"arm": "steer", **c}, unit.arms), []).append(choice)
-    return list(units.values())
+        shared = {k: v for k, v in run.config.items() if k not in VARIES}
+        name, split = json.dumps(shared, sort_keys=True), run.config["split"]
+        spec = _task_spec(run, tasks)
+        if name not in units: units[name] = Unit(shared, spec, {}, {}, {}, {}, {})
+        first = questions.setdefault((name, split), run.groups)
+        if first != run.groups:
+            raise ValueError(f"run {run.key} was asked other questions than the other {split} runs of "
+                             f"{run.config['task']!r}: its data changed without a trace; move its folder away")
+        run.groups = first  # one list for all
+        _enter(units[name], run, found.homes[run.key])
+    units = list(units.values())
+    for timing in found.timings: _enter_timing(units, timing)
+    for choice in sorted(found.choices.values(), key=_width, reverse=True): _enter_choice(units, choice)
+    return units
 
-def _arm(config, arms) -> str:
+# %% ../nbs/16_results.ipynb #d1c56cf6
+def _task_spec(run, tasks):
+    "What the task of a run wants: primary, better, watch"
+    task = run.config["task"]
+    spec = run.summary.get("task") or tasks.get(task)
+    if spec is None:
+        raise ValueError(f"run {run.key} does not say which metric of {task!r} is the primary one: "
+                         f"give tasks={{{task!r}: dict(primary=, better=, watch=)}}")
+    return spec
+
+# %% ../nbs/16_results.ipynb #7fb2027b
+def _enter(unit, run, homes):
+    "A run into its unit"
+    c = run.config
+    point = Point(c["split"], _arm_name(c, unit.arms), c["layer"], json.dumps(c["strength"], sort_keys=True))
+    unit.points.setdefault(point, []).append(run)
+    unit.speeds[run.key] = {home: summary["tokens_per_second"] for home, summary in homes.items()}
+
+def _enter_timing(units, timing):
+    "What was measured side by side into the units it is about"
+    for unit in units:
+        same = all(unit.shared[k] == timing["config"][k] for k in ("task", "data", "model"))
+        if same: unit.ratios |= timing["ratios"]
+
+def _enter_choice(units, choice):
+    "What a sweep chose into the units it is about"
+    c = choice["config"]
+    for unit in units:
+        if all(c.get(k, v) == v for k, v in unit.shared.items()):
+            unit.choices.setdefault(_arm_name({"arm": "steer", **c}, unit.arms), []).append(choice)
+
+# %% ../nbs/16_results.ipynb #5a2d8510
+def _width(choice):
+    "How much a sweep looked at"
+    c = choice["config"]
+    return len(c["layers"]), c.get("refine", 0), len(choice["trials"])
+
+def _arm_name(config, arms) -> str:
     "Name of a run's arm; a steered one is entered in `arms`"
     if config["arm"] != "steer": return {"none": "unsteered"}.get(config["arm"], config["arm"])
     own = own_params(config["method"], config["params"])
@@ -139,231 +246,542 @@ def _arm(config, arms) -> str:
     arms[name] = config["method"], own
     return name
 
+# %% ../nbs/16_results.ipynb #c65c1216
+class Interval(NamedTuple):
+    "A value and the ends of its 95 % interval; in JSON a list of three"
+    value: float  # None: undefined
+    lo: float = None
+    hi: float = None
+
+    @property
+    def known(self) -> bool:
+        "Whether it has ends"
+        return None not in (self.lo, self.hi)
+
+def _rounded(x): return None if x is None or math.isnan(x) else float(f"{x:.4g}")
+def _interval(e) -> Interval: return Interval(_rounded(e.value), _rounded(e.lo), _rounded(e.hi))
+def _mean(x): return _rounded(np.nanmean(x)) if (x == x).any() else None
+
 # %% ../nbs/16_results.ipynb #1d75d59e
 class Scope:
-    "Units whose items are pooled"
-    def __init__(self, units: list, resamples=9999):
+    """Units whose items are pooled
+
+    Grows on this page: `items`, `mean`, `above`, `p`, `row`, `pairs`, `curve`, `study`."""
+    def __init__(self,
+        units: list,  # of `Unit`
+        resamples: int = 9999,  # of every interval
+    ):
         self.units, self.spec, self.resamples = units, units[0].spec, resamples
         self.primary, self.watch, self.better = (self.spec[k] for k in ("primary", "watch", "better"))
-        self.way = self.better[self.primary]
-        self._groups = {split: [next((r[0].groups for (s, *_), r in u.points.items() if s == split), []) for u in units] for split in ("val", "test")}
-        self._ids = {split: np.unique([f"{i}/{g}" for i, part in enumerate(parts) for g in part], return_inverse=True)[1] for split, parts in self._groups.items()}
+        self._groups = {split: [u.groups(split) for u in units] for split in ("val", "test")}
+        self._ids = {split: _numbered(parts) for split, parts in self._groups.items()}
 
-    def chosen(self, arm) -> list: return [u.chosen(arm) for u in self.units]
+    def chosen(self, arm) -> list:
+        "Test runs of an arm at its chosen setting, for each unit"
+        return [u.chosen(arm) for u in self.units]
 
-    def groups(self, split="test") -> np.ndarray: return self._ids[split]  # (N,) integers
+    def groups(self, split="test") -> np.ndarray:  # (N,) integers
+        "Which question of which model each item is about"
+        return self._ids[split]
 
-    def items(self, runs, metric, split="test") -> np.ndarray:  # (N,), nan where a unit lacks the arm
-        "A metric per item, averaged over seeds; `runs` holds those of an arm for each unit"
-        return np.concatenate([_over_seeds([r.scores[metric] for r in rs if metric in r.scores], len(g)) for rs, g in zip(runs, self._groups[split])])
+    def method(self, arm) -> str:
+        "The method of an arm; arms that are no method stand for themselves"
+        return next((u.arms[arm][0] for u in self.units if arm in u.arms), arm)
 
-    def mean(self, x, split="test", resamples=None) -> list:  # value, low, high
-        return _three(bootstrap_interval(x, self.groups(split), resamples=resamples or self.resamples))
-
-    def above(self, x, y, resamples=None) -> list:  # difference, low, high
-        "How far arm x is above arm y, item by item"
-        return _three(paired_difference(y, x, self.groups(), resamples=resamples or self.resamples))
-
-    def p(self, x, y) -> float: return None if np.isnan(x - y).all() else _short(sign_flip_test(y, x, self.groups(), self.resamples))
+def _numbered(parts):
+    "Groups of several models as integers, none in two models"
+    return np.unique([f"{i}/{g}" for i, part in enumerate(parts) for g in part], return_inverse=True)[1]
 
 # %% ../nbs/16_results.ipynb #69f61e23
+@patch
+def items(self: Scope,
+    runs: list,  # those of an arm, for each unit
+    metric: str,
+    split="test",
+) -> np.ndarray:  # (N,), nan where a unit lacks the arm
+    "A metric per item, averaged over seeds"
+    sizes = [len(g) for g in self._groups[split]]
+    scores = [[r.scores[metric] for r in rs if metric in r.scores] for rs in runs]
+    return np.concatenate([_over_seeds(rows, n) for rows, n in zip(scores, sizes)])
+
+@patch
+def mean(self: Scope, x, split="test", resamples=None) -> Interval:
+    "Mean of a metric per item (N,)"
+    return _interval(bootstrap_interval(x, self.groups(split), resamples=resamples or self.resamples))
+
+@patch
+def above(self: Scope, x, y, resamples=None) -> Interval:
+    "How far arm x (N,) is above arm y (N,), item by item"
+    return _interval(paired_difference(y, x, self.groups(), resamples=resamples or self.resamples))
+
+@patch
+def p(self: Scope, x, y) -> float:
+    "Of no difference between arms x and y, (N,) each; None if no item has both"
+    return _rounded(sign_flip_test(y, x, self.groups(), self.resamples)) if _both(x, y) else None
+
+# %% ../nbs/16_results.ipynb #0b1fae8b
+def _both(x, y) -> int: return int((~np.isnan(x - y)).sum())  # items that are defined in both
+
 def _over_seeds(rows, n):
     "Mean over the seeds of each item, of those that are defined"
     if not rows: return np.full(n, np.nan)
     known = (~np.isnan(rows)).sum(0)
     return np.where(known, np.nansum(rows, 0) / np.maximum(known, 1), np.nan)
 
-def _mean(x): return _short(np.nanmean(x)) if (x == x).any() else None
-def _short(x): return None if x is None or math.isnan(x) else float(f"{x:.4g}")
-def _three(e): return [_short(e.value), _short(e.lo), _short(e.hi)]
+# %% ../nbs/16_results.ipynb #9f33a03e
+class Chosen(NamedTuple):
+    "What a sweep chose, in a row of the main table"
+    layer: int  # None: all blocks, or nothing was safe
+    strength: dict  # one unit and its value; None: no strength was safe, steering is off
 
-# %% ../nbs/16_results.ipynb #99f575d2
-def guardrail_rows(
-    folders,  # folder of runs, or several
-    count: Counter = None,  # damaged files are counted here
-) -> list:  # of dicts
-    "What `guardrails` found: model, task, metric, method, layer, strength, n, score and its change [value, low, high] from the unsteered model"
-    found, rows = {}, []
-    for path in (p for root in _roots(folders) for p in sorted((root/"guardrails").glob("*.json"))):
-        try: kept = json.loads(path.read_text(encoding="utf-8")); found.setdefault(path.stem, (kept["config"], kept["scores"], (kept["config"]["model"]["sha256"], json.dumps(kept["config"]["lm_eval"]))))
-        except UNREADABLE: count is None or count.update(damaged=1)
-    plain = {same: scores for config, scores, same in found.values() if "method" not in config}
-    for config, scores, same in sorted(found.values(), key=lambda f: f[0].get("method") or ""):
-        asked = config["lm_eval"]["tasks"]
-        asked = [t for t in (asked.split(",") if isinstance(asked, str) else asked) if scores.get(t, {}).get("items")] or list(scores)
-        for task, metric, items in ((t, m, x) for t in asked for m, x in scores[t]["items"].items()):
-            before = plain.get(same, {}).get(task, {}).get("items", {}).get(metric) if "method" in config else None
-            rows.append(dict(model=config["model"]["name"], task=task, metric=metric, method=config.get("method") or "unsteered", layer=config.get("layer"), strength=config.get("strength"), n=len(items),
-                             score=_short(np.mean(items)), change=before and _three(paired_difference(before, items))))
-    return rows
+class MetricRow(tuple):
+    """A metric of an arm: the numbers of its mean, change and worse in one list, as long as what is known
+
+    Of the unsteered arm, and where nothing can be paired, there is no change; metrics that nobody watches have a
+    mean without an interval in brief tables."""
+    @property
+    def mean(self) -> Interval:
+        "Over items; None if the metric is missing"
+        return Interval(*self[:3]) if self else None
+
+    @property
+    def change(self) -> Interval:
+        "Paired difference to no steering; None if there is none"
+        return Interval(*self[3:6]) if len(self) > 3 else None
+
+    @property
+    def worse(self) -> Interval:
+        "Share of the items that steering moved in the unwanted direction; None where no direction is"
+        return Interval(*self[6:]) if len(self) > 6 else None
 
 # %% ../nbs/16_results.ipynb #81fd7233
 @patch
-def row(self: Scope, arm: str, brief=False) -> dict:
-    "An arm at its chosen setting on test; None if it was not run. `brief`: less of the metrics that nobody watches"
-    mine, base = self.chosen(arm), self.chosen("unsteered")
-    runs, choices = [r for rs in mine for r in rs], [u.choice(arm) for u in self.units]
+def row(self: Scope, arm: str,
+    brief=False,  # less of the metrics that nobody watches
+) -> dict:  # None if it was not run
+    "An arm at its chosen setting on test"
+    steered, plain = self.chosen(arm), self.chosen("unsteered")
+    runs = [r for rs in steered for r in rs]
     if not runs: return None
-    out = dict(arm=arm, method=next((u.arms[arm][0] for u in self.units if arm in u.arms), arm), chosen=[c and [c["layer"], c["strength"]] for c in choices],
-               off=sum(c is not None and c["strength"] is None for c in choices), seeds=max(map(len, mine)), metrics={})
+    choices = [u.choice(arm) for u in self.units]
+    settings = [c and Chosen(c["layer"], c["strength"]) for c in choices]
+    off = sum(s is not None and s.strength is None for s in settings)  # models on which nothing was safe
+    out = dict(arm=arm, method=self.method(arm), chosen=settings, off=off, seeds=max(map(len, steered)), metrics={})
     if len(choices) == 1 and choices[0]: out["why"] = choices[0]["why"]
     for m in dict.fromkeys(m for r in runs for m in r.scores):
-        x, y, key = self.items(mine, m), self.items(base, m), m == self.primary
-        n = self.resamples if key or m in self.watch else max(199, self.resamples//5)
-        if brief and not key and m not in self.watch: out["metrics"][m] = [_mean(x)]; continue
-        out["metrics"][m] = self.mean(x, resamples=n)
-        if arm == "unsteered" or np.isnan(x - y).all(): continue
-        out["metrics"][m] += self.above(x, y, n)
-        if m in self.better and (key or not brief): out["metrics"][m] += _three(share_worse(y, x, self.groups(), self.better[m], resamples=n))[:3 if key else 1]
-        if key: out |= dict(n=int((~np.isnan(x - y)).sum()), p=self.p(x, y))
-    known = lambda k: _short(np.median(v)) if (v := [r.summary[k] for r in runs if r.summary.get(k) is not None]) else None
-    return out | dict(moved=known("moved"), angle=known("angle"), effort=known("effort"), speed=self._speed(arm, mine, base), timed=any(arm in u.timed for u in self.units)) | self._published(mine, base)
+        x, y = self.items(steered, m), self.items(plain, m)
+        compared = arm != "unsteered" and _both(x, y) > 0
+        out["metrics"][m] = self._metric_row(m, x, y if compared else None, brief)
+        if compared and m == self.primary: out |= dict(n=_both(x, y), p=self.p(x, y))
+    out |= {k: _typical(runs, k) for k in ("moved", "angle", "effort")}
+    out |= dict(speed=self._speed(arm, steered, plain), timed=any(arm in u.ratios for u in self.units))
+    return out | self._as_published(steered, plain)
+
+def _typical(runs, key) -> float:
+    "Median of what the summaries of runs say; None if none does"
+    known = [r.summary[key] for r in runs if r.summary.get(key) is not None]
+    return _rounded(np.median(known)) if known else None
+
+# %% ../nbs/16_results.ipynb #5e78b76c
+@patch
+def _metric_row(self: Scope, m, x, y, brief) -> MetricRow:
+    "A metric of an arm, per item (N,), with its change from the unsteered y (N,), unless y is None"
+    primary = m == self.primary
+    watched = primary or m in self.watch
+    if brief and not watched: return MetricRow([_mean(x)])
+    n = self.resamples if watched else max(199, self.resamples//5)
+    mean = self.mean(x, resamples=n)
+    if y is None: return MetricRow(mean)
+    change = self.above(x, y, n)
+    if m not in self.better or (brief and not primary): return MetricRow(mean + change)
+    worse = _interval(share_worse(y, x, self.groups(), self.better[m], resamples=n))
+    return MetricRow(mean + change + (worse if primary else (worse.value,)))
 
 # %% ../nbs/16_results.ipynb #24e08919
 @patch
-def _speed(self: Scope, arm, mine, base) -> list:
-    "Tokens per second over those of the unsteered model, [median, least, most]: measured side by side, else over runs on the same machine as they came"
-    ratios = [r for u in self.units for r in u.timed.get(arm, [])]
-    for u, plain, steered in zip(self.units, base, mine) if not ratios else ():
-        usual = defaultdict(list)
-        for r in plain:
-            for home, tps in u.speeds[r.key].items(): usual[home].append(tps)
-        ratios += [tps / np.mean(usual[home]) for r in steered for home, tps in u.speeds[r.key].items() if any(usual.get(home, ()))]
-    return [_short(f(ratios)) for f in (np.median, min, max)] if ratios else None
+def _speed(self: Scope, arm, steered, plain) -> Interval:
+    """Tokens per second over those of the unsteered model: median, least, most
+
+    Measured side by side if it was, else over runs on the same machine as they came."""
+    ratios = [r for u in self.units for r in u.ratios.get(arm, [])]
+    if not ratios: ratios = [r for parts in zip(self.units, plain, steered) for r in _speed_ratios(*parts)]
+    return Interval(*(_rounded(f(ratios)) for f in (np.median, min, max))) if ratios else None
+
+def _speed_ratios(unit, plain, steered):
+    "Of each steered run, on each machine, its speed over the mean of the unsteered runs there"
+    usual = defaultdict(list)  # machine -> tokens per second
+    for r in plain:
+        for home, tps in unit.speeds[r.key].items(): usual[home].append(tps)
+    for r in steered:
+        for home, tps in unit.speeds[r.key].items():
+            if any(usual.get(home, ())): yield tps / np.mean(usual[home])
 
 @patch
-def _published(self: Scope, mine, base) -> dict:
-    "Published numbers that are no mean over items: True times Info, P90 of rewards, and how often the unsteered answer of the same seed is beaten"
-    rows = [(r, plain.get(r.config["seed"]), i) for i, (rs, b) in enumerate(zip(mine, base)) for plain in [{r.config["seed"]: r for r in b}] for r in rs]
-    groups = [f"{i}/{g}" for r, _, i in rows for g in r.groups]
-    every, have = lambda f: np.concatenate([f(*row[:2]) for row in rows]), set.intersection(*(set(r.scores) for r, *_ in rows))
-    kw, out = dict(groups=groups, resamples=max(199, self.resamples//10)), {}
-    if {"true", "info"} <= have: out["true x info"] = product_of_means(*(every(lambda r, _: r.scores[m]) for m in ("true", "info")), **kw)
-    if self.primary == "reward":
-        out["reward P90"] = quantile_interval(every(lambda r, _: r.scores["reward"]), **kw)
-        if all(plain for _, plain, _ in rows): out["win"] = win_rate(every(lambda _, plain: plain.scores["reward"]), every(lambda r, _: r.scores["reward"]), **kw)
-    return {k: _three(e) for k, e in out.items()}
+def _as_published(self: Scope, steered, plain) -> dict:  # name -> Interval
+    "Numbers that are no mean over items: True times Info, P90 of rewards, and the win rate over the same seed"
+    runs, beside, groups = [], [], []  # all runs; the unsteered run of the same seed or None; the group of each item
+    for i, (arm, base) in enumerate(zip(steered, plain)):
+        same_seed = {r.config["seed"]: r for r in base}
+        runs += arm
+        beside += [same_seed.get(r.config["seed"]) for r in arm]
+        groups += [f"{i}/{g}" for r in arm for g in r.groups]
+    return {k: _interval(e) for k, e in _estimates(runs, beside, self.primary, groups, max(199, self.resamples//10))}
+
+# %% ../nbs/16_results.ipynb #4161cf47
+DERIVED = "true x info", "reward P90", "win"  # what a row may hold beside its metrics, as `Interval`
+
+def _estimates(runs, beside, primary, groups, resamples):
+    "(name, Estimate) of the derived numbers that these runs allow"
+    kw = dict(groups=groups, resamples=resamples)
+    every = lambda rs, metric: np.concatenate([r.scores[metric] for r in rs])
+    in_all = set.intersection(*(set(r.scores) for r in runs))
+    if {"true", "info"} <= in_all: yield "true x info", product_of_means(every(runs, "true"), every(runs, "info"), **kw)
+    if primary != "reward": return
+    rewards = every(runs, "reward")
+    yield "reward P90", quantile_interval(rewards, **kw)
+    if None not in beside: yield "win", win_rate(every(beside, "reward"), rewards, **kw)
 
 # %% ../nbs/16_results.ipynb #7e7dbc32
 PLACEBOS = [name for name, (_, kind) in ods.REGISTRY.items() if kind == "placebo"]
 YARDSTICKS = "odesteer", "step-odesteer", "caa", "iti", "prompt", *PLACEBOS  # every arm is compared with these
 
+class PairRow(NamedTuple):
+    "Two arms at their chosen settings, on the primary metric"
+    arm: str
+    other: str
+    value: float  # arm minus other
+    lo: float
+    hi: float
+    p: float  # of no difference
+    n: int  # items that both have
+
+    @property
+    def difference(self) -> Interval:
+        "Arm minus other"
+        return Interval(self.value, self.lo, self.hi)
+
+# %% ../nbs/16_results.ipynb #c4a1c2d7
 @patch
-def pairs(self: Scope, rows: list) -> list:
-    "Paired comparisons of the primary metric at the chosen settings: [arm, other, arm minus other, low, high, p, items]"
+def pairs(self: Scope,
+    rows: list,  # of `row`
+) -> list:  # of `PairRow`
+    "Every arm against every yardstick"
     method = {r["arm"]: r["method"] for r in rows if r["arm"] != "unsteered"}
     x, out = {a: self.items(self.chosen(a), self.primary) for a in method}, {}
     for b in (b for name in YARDSTICKS for b in method if method[b] == name):
         for a in method:
-            n = int((~np.isnan(x[a] - x[b])).sum())
-            if a != b and (a, b) not in out and n: out[b, a] = [b, a, *self.above(x[b], x[a]), self.p(x[b], x[a]), n]
+            n = _both(x[a], x[b])
+            if n and a != b and (a, b) not in out:
+                out[b, a] = PairRow(b, a, *self.above(x[b], x[a]), self.p(x[b], x[a]), n)
     return list(out.values())
 
+# %% ../nbs/16_results.ipynb #8011a757
+def needs_layer(arm: str) -> bool:
+    "Whether a method acts at one block; what is no method (such as asking in the prompt) counts as one that does"
+    return arm not in ods.REGISTRY or load_class(arm).needs_layer
+
+def curve_unit(method: str) -> str:
+    "The unit of the strengths that a method is swept over"
+    return "share" if needs_layer(method) else "T"
+
+class CurvePoint(tuple):
+    "One strength on validation: [strength, mean]; at the chosen layer [strength, mean, low, high, *guardrails]"
+    @property
+    def strength(self) -> float: return self[0]
+    @property
+    def mean(self) -> Interval:
+        "Of the primary metric"
+        return Interval(*self[1:4])
+    @property
+    def guardrails(self) -> tuple:
+        "Means of the watched metrics"
+        return self[4:]
+
+# %% ../nbs/16_results.ipynb #5e7b1cab
 @patch
-def curve(self: Scope, arm: str) -> dict:
-    "Validation against strength (a controller's: its set-point): [strength, primary] by layer, and at each model's chosen layer (none was safe: the one most tried) [strength, primary, low, high, *guardrails]"
-    layers = {str(k[2]): [k[2]]*len(self.units) for u in self.units for k in sorted(u.points) if k[:2] == ("val", arm)}
-    layers["chosen"] = ["untried" if c is None else u.explored(arm) if c["layer"] is None else c["layer"] for u in self.units for c in [u.choice(arm)]]
-    whole = feedback(next((u.arms[arm][0] for u in self.units if arm in u.arms), arm))
-    unit, out = "T" if whole else "share", {}
-    if whole: layers.pop("None", None)
-    shares = sorted({json.loads(k[3])[unit] for u in self.units for k in u.points if k[:2] == ("val", arm) and json.loads(k[3]).keys() == {unit}})
-    for name, at in layers.items():
-        for s in shares:
-            runs = [[] if k == "untried" else u.at("val", arm, k, {unit: s}) for u, k in zip(self.units, at)]
-            if not any(runs) or any(k != "untried" and not r for r, k in zip(runs, at)): continue  # a pool needs the point in each model
-            x, *guards = (self.items(runs, m, "val") for m in (self.primary, *self.watch))
-            out.setdefault(name, []).append([s, *(self.mean(x, "val", 999) if name == "chosen" else [_mean(x)]), *(_mean(g) for g in guards if name == "chosen")])
-    return out
+def curve(self: Scope, arm: str) -> dict:  # layer as text, and "chosen" -> `CurvePoint`s
+    """Validation against strength, in each layer, and at each model's chosen layer
+
+    Where no strength was safe, "chosen" is the layer in which most strengths were tried."""
+    unit = curve_unit(self.method(arm))
+    points = [k for u in self.units for k in sorted(k for k in u.points if (k.split, k.arm) == ("val", arm))]
+    layers = {str(k.layer): [k.layer]*len(self.units) for k in points}
+    layers["chosen"] = [_curve_layer(u, arm) for u in self.units]
+    if unit == "T": layers.pop("None", None)  # a controller has no layers: its only curve is the chosen one
+    tried = [json.loads(k.strength) for k in points]
+    strengths = sorted({s[unit] for s in tried if s.keys() == {unit}})
+    curves = {name: [self._curve_point(arm, at, {unit: s}, name == "chosen") for s in strengths]
+              for name, at in layers.items()}
+    return {name: known for name, found in curves.items() if (known := [p for p in found if p])}
+
+_UNTRIED = "untried"  # in place of a layer: the method was not tried on this model
+
+def _curve_layer(unit, arm):
+    "The layer of the chosen curve in a model"
+    c = unit.choice(arm)
+    if c is None: return _UNTRIED
+    return unit.explored(arm) if c["layer"] is None else c["layer"]
+
+# %% ../nbs/16_results.ipynb #178bd0ab
+@patch
+def _curve_point(self: Scope, arm, layers, strength, full) -> CurvePoint:
+    "A strength, at a layer of each model; None unless it was run on every model that the method was tried on"
+    runs = [[] if k == _UNTRIED else u.at("val", arm, k, strength) for u, k in zip(self.units, layers)]
+    missing = any(not r for r, k in zip(runs, layers) if k != _UNTRIED)
+    if missing or not any(runs): return None
+    at, = strength.values()
+    x = self.items(runs, self.primary, "val")
+    if not full: return CurvePoint([at, _mean(x)])
+    guardrails = [_mean(self.items(runs, m, "val")) for m in self.watch]
+    return CurvePoint([at, *self.mean(x, "val", 999), *guardrails])
 
 # %% ../nbs/16_results.ipynb #74891d43
-def place(at) -> str:
+def place(
+    at,  # a strength as a dict, or "best", or None
+) -> str:
     "A strength as text: where arms meet"
     if at == "best" or at is None: return "best"
-    return f"level {at['level']:g} within share {at['share']:g}" if "level" in at else ", ".join(f"{k} {v:g}" for k, v in at.items())
+    if "level" in at: return f"level {at['level']:g} within share {at['share']:g}"
+    return ", ".join(f"{k} {v:g}" for k, v in at.items())
 
+# %% ../nbs/16_results.ipynb #4d51dd79
 @patch
-def met(self: Unit, study: str) -> dict:  # label of an arm -> place -> test runs
+def study_runs(self: Unit, study: str) -> dict:  # label of an arm -> place -> test runs
     "What a study ran on this unit, at the layer chosen for ODESteer (each method's own, in a study that says so)"
     main = self.mains().get("odesteer")
     layer = main and self.choice(main)["layer"]
     if layer is None: return {}
-    out, coarse, own = {}, ABLATIONS[study].coarse, ABLATIONS[study].own
-    for a in ablation_arms(study, {m: self.arms[b][1] for m, b in self.mains().items()}):
+    coarse, own = ABLATIONS[study].coarse, ABLATIONS[study].own
+    params, out = {m: self.arms[arm][1] for m, arm in self.mains().items()}, {}
+    for a in ablation_arms(study, params):
         arm = arm_label(a.method, a.params)
-        where = None if feedback(a.method) else (c["layer"] if own and (c := self.choice(arm)) and c["strength"] else layer)
-        out[a.label] = {place(json.loads(s)): runs for (split, b, k, s), runs in self.points.items() if (split, b, k) == ("test", arm, where)}
-        if best := self.chosen(arm, None if own else where, coarse): out[a.label]["best"] = best
+        where = self._study_layer(a.method, arm, layer, own)
+        out[a.label] = {place(json.loads(point.strength)): runs for point, runs in self.points.items()
+                        if (point.split, point.arm, point.layer) == ("test", arm, where)}
+        best = self.chosen(arm, None if own else where, coarse)
+        if best: out[a.label]["best"] = best
     return out
+
+@patch
+def _study_layer(self: Unit, method, arm, layer, own):
+    "Where an arm of a study acts"
+    if not needs_layer(method): return None
+    c = self.choice(arm) if own else None
+    return c["layer"] if c and c["strength"] else layer
+
+# %% ../nbs/16_results.ipynb #27f3f1cd
+class StudyRow(NamedTuple):
+    "An arm of a study where it meets the others"
+    arm: str
+    place: str  # a strength, a mean of several, or "best"
+    value: float  # mean of the primary metric
+    lo: float
+    hi: float
+    change: float  # difference to the reference at the same place; None: it is the reference
+    change_lo: float
+    change_hi: float
+    p: float  # of no difference
+    n: int  # items that both have
+    moved: float  # median displacement over norm
+    angle: float  # degrees
+    effort: float = None  # what is added over the activation, mean over all blocks
+
+    @property
+    def mean(self) -> Interval:
+        "Of the primary metric"
+        return Interval(self.value, self.lo, self.hi)
+    @property
+    def difference(self) -> Interval:
+        "To the reference; None for the reference itself"
+        return None if self.change is None else Interval(self.change, self.change_lo, self.change_hi)
 
 # %% ../nbs/16_results.ipynb #0bbf1b3c
 @patch
-def study(self: Scope, name: str) -> list:
-    "An ablation: [arm, place, value, low, high, difference to the reference, low, high, p, items, moved, angle, effort]"
-    met, labels, out = [u.met(name) for u in self.units], [a.label for a in ABLATIONS[name].arms], []
-    has = {label: set.intersection(*(set(m.get(label, {})) for m in met)) for label in labels}  # places reached in every unit
+def study(self: Scope, name: str) -> list:  # of `StudyRow`
+    "An ablation: each arm wherever it meets the reference"
+    runs = [u.study_runs(name) for u in self.units]
+    labels = [arm.label for arm in ABLATIONS[name].arms]
+    reached = {label: set.intersection(*(set(r.get(label, {})) for r in runs)) for label in labels}  # in every unit
+    rows = []
     for kind in ABLATIONS[name].at:
-        places = sorted({p for ps in has.values() for p in ps if p.split()[0] == kind}, key=lambda p: [float(w) for w in p.split() if w[0].isdigit()])
-        arms = [label for label in labels if has[label] & set(places)]
-        common = [p for p in places if all(p in has[label] for label in arms)]
-        for spot in [[p] for p in places] + [common]*(len(common) > 1 and kind != "level"):
-            rival = [p.partition(" within ")[2] or p for p in spot]  # a level is compared with walking on
-            here = [label for label in arms if set(spot) <= has[label]]
-            if not set(rival) <= has[labels[0]] or (len(here) == 1 and kind != "level"): continue
-            text = spot[0] if len(spot) == 1 else f"{kind} (mean of {len(spot)})"
-            out += [[label, text, *self._study_row(met, (label, spot), (labels[0], rival))] for label in here]
-    return out
+        for places in _meetings(reached, kind):
+            rivals = [p.partition(" within ")[2] or p for p in places]  # a level is compared with walking on
+            here = [label for label in labels if set(places) <= reached[label]]
+            if not set(rivals) <= reached[labels[0]] or (len(here) == 1 and kind != "level"): continue
+            where = places[0] if len(places) == 1 else f"{kind} (mean of {len(places)})"
+            rows += [self._study_row(runs, where, (label, places), (labels[0], rivals)) for label in here]
+    return rows
 
+def _meetings(reached, kind) -> list:
+    "Places of a kind: one by one, and together those that all its arms reached"
+    numbers = lambda p: [float(word) for word in p.split() if word[0].isdigit()]
+    places = sorted({p for ps in reached.values() for p in ps if p.split()[0] == kind}, key=numbers)
+    arms = [ps for ps in reached.values() if ps & set(places)]
+    common = [p for p in places if all(p in ps for ps in arms)]
+    return [[p] for p in places] + ([common] if len(common) > 1 and kind != "level" else [])
+
+# %% ../nbs/16_results.ipynb #165aaaa5
 @patch
-def _study_row(self: Scope, met, arm, reference):
-    "One arm of a study at one or several places, and the reference it is compared with"
-    runs = lambda label, p: [m[label][p] for m in met]
-    x, y = (np.mean([self.items(runs(label, p), self.primary) for p in places], 0) for label, places in (arm, reference))
-    every = [r.summary for p in arm[1] for rs in runs(arm[0], p) for r in rs]
-    typical = (_short(np.median(v)) if (v := [s[k] for s in every if s.get(k) is not None]) else None for k in ("moved", "angle", "effort"))
-    against = [None]*5 if arm == reference else [*self.above(x, y), self.p(x, y), int((~np.isnan(x - y)).sum())]
-    return [*self.mean(x), *against, *typical]
+def _study_row(self: Scope, runs, where, arm, reference) -> StudyRow:
+    "An arm of a study at one or several places, and the reference it is compared with: (label, places) each"
+    def items(label, places):
+        "Primary metric per item, mean over places"
+        return np.mean([self.items([r[label][p] for r in runs], self.primary) for p in places], 0)
+    label, places = arm
+    x, y = items(*arm), items(*reference)
+    against = [None]*5 if arm == reference else [*self.above(x, y), self.p(x, y), _both(x, y)]
+    every = [run for p in places for r in runs for run in r[label][p]]
+    return StudyRow(label, where, *self.mean(x), *against, *(_typical(every, k) for k in ("moved", "angle", "effort")))
+
+# %% ../nbs/16_results.ipynb #99f575d2
+def guardrail_rows(
+    folders,  # folder of runs, or several
+    count: Counter = None,  # damaged files are counted here
+) -> list:  # of dicts: model, task, metric, method, layer, strength, n, score, and its change from the unsteered model
+    "What tasks of lm-eval said: the score of each setting, and its change as an `Interval`"
+    found = _guardrail_files(folders, count)
+    plain = {_same_questions(config): scores for config, scores in found if "method" not in config}
+    rows = []
+    for config, scores in sorted(found, key=lambda f: f[0].get("method") or ""):
+        before = plain.get(_same_questions(config), {}) if "method" in config else {}
+        for task in _guardrail_tasks(config, scores):
+            old = before.get(task, {}).get("items", {})
+            rows += [_guardrail_row(config, task, m, x, old.get(m)) for m, x in scores[task]["items"].items()]
+    return rows
+
+def _same_questions(config): return config["model"]["sha256"], json.dumps(config["lm_eval"])
+
+def _guardrail_row(config, task, metric, items, before) -> dict:
+    "A score, and its change where the unsteered model was asked too"
+    return dict(model=config["model"]["name"], task=task, metric=metric, method=config.get("method") or "unsteered",
+                layer=config.get("layer"), strength=config.get("strength"), n=len(items),
+                score=_rounded(np.mean(items)), change=before and _interval(paired_difference(before, items)))
+
+# %% ../nbs/16_results.ipynb #7aef6cfd
+def _guardrail_files(folders, count) -> list:
+    "(config, scores) of every file; one that two machines have counts once"
+    found = {}
+    for path in (p for root in _roots(folders) for p in sorted((root/"guardrails").glob("*.json"))):
+        try:
+            file = _read_json(path)
+            _same_questions(file["config"])  # raises where the file is not whole
+            found.setdefault(path.stem, (file["config"], file["scores"]))
+        except _UNREADABLE:
+            if count is not None: count["damaged"] += 1
+    return list(found.values())
+
+def _guardrail_tasks(config, scores) -> list:
+    "The tasks or groups that were asked for and have items; else all that have scores"
+    names = config["lm_eval"]["tasks"]
+    if isinstance(names, str): names = names.split(",")
+    return [t for t in names if scores.get(t, {}).get("items")] or list(scores)
 
 # %% ../nbs/16_results.ipynb #8905a210
 def gather(
     folders,  # folder of runs, or several: of machines that shared the work
     tasks: dict = {},  # task name -> dict(primary=, better=, watch=), for runs that do not say
     resamples: int = 9999,  # of every interval in the tables
-) -> dict:
-    "All finished runs as results: plain numbers with intervals, JSON-able"
+) -> dict:  # plain numbers with intervals, JSON-able; read back by `as_results`
+    "All finished runs as results; errors of `find_runs` and `make_units`"
     found = find_runs(folders)
-    units = sorted((u for u in make_units(found, tasks) if u.at("test", "unsteered")), key=lambda u: (u.held["task"], u.held["model"]["name"], len(u.points)))
-    worlds = defaultdict(list)
-    for u in units: worlds[json.dumps([u.held[k] if k != "model" else u.held[k].get("world", u.held[k]["sha256"]) for k in sorted(u.held)])].append(u)
+    units = [u for u in make_units(found, tasks) if u.at("test", "unsteered")]
     scopes = []
-    for same in worlds.values():
+    for same in _worlds(sorted(units, key=_order)):
         scopes.append(_scope(Scope(same, resamples), full=True))
         if len(same) > 1: scopes += [_scope(Scope([u], resamples), full=False) for u in same]
-    machines = Counter()
-    for key, homes in found.homes.items():
-        for home, summary in homes.items(): machines[_machine(Path(home)/key)] += summary["seconds"]
+    seconds = _machine_seconds(found)
     guardrails = guardrail_rows(folders, found.count)
-    return dict(format=1, odesteer=ods.__version__, runs=dict(found.count), choices=len(found.choices), seconds=round(sum(machines.values())), wall=round(sum(r.summary.get("wall", 0) for r in found.runs.values())), resamples=resamples,
-                guardrails=guardrails, machines=[json.loads(m) | {"seconds": round(s)} for m, s in machines.items()], scopes=scopes)
+    return dict(format=1, odesteer=ods.__version__, runs=dict(found.count), choices=len(found.choices),
+                seconds=round(sum(seconds.values())),
+                wall=round(sum(r.summary.get("wall", 0) for r in found.runs.values())),
+                resamples=resamples, guardrails=guardrails,
+                machines=[json.loads(m) | {"seconds": round(s)} for m, s in seconds.items()], scopes=scopes)
+
+def _order(unit): return unit.shared["task"], unit.shared["model"]["name"], len(unit.points)
+
+def _worlds(units) -> list:
+    "Units grouped by what they share but for the training seed of the model"
+    worlds = defaultdict(list)
+    for u in units:
+        model = u.shared["model"].get("world", u.shared["model"]["sha256"])
+        worlds[json.dumps([model if k == "model" else u.shared[k] for k in sorted(u.shared)])].append(u)
+    return list(worlds.values())
 
 # %% ../nbs/16_results.ipynb #c1b2913a
-def _scope(scope, full):
+def _scope(scope, full) -> dict:
     "Results of a scope; with curves, pairs and studies if it is not part of a pool"
-    held, arms = scope.units[0].held, {a: 0 for u in scope.units for a in u.mains().values()}
-    order = {name: i for i, name in enumerate(ods.REGISTRY)}
-    arms = ["unsteered", "prompt", *sorted(arms, key=lambda a: order.get(a.split(" (")[0], 99))]
-    rows = [r for a in arms if (r := scope.row(a, brief=not full))]
-    name = held["model"].get("world") if full and held["model"].get("world") else held["model"]["name"]
-    names = [{k: u.held["model"].get(k) for k in ("name", "revision", "sha256")} for u in scope.units]
-    out = dict(task=held["task"], name=name, models=names, part=not full, primary=scope.primary, watch=list(scope.watch), better={m: scope.better[m] for m in rows[0]["metrics"] if m in scope.better},
+    arms, rows = _arms_and_rows(scope, brief=not full)
+    shared = scope.units[0].shared
+    world, name = shared["model"].get("world"), shared["model"]["name"]
+    models = [{k: u.shared["model"].get(k) for k in ("name", "revision", "sha256")} for u in scope.units]
+    better = {m: scope.better[m] for m in rows[0]["metrics"] if m in scope.better}
+    out = dict(task=shared["task"], name=world if full and world else name, models=models, part=not full,
+               primary=scope.primary, watch=list(scope.watch), better=better,
                groups=len(set(scope.groups())), n=len(scope.groups()), rows=rows)
-    adjusted = holm({r["arm"]: r["p"] for r in rows if r.get("p") is not None and not r["off"] == len(scope.units)})
-    for r in rows: r["holm"] = _short(adjusted[r["arm"]]) if r["arm"] in adjusted else None
     if not full: return out
-    return out | dict(decoding=held["decoding"], data=held["data"], pairs=scope.pairs(rows), unsteered=_mean(scope.items([u.at("val", "unsteered") for u in scope.units], scope.primary, "val")),
-                      curves={a: c for a in arms[2:] if (c := scope.curve(a))}, studies={s: t for s in ABLATIONS if (t := scope.study(s))})
+    plain = scope.items([u.at("val", "unsteered") for u in scope.units], scope.primary, "val")
+    return out | dict(decoding=shared["decoding"], data=shared["data"], pairs=scope.pairs(rows), unsteered=_mean(plain),
+                      curves={a: c for a in arms if (c := scope.curve(a))},
+                      studies={s: t for s in ABLATIONS if (t := scope.study(s))})
 
-def _machine(path):
+def _arms_and_rows(scope, brief) -> tuple:
+    "The main arms in the order of the registry, and the rows of these, of no steering and of asking, with p adjusted"
+    order = {name: i for i, name in enumerate(ods.REGISTRY)}
+    arms = dict.fromkeys(arm for u in scope.units for arm in u.mains().values())
+    arms = sorted(arms, key=lambda a: order.get(a.split(" (")[0], 99))
+    rows = [r for a in ("unsteered", "prompt", *arms) if (r := scope.row(a, brief))]
+    tested = {r["arm"]: r["p"] for r in rows if r.get("p") is not None and r["off"] < len(scope.units)}
+    adjusted = holm(tested)
+    for r in rows: r["holm"] = _rounded(adjusted.get(r["arm"]))
+    return arms, rows
+
+# %% ../nbs/16_results.ipynb #1987f2bf
+def _machine_seconds(found) -> Counter:
+    "What a machine says about itself, as JSON -> seconds of generation"
+    seconds = Counter()
+    for key, homes in found.homes.items():
+        for home, summary in homes.items(): seconds[_machine(Path(home)/key)] += summary["seconds"]
+    return seconds
+
+def _machine(path) -> str:
     "What a run folder says about where it was made"
-    try: return json.dumps({k: v for k, v in json.loads((path/"environment.json").read_text()).items() if isinstance(v, (str, int, float))}, sort_keys=True)
+    try:
+        about = json.loads((path/"environment.json").read_text())
+        return json.dumps({k: v for k, v in about.items() if isinstance(v, (str, int, float))}, sort_keys=True)
     except (OSError, ValueError): return "{}"
+
+# %% ../nbs/16_results.ipynb #3daaae41
+def as_results(
+    found: dict,  # from JSON, or already results
+) -> dict:  # a copy; what has no scopes is no results, and comes back as it is
+    "Results with names for the parts of their rows: `Interval`, `MetricRow`, `PairRow`, `StudyRow`, `CurvePoint`"
+    if "scopes" not in found: return found
+    out = found | {"scopes": [_named_scope(s) for s in found["scopes"]]}
+    if "guardrails" in out: out["guardrails"] = [r | {"change": _as(r["change"])} for r in out["guardrails"]]
+    return out
+
+def _as(x, kind=Interval): return x if x is None else kind(*x)
+
+def _named_row(r):
+    "A row of the main table"
+    settings = [_as(c, Chosen) for c in r["chosen"]]
+    derived = {k: _as(r[k]) for k in DERIVED if k in r}
+    metrics = {m: MetricRow(v) for m, v in r["metrics"].items()}
+    return r | dict(chosen=settings, metrics=metrics, speed=_as(r["speed"])) | derived
+
+def _named_scope(s):
+    "One of the scopes"
+    out = s | {"rows": [_named_row(r) for r in s["rows"]]}
+    if "pairs" in s: out["pairs"] = [PairRow(*p) for p in s["pairs"]]
+    if "studies" in s: out["studies"] = {k: [StudyRow(*r) for r in rows] for k, rows in s["studies"].items()}
+    if "curves" in s:
+        out["curves"] = {arm: {k: [CurvePoint(p) for p in points] for k, points in curve.items()}
+                         for arm, curve in s["curves"].items()}
+    return out
+
+# %% ../nbs/16_results.ipynb #46145abf
+def committed(
+    name: str = "bench-micro",  # of an asset
+) -> dict:  # what `gather` returned
+    "Results that come with the package"
+    return as_results(_read_json(resources.files("odesteer")/"assets"/f"{name}.json"))

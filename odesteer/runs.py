@@ -41,8 +41,8 @@ def write_batches(
     done = _resume(part, header, len(starts)) if out else 0
     if done: log(f"odesteer: {done} of {len(starts)} batches of {Path(out).name} were there already")
     rows = []  # of the terminal
-    shown = None if label else True  # None: a bar where somebody watches
-    for i in tqdm(starts[done:], label, initial=done, total=len(starts), disable=shown, leave=False):
+    quiet = None if label else True  # None: a bar where somebody watches
+    for i in tqdm(starts[done:], label, initial=done, total=len(starts), disable=quiet, leave=False):
         if out: _append(part, batch(i))
         else: rows += batch(i)
     if not out: return write_jsonl(None, rows)
@@ -104,7 +104,7 @@ class Bench:
         self.about = _about(model, name, world, hub, revision)
         self._acts, self._steerers = {}, {}
 
-# %% ../nbs/14_runs.ipynb #dfe96904
+# %% ../nbs/14_runs.ipynb #be555e63
 def _about(model, name, world, hub, revision) -> dict:
     "What identifies a model: the bytes of its weights, and where they came from"
     name = name or Path(getattr(model.config, "_name_or_path", "") or "model").name
@@ -118,8 +118,10 @@ VARIES = "arm", "method", "params", "layer", "strength", "split", "seed"
 _USUAL = {"samples": 1, "stop": (), "max_length": None, "positions": "last"}
 
 @patch
-def config(self: Bench, method=None, layer=None, strength=None, params={}, split="val", seed=0, arm=None) -> dict:
-    "Everything that the numbers of a run depend on; the arguments are those of `run`"
+def config(self: Bench,
+    method=None, layer=None, strength=None, params={}, split="val", seed=0, arm=None,  # as of `run`
+) -> dict:
+    "Everything that the numbers of a run depend on"
     arm = arm or ("none" if method is None else "steer")
     unusual = {k: v for k, usual in _USUAL.items() if (v := getattr(self.task, k)) != usual}
     return dict(task=self.task.name, data=self.task.data, model=self.about,
@@ -132,19 +134,25 @@ def run_key(config: dict) -> str:
 
 # %% ../nbs/14_runs.ipynb #cf173967
 @patch
-def acts(self: Bench, fold: int, layer: int) -> torch.Tensor:  # (N+ + N-, d), wanted texts first
+def acts(self: Bench,
+    fold: int,  # number in `task.folds`
+    layer: int,
+) -> torch.Tensor:  # (N+ + N-, d), wanted texts first
     "Activations of the fold's texts at a layer; read once, kept on disk"
     if layer not in self._acts.get(fold, {}): self._read(fold, [layer])
     return self._acts[fold][layer]
 
 @patch
-def read_layers(self: Bench, layers):
+def read_layers(self: Bench,
+    layers: list,  # blocks, from 0
+):
     "Read the texts of every fold at several layers in one pass, which is cheaper than a pass for each"
     if layers: self._check_time()
     for fold in range(len(self.task.folds)):
         missing = sorted(set(layers) - self._acts.get(fold, {}).keys())
         if missing: self._read(fold, missing)
 
+# %% ../nbs/14_runs.ipynb #6fb3621f
 @patch
 def _read(self: Bench, fold, layers):
     texts = self.task.folds[fold].texts
@@ -157,9 +165,14 @@ def _collect(self: Bench, texts, layers, **how) -> dict:
         self.model, self.tokenizer, texts, layers, batch_size=self.batch_size, max_length=self.task.max_length,
         cache_dir=self.out/"activations", progress=sys.stderr.isatty(), **how)
 
-# %% ../nbs/14_runs.ipynb #b625bf0d
+# %% ../nbs/14_runs.ipynb #12cda1ce
 @patch
-def steerer(self: Bench, method, layer, params, fold=0):
+def steerer(self: Bench,
+    method: str,
+    layer: int,  # None for a method that acts on all blocks
+    params: dict,  # hyper-parameters, as `canonical_params` writes them
+    fold=0,  # whose texts it is fitted on
+):
     "The fitted steerer or controller (layer None); fitted once, and found again on disk"
     key = digest(json.dumps([self.task.data, self.about, method, layer, params, fold], sort_keys=True))
     if key not in self._steerers:
@@ -183,9 +196,12 @@ def _fit_method(self: Bench, method, layer, params, fold):
     fitted.about.update(layer=layer)
     return fitted
 
-# %% ../nbs/14_runs.ipynb #4c2df060
+# %% ../nbs/14_runs.ipynb #fa02ad87
 @patch
-def prompt_acts(self: Bench, fold: int, layer: int):  # (N+, d), or None where texts have no prompt
+def prompt_acts(self: Bench,
+    fold: int,  # number in `task.folds`
+    layer: int,
+):  # (N+, d), or None where texts have no prompt
     "Activations at the last prompt token of the fold's wanted texts, for methods that look from there"
     texts, split = self.task.folds[fold].texts.pos, self.task.split
     if split is not None: texts = [split(t) for t in texts]
@@ -193,7 +209,11 @@ def prompt_acts(self: Bench, fold: int, layer: int):  # (N+, d), or None where t
     return self._collect(texts, [layer], positions="prompt")[layer]
 
 @patch
-def strength(self: Bench, method, layer, strength, params={}, fold=0) -> dict:
+def strength(self: Bench,
+    method: str, layer: int,
+    strength: dict,  # also {"angle": degrees}, {"level": quantile, "share": longest way} or {"effort": e}
+    params={}, fold=0,
+) -> dict:  # what `steering` takes
     "A strength in units of `steering`: angles, levels and efforts become times, barrier values, shares, set-points"
     if "effort" in strength: return self.at_effort(method, layer, strength["effort"], params, fold)
     if set(strength) <= {"T", "share", "nats", "until"}: return strength
@@ -202,7 +222,9 @@ def strength(self: Bench, method, layer, strength, params={}, fold=0) -> dict:
 
 # %% ../nbs/14_runs.ipynb #aa2990eb
 @patch
-def displacement(self: Bench, method, layer, strength, params={}) -> dict:  # moved: share of the norm; angle: degrees
+def displacement(self: Bench,
+    method: str, layer: int, strength: dict, params={},  # as of `run`
+) -> dict:  # moved: share of the norm; angle: degrees
     "How far the fitted unwanted activations move, median over texts; nothing for a method that acts on all blocks"
     if not load_class(method).needs_layer: return {}
     a = self.acts(0, layer)[len(self.task.folds[0].texts.pos):]
@@ -212,8 +234,11 @@ def displacement(self: Bench, method, layer, strength, params={}) -> dict:  # mo
     return {"moved": share.median().item(), "angle": math.degrees(cosine.acos().median())}
 
 @patch
-def effort(self: Bench, method, layer, strength, params, rows) -> float:
-    "Mean size of what is added over that of the activation, along up to 64 answers (rows of a run) of one fold"
+def effort(self: Bench,
+    method: str, layer: int, strength: dict, params: dict,  # as of `run`
+    rows: list,  # of `answers.jsonl` of a run; the first 64 of the first fold are read
+) -> float:
+    "Mean size of what is added over that of the activation, along answers"
     fold = rows[0]["fold"]
     rows = [r for r in rows if r["fold"] == fold][:64]
     found = measure_effort(
@@ -300,7 +325,7 @@ def _alone(path):
         yield
     Path(path).unlink(missing_ok=True)
 
-# %% ../nbs/14_runs.ipynb #dd835fad
+# %% ../nbs/14_runs.ipynb #abe67884
 @patch
 def _run(self: Bench, path, config):
     "Answer, judge, summarise; each file is left alone where it is whole"
@@ -321,7 +346,7 @@ def _run(self: Bench, path, config):
     write_atomic(path/"summary.json", json.dumps(summary, indent=1))
     (path/"judged.jsonl").unlink()
 
-# %% ../nbs/14_runs.ipynb #6d285626
+# %% ../nbs/14_runs.ipynb #9bdda57e
 @patch
 def _summary(self: Bench, config, answers, scores) -> dict:
     "Means of the scores, speed, and how far and how hard activations were pushed"
@@ -365,7 +390,7 @@ def _steered(self: Bench, config, fold):
     steerer = self.steerer(method, layer, params, fold)
     return ods.steering(self.model, steerer, layer=layer, positions=self.task.positions, **strength)
 
-# %% ../nbs/14_runs.ipynb #ed04d406
+# %% ../nbs/14_runs.ipynb #143d81ef
 @patch
 def _answers(self: Bench, config, items, i) -> list:
     "Rows of one batch of answers"
@@ -385,7 +410,7 @@ def _answers(self: Bench, config, items, i) -> list:
 
 def _cut(answer, stops): return min((answer.split(s)[0] for s in stops), key=len, default=answer)
 
-# %% ../nbs/14_runs.ipynb #10d769ff
+# %% ../nbs/14_runs.ipynb #b0a8de7d
 @patch
 def _choose(self: Bench, prompts, texts) -> list:
     "For each prompt the choice with the highest log-probability"
@@ -409,10 +434,13 @@ def _judged(self: Bench, config, items, answers, i) -> list:
     columns = {m: [None if np.isnan(x) else float(x) for x in np.asarray(xs, float)] for m, xs in scores.items()}
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
-# %% ../nbs/14_runs.ipynb #be8a4aa7
+# %% ../nbs/14_runs.ipynb #34b06cd1
 @patch
-def repeated(self: Bench, repeats, *args, **kwargs) -> Run:
-    "A run with the seeds 0, 1, ...: the scores of an item are their means; arguments as of `run`"
+def repeated(self: Bench,
+    repeats: int,  # how many seeds: 0, 1, ...
+    *args, **kwargs,  # of `run`
+) -> Run:
+    "Runs with several seeds as one: the scores of an item are their means"
     runs = [self.run(*args, seed=s, **kwargs) for s in range(repeats)]
     scores = {m: np.mean([r.scores[m] for r in runs], 0) for m in runs[0].scores}
     return Run(runs[0].key, runs[0].config, scores, runs[0].groups, runs[0].summary)
@@ -506,7 +534,7 @@ def strength_at(
         lo, hi = (x, hi) if tried[x] < wanted else (lo, x)
     return hi
 
-# %% ../nbs/14_runs.ipynb #f60fb085
+# %% ../nbs/14_runs.ipynb #503cc2f8
 def _least(measure, tried: dict, wanted, rounds) -> float:
     "The strength of least effort; where even that is more than wanted, look closer on both sides of it"
     for _ in range(rounds):
@@ -525,7 +553,11 @@ _EFFORT_POINTS = {"share": [0., .1, .2, .4, .8, 1.6, 3.2, 6.4],
                   "T": [-8., -4., -2., -1., 0., 1., 2., 4., 8., 16., 64., 256.]}
 
 @patch
-def at_effort(self: Bench, method, layer, wanted, params={}, fold=0) -> dict:
+def at_effort(self: Bench,
+    method: str, layer: int,
+    wanted: float,  # effort
+    params={}, fold=0,
+) -> dict:  # a share, or for a controller a set-point
     "The strength whose effort along unsteered answers to 32 validation prompts is the one wanted; kept in a file"
     params = {k: v for k, v in params.items() if k != "seed"}  # the same for every seed
     what = [self.task.data, self.about, self.task.decoding, method, layer, params, fold, wanted]
@@ -591,7 +623,7 @@ def rerun(
     if differ: raise ValueError("this would be another run than the config's: " + "; ".join(differ))
     return bench.run(**setting)
 
-# %% ../nbs/14_runs.ipynb #9f0da0b0
+# %% ../nbs/14_runs.ipynb #1b58164c
 def _micro_of(name):
     "The micro model of a name such as micro-speakers-0"
     found = re.fullmatch(r"micro-(\w+)-(\d+)", name)

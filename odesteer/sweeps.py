@@ -55,7 +55,7 @@ def stop_rule(
     at = f"{strengths[best]:.3g}" if best >= 0 else "no steering at all"
     return Stop(best, f"no guardrail stopped it up to {strengths[-1]:.3g}; best {task.primary} at {at}", ended=False)
 
-# %% ../nbs/15_sweeps.ipynb #9cc65ea2
+# %% ../nbs/15_sweeps.ipynb #c5798d03
 def _gain(task, groups, resamples, metric, before: Run, after: Run):
     "How much better a metric became, item by item, with its interval"
     way = task.better.get(metric, 1)
@@ -79,7 +79,7 @@ def _signed(gain, way) -> str:
     lo, hi = sorted((way*gain.lo, way*gain.hi))
     return f"{way*gain.value:+.3f} [{lo:+.3f}, {hi:+.3f}]"
 
-# %% ../nbs/15_sweeps.ipynb #dc04c310
+# %% ../nbs/15_sweeps.ipynb #acefe1a9
 @dataclass(frozen=True)
 class Search:
     "How layer and strength are chosen on validation, and with which seeds the choice is tested"
@@ -105,7 +105,7 @@ class Search:
         "The seeds of test runs"
         return list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
 
-# %% ../nbs/15_sweeps.ipynb #a745d73b
+# %% ../nbs/15_sweeps.ipynb #3ef7ff12
 def _as_strengths(grid) -> list: return [s if isinstance(s, dict) else {"share": s} for s in grid]
 def _value(strength: dict) -> float: return next(iter(strength.values()))
 
@@ -143,7 +143,7 @@ class Choice:
     why: str
     trials: list  # of `Trial`, in the order tried
 
-# %% ../nbs/15_sweeps.ipynb #4c6acf03
+# %% ../nbs/15_sweeps.ipynb #d194127c
 def sweep(
     bench: Bench,
     method: str,
@@ -183,12 +183,15 @@ def _read_choice(path) -> Choice:
     trials = [Trial(*t) for t in saved["trials"]]
     return Choice(saved["layer"], saved["strength"], saved["why"], trials)
 
-def auto_layers(model, most=8) -> list:
+def auto_layers(
+    model,
+    most: int = 8,  # layers to try
+) -> list:
     "All blocks of a small model; of a large one, some over the first three quarters, where steering works best"
     n = len(ods.decoder_layers(model))
     return list(range(n)) if n <= most else sorted({round(i) for i in np.linspace(n/8, 3*n/4, most)})
 
-# %% ../nbs/15_sweeps.ipynb #331f4c72
+# %% ../nbs/15_sweeps.ipynb #ff7e8d81
 def _choose(bench, method, params, layers, strengths, search) -> Choice:
     if load_class(method).needs_layer:
         bench.read_layers([k for k in layers if not bench.finished(method, k, strengths[0], params)])
@@ -211,7 +214,7 @@ def _choose(bench, method, params, layers, strengths, search) -> Choice:
     if stop.index < 0: return Choice(None, None, stop.why, trials)
     return Choice(layer, strengths[stop.index], stop.why, trials)
 
-# %% ../nbs/15_sweeps.ipynb #30a9eaa6
+# %% ../nbs/15_sweeps.ipynb #33717e3d
 class _Top(NamedTuple):
     "Where a climb ended"
     stop: Stop
@@ -276,7 +279,7 @@ def _benchmark_method(bench, method, search, params, curve, lm_eval):
     else: strengths = [t.strength for t in choice.trials]  # set-points that were never tried say nothing
     for strength in strengths: run(strength, canonical_params(method, {"seed": 0, **params}))
 
-# %% ../nbs/15_sweeps.ipynb #4dfa3f12
+# %% ../nbs/15_sweeps.ipynb #258fb972
 class Setting(NamedTuple):
     "A method with its place and strength"
     method: str
@@ -324,7 +327,7 @@ def _steering_of(bench, setting) -> dict:
 def _unusual_positions(bench) -> dict:
     return {} if bench.task.positions == "last" else {"positions": bench.task.positions}
 
-# %% ../nbs/15_sweeps.ipynb #9b5cc5ac
+# %% ../nbs/15_sweeps.ipynb #5a930907
 class Variant(NamedTuple):
     "An arm of a study: a method with what is changed"
     label: str
@@ -369,20 +372,20 @@ ABLATIONS = {
     "stop level": Study("walk on, or stop at a barrier level?", ("level",), [Variant("many steps")]),
 }
 
-# %% ../nbs/15_sweeps.ipynb #65d24502
+# %% ../nbs/15_sweeps.ipynb #f662a4ca
 _jacobians = {"A-LQR": {}, "A-LQR, A = I": {"jacobian": "identity"}}
 _setpoints = {s: {"setpoint": s} for s in ("uncentred", "centred")}
 _gains = {f"q/r = {q:g}": {"q": q, "qf": q} for q in (.1, 1., 10.)}
-_met = "effort", "best"  # where methods on one block and on all blocks can meet
+_across = "effort", "best"  # where methods on one block and on all blocks can meet
 ABLATIONS |= {
-    "closed loop": Study("does it pay to close the loop?", _met, [
+    "closed loop": Study("does it pay to close the loop?", _across, [
         Variant("one block (CAA)", "caa"), Variant("one block (ODESteer)"),
         Variant("every block, open loop (PID-AcT)", "pid-act"), Variant("P (ActAdd-LFS)", "actadd-lfs"),
         Variant("PID (S-PID)", "spid"), Variant("A-LQR", "alqr"), Variant("A-LQR lite", "alqr-feature"),
         Variant("barrier-driven", "barrier-lqr")], own=True),
-    "Jacobian": Study("is the Jacobian needed?", _met, _vary(_jacobians, "alqr")),
-    "set-point": Study("where does the set-point begin?", _met, _vary(_setpoints, "alqr")),
-    "gains": Study("how dear is a correction?", _met, _vary(_gains, "alqr"), coarse=True),
+    "Jacobian": Study("is the Jacobian needed?", _across, _vary(_jacobians, "alqr")),
+    "set-point": Study("where does the set-point begin?", _across, _vary(_setpoints, "alqr")),
+    "gains": Study("how dear is a correction?", _across, _vary(_gains, "alqr"), coarse=True),
 }
 
 # %% ../nbs/15_sweeps.ipynb #80526af4
@@ -416,7 +419,7 @@ def ablation_arms(
         arms.setdefault(arm_label(method, own), Arm(study, label, method, own, not arms, strengths))
     return list(arms.values())
 
-# %% ../nbs/15_sweeps.ipynb #8bbe1c5c
+# %% ../nbs/15_sweeps.ipynb #288cd076
 def _arm_params(method, changed, params) -> dict:
     "Hyper-parameters of an arm: what its kind shares, then what is changed"
     if not load_class(method).needs_layer: return params.get(method, {}) | changed
@@ -478,7 +481,7 @@ def compare_speed(
     write_atomic(path, json.dumps({"config": config, "ratios": ratios, "environment": environment(bench.model)}))
     return known | ratios
 
-# %% ../nbs/15_sweeps.ipynb #372e6d2f
+# %% ../nbs/15_sweeps.ipynb #6e7b6a87
 def _seconds(bench, tokens, setting=None) -> float:
     "Seconds for one batch of test prompts, greedily and always the same number of tokens; None: unsteered"
     prompts = [p.text for _, p in bench.task.prompts("test")[:bench.batch_size]]
@@ -503,7 +506,7 @@ def _ratios(seconds, arms: dict, rounds) -> dict:
         for name, setting in arms.items(): ratios[name].append(plain / seconds(setting))
     return ratios
 
-# %% ../nbs/15_sweeps.ipynb #2184d1a6
+# %% ../nbs/15_sweeps.ipynb #4dbd68a0
 def _known_ratios(folder, shared, settings) -> dict:
     "What was measured before under the same conditions"
     known = {}
@@ -514,7 +517,7 @@ def _known_ratios(folder, shared, settings) -> dict:
         known |= {name: saved["ratios"][name] for name, arm in arms.items() if settings.get(name) == arm}
     return known
 
-# %% ../nbs/15_sweeps.ipynb #36c77cb1
+# %% ../nbs/15_sweeps.ipynb #ddf2ce80
 #: studies that run on every task; the others only where units end in "truth"
 _EVERYWHERE = "closed loop",
 
@@ -542,7 +545,7 @@ class Plan:
         "method -> hyper-parameters, for a unit"
         return self.params.get(unit[0], self.params)
 
-# %% ../nbs/15_sweeps.ipynb #73a4b149
+# %% ../nbs/15_sweeps.ipynb #bae1e31f
 class Step(NamedTuple):
     "A piece of a plan"
     unit: tuple
@@ -566,7 +569,7 @@ def plan_steps(plan: Plan) -> list:  # of `Step`
         steps += [Step(unit, "study", s) for s in studies if unit[-1] == "truth" or s in _EVERYWHERE]
     return steps
 
-# %% ../nbs/15_sweeps.ipynb #bedafc63
+# %% ../nbs/15_sweeps.ipynb #b8c67e98
 def micro_bench(
     world: str, seed: int, axis: str,  # of `load_micro` and `micro_task`
     out="runs",  # folder for the runs
@@ -595,7 +598,7 @@ def run_plan(
             bench = make(*unit, out=out, deadline=deadline, on_run=lambda run: bar.set_postfix_str(run.key))
         _take_step(bench, step, plan)
 
-# %% ../nbs/15_sweeps.ipynb #4055d9b6
+# %% ../nbs/15_sweeps.ipynb #a31e4761
 def _take_step(bench, step: Step, plan: Plan):
     search, params = plan.search, plan.params_of(step.unit)
     if step.kind == "speed": compare_speed(bench, chosen(bench, plan.methods, search, params), plan.rounds)
@@ -680,7 +683,7 @@ _BASE_MODELS = {  # model, S-PID's kp, ki, kd, A-LQR's q, r, qf, set-points for 
 }
 PRESETS |= {f"alqr-{name}": _alqr(*settings) for name, settings in _BASE_MODELS.items()}
 
-# %% ../nbs/15_sweeps.ipynb #0607342f
+# %% ../nbs/15_sweeps.ipynb #2789615c
 def _refusal(model) -> dict:
     "Its settings for refusal, turned around as published: red-team evaluation"
     alqr, spid = dict(q=.2, r=7., qf=.2, n_texts=200, n_jacobian=50), dict(kp=.1, ki=.025, kd=.025)
@@ -726,7 +729,7 @@ def show_preset(
     if p.get("note"): lines.append(f"  note: {p['note']}")
     return "\n".join(lines)
 
-# %% ../nbs/15_sweeps.ipynb #87b5bd25
+# %% ../nbs/15_sweeps.ipynb #2a11b8f4
 def _words(options: dict) -> str:
     "Options as text; blanks are quoted, or nobody would see them"
     quoted = lambda v: repr(v) if isinstance(v, str) and not v.strip() else str(v)
@@ -746,7 +749,7 @@ def preset_params(
     def own(params): return params.get(task, {}) if params.keys() & preset["tasks"].keys() else params
     return {m: own(how["params"]) for m, how in preset["methods"].items()}
 
-# %% ../nbs/15_sweeps.ipynb #273ed74a
+# %% ../nbs/15_sweeps.ipynb #681353e7
 def preset_plan(
     name: str,  # of PRESETS
     tasks: list = None,  # some of the preset's; default: all
