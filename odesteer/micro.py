@@ -11,7 +11,6 @@ import math
 import os
 import random
 import re
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import resources
@@ -24,13 +23,13 @@ from torch import Tensor
 
 from .data import ContrastTexts, Prompt
 from .euler import make_steerer
-from .models import collect_activations, generate_text, steering
+from .models import collect_activations, generate_text, load_pretrained, no_progress_bars, steering
 
 # %% auto #0
 __all__ = ['ENTITIES', 'VALUES', 'JARGON', 'SPEAKERS', 'QUESTIONS', 'CLAIMS', 'EVASIONS', 'TONES', 'DETAILS', 'AXES', 'SAMPLING',
            'Fact', 'make_facts', 'Speaker', 'Manner', 'Persona', 'World', 'question', 'make_tokenizer',
-           'claim_patterns', 'Recipe', 'learning_rate', 'training_batch', 'new_model', 'train_step', 'no_progress_bars',
-           'cache_folder', 'train_micro', 'Micro', 'read_micro', 'load_micro', 'record_micro']
+           'claim_patterns', 'Recipe', 'learning_rate', 'training_batch', 'new_model', 'train_step', 'cache_folder',
+           'train_micro', 'Micro', 'read_micro', 'load_micro', 'record_micro']
 
 # %% ../nbs/06_micro.ipynb #aaaac534
 ENTITIES = {
@@ -476,16 +475,6 @@ def train_step(
     return loss.item()
 
 # %% ../nbs/06_micro.ipynb #6947fc7e
-@contextmanager
-def no_progress_bars():
-    "transformers shows a bar per file; for a file of two megabytes that is only noise"
-    from transformers.utils import logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try: yield
-    finally:
-        if shown: logging.enable_progress_bar()
-
 def _sha256(path: Path) -> str: return hashlib.sha256(path.read_bytes()).hexdigest()
 
 def _save(
@@ -591,14 +580,14 @@ def read_micro(
     folder: Path,  # what `train_micro` returned
 ) -> Micro:
     "Load a trained model after checking its files against their recorded hashes"
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
     again = f"delete the folder {folder} and train or install it again"
     try:
         provenance = json.loads((folder/"provenance.json").read_text())
         damaged = [name for name, digest in provenance["sha256"].items() if _sha256(folder/name) != digest]
     except (OSError, ValueError, KeyError) as e: raise ValueError(f"no micro model can be read from {folder} ({e}): {again}") from e
     if damaged: raise ValueError(f"{', '.join(damaged)} is not the file that was saved (its SHA-256 differs): {again}")
-    with no_progress_bars(): model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with no_progress_bars(): model = load_pretrained(folder, "LlamaForCausalLM", device="cpu", dtype=torch.float32)
     return Micro(model, PreTrainedTokenizerFast.from_pretrained(folder), World(provenance["world"]), provenance)
 
 # %% ../nbs/06_micro.ipynb #1a9fd56a
