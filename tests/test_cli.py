@@ -332,7 +332,7 @@ def test_few_prompts_and_prompts_that_were_fitted_on_are_no_benchmark_and_are_le
 
 
 def test_a_run_of_a_demo_on_your_texts_says_how_it_is_made_again(files, tiny, capsys):
-    line = ["demo", "--model", str(tiny), "--pairs", "pairs.jsonl", "--question", "q", "--prompts", "prompts.txt", "--method", "caa", "--max-new-tokens", "2", "--out", "o"]
+    line = ["demo", "--model", str(tiny), "--pairs", "pairs.jsonl", "--question", "q", "--prompts", "prompts.txt", "--prompt", "text", "--method", "caa", "--max-new-tokens", "2", "--out", "o"]
     assert main(line) == 0
     capsys.readouterr()
     run = next(Path("o/runs").glob("*/config.json"))
