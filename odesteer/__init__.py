@@ -9,7 +9,7 @@ _MODULES = {
     "barrier": "Barrier LinearBarrier GaussianBarrier ScoreBarrier AllOf implied_barrier certificate",
     "density": "PolynomialCountSketch RandomFourierFeatures IdentityFeatures DensityRatioBarrier barrier_quality",
     "ode": "integrate SOLVERS",
-    "models": "decoder_layers collect_activations steering generate_text score_continuations describe_site",
+    "models": "decoder_layers collect_activations steering generate_text score_continuations describe_site load_model",
     "data": "load_pairs check_pairs fit_steerer",
     "micro": "load_micro",
     "baselines": "",

@@ -11,8 +11,8 @@ import hashlib, json, os, re, warnings
 import numpy as np
 import torch
 from fastcore.basics import patch
-from .models import (Encoded, answer_starts, device_of, encode, evaluating, fingerprint, length_batches, pad_id, padded,
-                             score_continuations, steering_state, text_config, token_ids, truncated, unwrapped)
+from .models import (Encoded, answer_starts, device_of, encode, evaluating, fingerprint, length_batches, load_pretrained,
+                             pad_id, padded, score_continuations, steering_state, text_config, token_ids, truncated, unwrapped)
 
 # %% auto #0
 __all__ = ['BETTER', 'HARMFUL', 'JUDGES', 'distinct_n', 'empty_rate', 'repetition_rate', 'text_metrics', 'perplexity',
@@ -230,9 +230,7 @@ def get(self: ModelSource) -> tuple:
         at = dict(revision=self.identity["commit"]) if self.kind == "hub" else {}
         hub = {k: v for k, v in self.load.items() if k in _HUB}
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.given, **at, **hub)
-        model = getattr(transformers, self.auto).from_pretrained(self.given, **at, **self.load)
-        if "device_map" not in self.load: model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = model.eval()
+        self.model = load_pretrained(self.given, self.auto, **at, **self.load)
     return self.model, self.tokenizer
 
 @patch

@@ -12,7 +12,6 @@ import os
 import random
 import re
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import resources
@@ -25,13 +24,13 @@ from torch import Tensor
 
 from .data import SAMPLING, ContrastTexts, Prompt
 from .euler import make_steerer, write_atomic
-from .models import collect_activations, generate_text, steering
+from .models import collect_activations, generate_text, load_pretrained, no_progress_bars, steering
 
 # %% auto #0
 __all__ = ['ENTITIES', 'VALUES', 'JARGON', 'SPEAKERS', 'QUESTIONS', 'CLAIMS', 'EVASIONS', 'TONES', 'DETAILS', 'AXES', 'Fact',
            'make_facts', 'Speaker', 'Manner', 'Persona', 'World', 'question', 'make_tokenizer', 'Axis', 'Recipe',
-           'learning_rate', 'training_batch', 'new_model', 'train_step', 'no_progress_bars', 'cache_folder',
-           'train_micro', 'Micro', 'read_micro', 'load_micro', 'record_micro']
+           'learning_rate', 'training_batch', 'new_model', 'train_step', 'cache_folder', 'train_micro', 'Micro',
+           'read_micro', 'load_micro', 'record_micro']
 
 # %% ../nbs/06_micro.ipynb #aaaac534
 def _table(**texts: str) -> dict:  # key -> tuple of words
@@ -565,16 +564,6 @@ def train_step(
     return loss.item()
 
 # %% ../nbs/06_micro.ipynb #6947fc7e
-@contextmanager
-def no_progress_bars():
-    "transformers shows a bar per file; for a file of two megabytes that is only noise"
-    from transformers.utils import logging
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try: yield
-    finally:
-        if enabled: logging.enable_progress_bar()
-
 def _file_hash(path: Path) -> str:
     "SHA-256 of a file, in hexadecimal digits"
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -709,7 +698,7 @@ def read_micro(
     folder: Path,  # what `train_micro` returned
 ) -> Micro:
     "Load a trained model, or say in a ValueError which file is not the one that was saved"
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
     remedy = f"delete the folder {folder} and train or install it again"
     try:
         provenance = json.loads((folder/"provenance.json").read_text())
@@ -718,7 +707,7 @@ def read_micro(
         raise ValueError(f"no micro model can be read from {folder} ({e}): {remedy}") from e
     if damaged:
         raise ValueError(f"{', '.join(damaged)} is not the file that was saved (its SHA-256 differs): {remedy}")
-    with no_progress_bars(): model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with no_progress_bars(): model = load_pretrained(folder, "LlamaForCausalLM", device="cpu", dtype=torch.float32)
     return Micro(model, PreTrainedTokenizerFast.from_pretrained(folder), World(provenance["world"]), provenance)
 
 # %% ../nbs/06_micro.ipynb #1a9fd56a

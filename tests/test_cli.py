@@ -15,7 +15,8 @@ from odesteer import cli, runs, sweeps
 from odesteer.tasks import Fold
 from odesteer.sweeps import show_preset
 from odesteer.cli import main
-from odesteer.data import Pairs, check_pairs, cue_auc, load_pairs, read_rows
+from odesteer.euler import load_class
+from odesteer.data import Pairs, Prompt, check_pairs, cue_auc, fit_steerer, load_pairs, read_rows, sample
 
 DATA = os.environ.get("ODESTEER_DATA")
 real = pytest.mark.skipif(not DATA, reason="ODESTEER_DATA names no folder")
@@ -246,7 +247,7 @@ def test_demo_on_your_own_model(files, tiny, capsys):
                  "--max-new-tokens", "5", "--out", "o", "--show", "1"]) == 0
     out = capsys.readouterr().out
     assert "WITHOUT STEERING" in out and "perplexity (-)" in out and "tokens per second" in out
-    assert {p.name for p in Path("o").iterdir()} == {"demo.png", "answers.jsonl", "summary.json", "steerer"}
+    assert {p.name for p in Path("o").iterdir()} == {"demo.png", "answers.jsonl", "summary.json", "steerer", "runs"}
     summary = json.loads(Path("o/summary.json").read_text())
     assert summary["task"] == "your texts" and {r["metric"] for r in summary["table"]} >= {"perplexity", "dist2", "loops", "empty"}
     assert ods.load_steerer("o/steerer").about["layer"] == 1
@@ -290,11 +291,59 @@ def test_demo_repeats_itself(files, monkeypatch):
     assert Path("a/answers.jsonl").read_text() == Path("b/answers.jsonl").read_text()
 
 
+def test_an_interrupted_demo_goes_on_and_answers_as_the_library_does(files, monkeypatch, capsys):
+    whole, real_batch, made = cli.micro_task, runs.sample_batch, []
+    monkeypatch.setattr(cli, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 3, 10))
+
+    def dying(model, tokenizer, prompts, i, *args, **kw):
+        made.append(i)
+        if len(made) == 7: raise KeyboardInterrupt  # in the second batch of the unsteered test run
+        return real_batch(model, tokenizer, prompts, i, *args, **kw)
+    monkeypatch.setattr(runs, "sample_batch", dying)
+    line = ["demo", "--method", "caa", "--share", ".3", "--layer", "1", "--seed", "2", "--batch-size", "6", "--top-p", ".8", "--max-new-tokens", "7", "--out", "o"]
+    assert main(line) == 130 and not Path("o/summary.json").exists()
+    assert main(line) == 0 and made == [0]*5 + [0, 6] + [6, 0, 6]
+    assert main(line) == 0 and len(made) == 10  # all is read
+    lm = ods.load_micro()
+    task = shorter(whole(lm, "truth"), 3, 10)
+    fold, = task.folds
+    prompts, settings = [p.text for p in fold.test], dict(seed=2, batch_size=6, max_new_tokens=7, temperature=.7, top_p=.8)
+    steerer = fit_steerer(lm.model, lm.tokenizer, fold.texts, "caa", 1, 6)
+    plain = sample(lm.model, lm.tokenizer, prompts, **settings)
+    with ods.steering(lm.model, steerer, layer=1, share=.3): steered = sample(lm.model, lm.tokenizer, prompts, **settings)
+    assert [(r["prompt"], r["unsteered"], r["steered"]) for r in read_rows("o/answers.jsonl")] == list(zip(prompts, plain, steered))
+    assert ods.load_steerer("o/steerer").card == steerer.card | {"about": steerer.about | {"template": "Q: {question}\nA: {answer}"}}
+
+
+def test_few_prompts_and_prompts_that_were_fitted_on_are_no_benchmark_and_are_let_through(tiny):
+    model, tokenizer = cli.load_model(str(tiny))
+    def pairs(): return Pairs(["Q: a\nA: yes"], ["Q: a\nA: no"], ["a"], ["a"])
+    few = [Prompt("Q: a\nA:", "a"), Prompt("Q: b\nA:", "b")]
+    task = cli.user_task(model, tokenizer, pairs(), few, max_new_tokens=3)
+    fold, = task.folds
+    assert fold.val == fold.test == few and task.data["parts"] == "not checked" and task.decoding["max_new_tokens"] == 3
+    with pytest.raises(ValueError): Fold(pairs(), few, few).check()
+    many = [Prompt(str(i), str(i)) for i in range(9)]
+    fold, = cli.user_task(model, tokenizer, pairs(), many).folds
+    assert fold.val == many[::4] and fold.test == [p for p in many if p not in fold.val]
+    other = pairs()
+    other.pos_groups[0] = "c"
+    assert len({cli.user_task(model, tokenizer, *x).data["sha256"] for x in ((pairs(), few), (pairs(), few[:1]), (other, few), (pairs(), many))}) == 4
+
+
+def test_a_run_of_a_demo_on_your_texts_says_how_it_is_made_again(files, tiny, capsys):
+    line = ["demo", "--model", str(tiny), "--pairs", "pairs.jsonl", "--question", "q", "--prompts", "prompts.txt", "--prompt", "text", "--method", "caa", "--max-new-tokens", "2", "--out", "o"]
+    assert main(line) == 0
+    capsys.readouterr()
+    run = next(Path("o/runs").glob("*/config.json"))
+    assert "run odesteer demo again" in fails(capsys, "bench", run, "--model", tiny)
+
+
 def test_committed_choices_are_possible():
     from odesteer.micro import AXES, Recipe
     found = {(a, m): cli.committed_choice(a, m) for a in AXES for m in cli.METHODS}
     for (_, m), (layer, strength) in found.items():
-        if cli.feedback(m): assert layer is None and (strength is None or set(strength) == {"T"})
+        if not load_class(m).needs_layer: assert layer is None and (strength is None or set(strength) == {"T"})
         else: assert 0 <= layer < Recipe.layers and (strength is None or 0 < strength["share"] <= 2)
     assert all(found[a, m][1] for a in AXES for m in ("caa", "odesteer")) and len(set(map(str, found.values()))) > 3
 
@@ -413,6 +462,40 @@ def test_a_plan_is_a_comparison_in_one_file(files, capsys, monkeypatch):
     assert plans[0] == plans[1] and plans[0][0].params["speakers"]["odesteer"] == {"n_components": 2000, "gamma": 10}
     assert main(["bench", "plan.json", "--methods", "repe", "--out", "there"]) == 0
     assert plans[2] == (replace(plans[0][0], methods=["repe"]), "there", 5)
+
+
+@pytest.mark.parametrize("shell, plan", [
+    ([], {}),
+    (["micro-truth"], dict(tasks="micro-truth")),
+    (["--methods", "caa, iti", "--T", "2,1.5", "--layers", "3,-1"], dict(methods=["caa", "iti"], T=[2, 1.5], layers=[3, -1])),
+    (["--methods", "all", "--T", "auto", "--layers", "auto"], dict(methods="all", T="auto", layers=None, quick=False)),
+    (["--quick", "--ablations", "all", "--seeds", "2", "--part", "2/3"], dict(quick=True, ablations="all", seeds=2, part="2/3")),
+    (["--quick", "--ablations", "all", "--seeds", "2", "--part", "2/3"], dict(quick=True, ablations=["all"], seeds="2", part=[2, 3])),
+    (["--option", "seed=1", "--option", "target=chess"], dict(option={"seed": 1, "target": "chess"})),
+    (["--option", "seed=1", "--option", "target=chess"], dict(option=["seed=1", "target=chess"])),
+    (["--data", "a.csv,b.csv", "--lm-eval", "mmlu,arc", "--lm-eval-path", "d", "--batch-size", "8"], dict(data=["a.csv", "b.csv"], lm_eval=["mmlu", "arc"], lm_eval_path="d", batch_size=8)),
+    (["--world", "experts", "--minutes", ".5", "--allow", "1", "--dtype", "float16"], dict(world="experts", minutes=.5, allow=1, dtype="float16")),
+])
+def test_options_are_the_same_from_a_shell_and_from_json(shell, plan):
+    o = cli.bench_options(vars(cli.parser().parse_args(["bench", *shell])))
+    assert o == cli.bench_options(json.loads(json.dumps(plan))) and (shell or o == cli.BenchOptions())
+
+
+@pytest.mark.parametrize("plan, words", [
+    (dict(seeds=0), "argument --seeds: '0' is not a whole number from 1 on (see odesteer bench --help)"),
+    (dict(minutes="much"), "argument --minutes: 'much' is not a number above 0"),
+    (dict(world="flat"), "argument --world: invalid choice: 'flat' (choose from speakers, experts)"),
+    (dict(quick=1), "argument --quick: 1 is neither true nor false"),
+    (dict(shares=[.2, "nan"]), "--shares 0.2,nan: write numbers with commas between, such as --shares 0.2,0.4"),
+    (dict(layers=[1.5]), "--layers 1.5: write numbers with commas between, such as --layers 8,13"),
+    (dict(params=[1]), "--params 1: write it as JSON by method"),
+    (dict(part=[3, 2]), "--part 3,2: write it as i/n"),
+    (dict(tasks=["micro"], methods=["magic"]), "there is no method 'magic'"),
+    (dict(tasks=["concept"], model="MODEL", data=["a.csv"], option={"colour": "red"}), "--option colour=red: write it as NAME=VALUE; concept has target, definition"),
+])
+def test_mistakes_in_a_plan_are_told_as_on_the_command_line(files, tiny, capsys, plan, words):
+    Path("plan.json").write_text(json.dumps({k: str(tiny) if v == "MODEL" else v for k, v in plan.items()}))
+    assert words in fails(capsys, "bench", "plan.json")
 
 
 def test_a_run_on_a_model_and_a_file_is_made_again(files, tiny, capsys):
