@@ -89,29 +89,47 @@ def count_layers(
 # %% ../nbs/04_models.ipynb #6b8ebe5b
 def decoder_layers(
     model,  # a causal language model
-    name: str = None,  # dotted name of the list of blocks, such as "transformer.h", where the search finds none or the wrong one
+    name: str = None,  # dotted name of the list of blocks, such as "transformer.h", where the search fails
 ) -> nn.ModuleList:  # the decoder blocks, first to last
     "The decoder blocks of a model: the list directly below the decoder that has one entry per hidden layer"
     model = unwrapped(model)
-    if not isinstance(model, nn.Module): raise TypeError(f"the model must be a transformers model; got {type(model).__name__}{' (are model and tokenizer swapped?)' if hasattr(model, 'decode') else ''}")
+    if not isinstance(model, nn.Module):
+        hint = _SWAPPED if hasattr(model, "decode") else ""
+        raise TypeError(f"the model must be a transformers model; got {type(model).__name__}{hint}")
     if name is not None: return _named_blocks(model, name)
-    if getattr(model.config, "is_encoder_decoder", False): raise ValueError(f"{type(model).__name__} has an encoder and a decoder; only decoder-only models can be read and steered")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} has an encoder and a decoder; "
+                         "only decoder-only models can be read and steered")
     depth, decoder = text_config(model).num_hidden_layers, _decoder(model)
     found = {k: m for k, m in decoder.named_children() if isinstance(m, nn.ModuleList) and len(m) == depth}
     usual = [m for k, m in found.items() if len(found) == 1 or k in ("layers", "h")]
     if len(usual) == 1: return usual[0]
+    lists = _block_lists(model)
     raise ValueError(f"found {len(found)} lists of {depth} blocks below {type(decoder).__name__}: name the right one, "
-                     f"such as blocks={_block_lists(model)[0]!r}; this model has the lists {', '.join(_block_lists(model))}")
+                     f"such as blocks={lists[0]!r}; this model has the lists {', '.join(lists)}")
 
 # %% ../nbs/04_models.ipynb #88aa72f7
-def unwrapped(model): return getattr(model, "_orig_mod", model)  # torch.compile(model) is a wrapper; hooks and generate live on what it wraps
-def text_config(model): return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-def _block_lists(model): return [k for k, m in model.named_modules() if isinstance(m, nn.ModuleList)] or ["(no list at all)"]
+_SWAPPED = " (are model and tokenizer swapped?)"
+
+def unwrapped(
+    model,  # a model, or what torch.compile made of it
+) -> nn.Module:  # the model itself: hooks and `generate` live on what torch.compile wraps
+    "The model inside the wrapper of torch.compile"
+    return getattr(model, "_orig_mod", model)
+
+def text_config(
+    model,  # a model of transformers
+):  # its configuration; of a model for text and images, the part for text
+    "The configuration that says how many blocks there are and how wide"
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 
 def _decoder(model):
     "The module that holds the blocks; older transformers answer with the model itself where they do not know"
     found = model.get_decoder() if hasattr(model, "get_decoder") else None
     return getattr(model, "base_model", model) if found is None or found is model else found
+
+def _block_lists(model):
+    return [k for k, m in model.named_modules() if isinstance(m, nn.ModuleList)] or ["(no list at all)"]
 
 def _named_blocks(model, name):
     try: blocks = model.get_submodule(name)
@@ -119,14 +137,21 @@ def _named_blocks(model, name):
     if isinstance(blocks, nn.ModuleList): return blocks
     raise ValueError(f"{type(model).__name__} has no list of blocks named {name!r}: it has {', '.join(_block_lists(model))}")
 
-def layer_index(blocks, layer) -> int:
-    "The 0-based index of a layer that may count from the end, or one clear error"
+# %% ../nbs/04_models.ipynb #bc3594ef
+def layer_index(
+    blocks,  # the decoder blocks, see `decoder_layers`
+    layer: int,  # from 0, or from -1 for the last
+) -> int:  # from 0
+    "The index of a block, or one clear error: TypeError for what is no integer, ValueError for a block that is not there"
     if isinstance(layer, bool) or not isinstance(layer, int): raise TypeError(f"a layer is an integer; got {layer!r}")
-    if not -len(blocks) <= layer < len(blocks):
-        raise ValueError(f"layer {layer} does not exist: this model has {len(blocks)} blocks, 0 to {len(blocks) - 1} (or -1 for the last)")
-    return layer % len(blocks)
+    n = len(blocks)
+    if not -n <= layer < n:
+        raise ValueError(f"layer {layer} does not exist: this model has {n} blocks, 0 to {n - 1} (or -1 for the last)")
+    return layer % n
 
-def device_of(module) -> torch.device:
+def device_of(
+    module: nn.Module,  # a model or a part of it
+) -> torch.device:
     "Where a module computes; accelerate may keep its weights elsewhere until they are needed"
     where = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if where is not None: return torch.device(where)
@@ -144,14 +169,18 @@ def encode(
     tokenizer,  # of the model
     texts,  # list of str, chats (lists of {"role", "content"}), or pairs (prompt, answer) whose prompt is either
 ) -> list[Encoded]:
-    "Token ids of texts, with a single beginning-of-sequence token"
-    if isinstance(tokenizer, nn.Module) or not callable(tokenizer): raise TypeError(f"the tokenizer must be that of the model; got {type(tokenizer).__name__}{' (are model and tokenizer swapped?)' if isinstance(tokenizer, nn.Module) else ''}")
-    if isinstance(texts, (str, dict)) or not hasattr(texts, "__len__"): raise TypeError(f"texts must be a list of texts; got {type(texts).__name__}: wrap a single text in [ ]")
+    "Token ids of texts, with a single beginning-of-sequence token; an empty prompt or answer is a ValueError"
+    if isinstance(tokenizer, nn.Module) or not callable(tokenizer):
+        hint = _SWAPPED if isinstance(tokenizer, nn.Module) else ""
+        raise TypeError(f"the tokenizer must be that of the model; got {type(tokenizer).__name__}{hint}")
+    if isinstance(texts, (str, dict)) or not hasattr(texts, "__len__"):
+        raise TypeError(f"texts must be a list of texts; got {type(texts).__name__}: wrap a single text in [ ]")
     if len(texts) == 0: raise ValueError("texts is empty: give at least one text")
     coded = [_encode(tokenizer, t, i) for i, t in enumerate(texts)]
-    for i, e in enumerate(coded):
-        if len(e.ids) == 0 or (e.answer == 0 and _is_pair(texts[i])): raise ValueError(f"text {i} ({texts[i]!r}) has an empty prompt: there is no token to read or steer")
-        if e.answer == len(e.ids): raise ValueError(f"text {i} ({texts[i]!r}) has an empty answer")
+    for i, (text, e) in enumerate(zip(texts, coded)):
+        if len(e.ids) == 0 or (e.answer == 0 and _is_pair(text)):
+            raise ValueError(f"text {i} ({text!r}) has an empty prompt: there is no token to read or steer")
+        if e.answer == len(e.ids): raise ValueError(f"text {i} ({text!r}) has an empty answer")
     return coded
 
 # %% ../nbs/04_models.ipynb #4206f2c5
@@ -172,13 +201,23 @@ def _as_text(tokenizer, text, i) -> tuple:
     if isinstance(text, str):
         bos = getattr(tokenizer, "bos_token", None)
         return text, not (bos and text.startswith(bos))
-    if not _is_chat(text): raise TypeError(f"text {i} must be a str, a chat (list of {{'role', 'content'}}) or a pair (prompt, answer); got {text!r}")
-    if not getattr(tokenizer, "chat_template", None): raise ValueError(f"text {i} is a chat, but this tokenizer has no chat template: give plain text, or set tokenizer.chat_template")
-    # a chat that ends with an answer stops at the last token of that answer: what a template puts behind it says nothing about the answer
+    if not _is_chat(text):
+        raise TypeError(f"text {i} must be a str, a chat (list of {{'role', 'content'}}) or a pair (prompt, answer); got {text!r}")
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"text {i} is a chat, but this tokenizer has no chat template: "
+                         "give plain text, or set tokenizer.chat_template")
+    # a chat that ends with an answer stops at the last token of that answer:
+    # what a template puts behind it says nothing about the answer
     ends = dict(continue_final_message=True) if text[-1]["role"] == "assistant" else dict(add_generation_prompt=True)
     return tokenizer.apply_chat_template(list(text), tokenize=False, **ends), False
 
-def token_ids(tokenizer, text, special): return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+def token_ids(
+    tokenizer,  # of the model
+    text: str,
+    special: bool,  # add the beginning-of-sequence token and whatever else the tokenizer adds
+) -> list:  # of int
+    "Token ids of one plain text"
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
 
 # %% ../nbs/04_models.ipynb #e20fbc8f
 def padded(
