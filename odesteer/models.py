@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['no_progress_bars', 'load_pretrained', 'load_model', 'count_layers', 'decoder_layers', 'unwrapped', 'text_config',
            'layer_index', 'device_of', 'Encoded', 'encode', 'token_ids', 'padded', 'pad_id', 'truncated', 'evaluating',
-           'length_batches', 'fingerprint', 'steering_state', 'answer_starts', 'ActivationCache', 'collect_activations',
-           'steered_positions', 'Prompt', 'Steering', 'steering', 'generate_text', 'score_encoded',
-           'score_continuations', 'describe_site']
+           'length_batches', 'fingerprint', 'is_steered', 'answer_starts', 'ActivationCache', 'collect_activations',
+           'steered_positions', 'Steering', 'steering', 'generate_text', 'score_encoded', 'score_continuations',
+           'describe_site']
 
 # %% ../nbs/04_models.ipynb #72de7520
 import hashlib
@@ -42,15 +42,15 @@ def no_progress_bars():
 def load_pretrained(
     name,  # a folder, or an id on the hub
     auto: str = "AutoModelForCausalLM",  # class of transformers that loads it
-    device: str = None,  # default: a GPU if there is one; with `device_map=`, the model stays where that puts it
+    device: str = None,  # default: a GPU if there is one; `device_map=` decides instead where it is given
     **kwargs,  # of `from_pretrained`: revision, dtype, device_map, quantization_config, cache_dir, ...
 ) -> nn.Module:  # the model, in evaluation mode
     "A model of any class of transformers; what `from_pretrained` raises passes through"
     import transformers
     with nullcontext() if sys.stderr.isatty() else no_progress_bars():
         model = getattr(transformers, auto).from_pretrained(name, **kwargs)
-    if "device_map" not in kwargs: model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model.eval()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return (model if "device_map" in kwargs else model.to(device)).eval()
 
 # %% ../nbs/04_models.ipynb #a441cdf8
 def load_model(
@@ -66,7 +66,8 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         model = load_pretrained(name, device=device, revision=revision, dtype=dtype)
     except (OSError, ValueError, KeyError) as e:
-        raise ValueError(f"{name} could not be loaded as a causal language model with its tokenizer: {_first_line(e)}") from e
+        raise ValueError(f"{name} could not be loaded as a causal language model with its tokenizer: "
+                         f"{_first_line(e)}") from e
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
@@ -83,7 +84,8 @@ def count_layers(
         raise ValueError(f"no folder {name}")
     try: config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as e:
-        raise ValueError(f"{name} is neither a folder with a model nor an id that the hub could give: {_first_line(e)}") from None
+        raise ValueError(f"{name} is neither a folder with a model nor an id that the hub could give: "
+                         f"{_first_line(e)}") from None
     return config.get_text_config().num_hidden_layers
 
 # %% ../nbs/04_models.ipynb #6b8ebe5b
@@ -135,14 +137,15 @@ def _named_blocks(model, name):
     try: blocks = model.get_submodule(name)
     except AttributeError: blocks = None
     if isinstance(blocks, nn.ModuleList): return blocks
-    raise ValueError(f"{type(model).__name__} has no list of blocks named {name!r}: it has {', '.join(_block_lists(model))}")
+    lists = ", ".join(_block_lists(model))
+    raise ValueError(f"{type(model).__name__} has no list of blocks named {name!r}: it has {lists}")
 
 # %% ../nbs/04_models.ipynb #bc3594ef
 def layer_index(
     blocks,  # the decoder blocks, see `decoder_layers`
     layer: int,  # from 0, or from -1 for the last
 ) -> int:  # from 0
-    "The index of a block, or one clear error: TypeError for what is no integer, ValueError for a block that is not there"
+    "The index of a block; TypeError for what is no integer, ValueError for a block that does not exist"
     if isinstance(layer, bool) or not isinstance(layer, int): raise TypeError(f"a layer is an integer; got {layer!r}")
     n = len(blocks)
     if not -n <= layer < n:
@@ -196,21 +199,6 @@ def _encode(tokenizer, text, i=0) -> Encoded:
         return Encoded(whole, len(head))
     return Encoded(token_ids(tokenizer, *_as_text(tokenizer, text, i)))
 
-def _as_text(tokenizer, text, i) -> tuple:
-    "A text, and whether the tokenizer must still add its special tokens"
-    if isinstance(text, str):
-        bos = getattr(tokenizer, "bos_token", None)
-        return text, not (bos and text.startswith(bos))
-    if not _is_chat(text):
-        raise TypeError(f"text {i} must be a str, a chat (list of {{'role', 'content'}}) or a pair (prompt, answer); got {text!r}")
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"text {i} is a chat, but this tokenizer has no chat template: "
-                         "give plain text, or set tokenizer.chat_template")
-    # a chat that ends with an answer stops at the last token of that answer:
-    # what a template puts behind it says nothing about the answer
-    ends = dict(continue_final_message=True) if text[-1]["role"] == "assistant" else dict(add_generation_prompt=True)
-    return tokenizer.apply_chat_template(list(text), tokenize=False, **ends), False
-
 def token_ids(
     tokenizer,  # of the model
     text: str,
@@ -218,6 +206,23 @@ def token_ids(
 ) -> list:  # of int
     "Token ids of one plain text"
     return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+# %% ../nbs/04_models.ipynb #af73a473
+def _as_text(tokenizer, text, i) -> tuple:
+    "A text, and whether the tokenizer must still add its special tokens"
+    if isinstance(text, str):
+        bos = getattr(tokenizer, "bos_token", None)
+        return text, not (bos and text.startswith(bos))
+    if not _is_chat(text):
+        raise TypeError(f"text {i} must be a str, a chat (list of {{'role', 'content'}}) "
+                        f"or a pair (prompt, answer); got {text!r}")
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"text {i} is a chat, but this tokenizer has no chat template: "
+                         "give plain text, or set tokenizer.chat_template")
+    # a chat that ends with an answer stops at the last token of that answer:
+    # what a template puts behind it says nothing about the answer
+    ends = dict(continue_final_message=True) if text[-1]["role"] == "assistant" else dict(add_generation_prompt=True)
+    return tokenizer.apply_chat_template(list(text), tokenize=False, **ends), False
 
 # %% ../nbs/04_models.ipynb #e20fbc8f
 def padded(
@@ -228,30 +233,45 @@ def padded(
 ) -> dict:  # input_ids and attention_mask, (batch, longest)
     "A batch of texts of different lengths"
     width = max(len(e.ids) for e in coded)
-    def row(values, fill): gap = [fill] * (width - len(values)); return values + gap if side == "right" else gap + values
+    def row(values, fill):
+        gap = [fill] * (width - len(values))
+        return values + gap if side == "right" else gap + values
     return dict(input_ids=torch.tensor([row(e.ids, pad) for e in coded], device=device),
                 attention_mask=torch.tensor([row([1] * len(e.ids), 0) for e in coded], device=device))
 
 # %% ../nbs/04_models.ipynb #17cda54f
-def pad_id(tokenizer):
+def pad_id(
+    tokenizer,  # of the model
+) -> int:
     "What fills the gaps is masked, so any token will do where the tokenizer has none for it"
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
-def truncated(coded, model, max_length):
-    "Texts that are too long lose tokens after the first, if the caller gave a limit; else an error"
-    if max_length is not None and max_length < 2: raise ValueError(f"max_length must be 2 tokens or more; got {max_length!r}")
+def truncated(
+    coded: list,  # of Encoded
+    model,  # a causal language model
+    max_length: int = None,  # tokens of a text at most; without it, a text beyond the model's context is a ValueError
+) -> list:  # of Encoded; a text that is too long keeps its first token and its last ones
+    "Texts that fit into the model; where some are cut, a warning says how many"
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length must be 2 tokens or more; got {max_length!r}")
     limit = max_length or getattr(text_config(model), "max_position_embeddings", None)
     long = [i for i, e in enumerate(coded) if limit and len(e.ids) > limit]
-    if long and max_length is None:
-        raise ValueError(f"text {long[0]} has {len(coded[long[0]].ids)} tokens, but the model's context is {limit} ({len(long)} of {len(coded)} texts are too long): "
-                         f"shorten them, or pass max_length= to keep the first token and the last ones of each")
-    if long: warnings.warn(f"{len(long)} of {len(coded)} texts were longer than {limit} tokens; tokens after the first were cut off", stacklevel=3)
-    return [_shortened(e, limit, i) for i, e in enumerate(coded)] if long else coded
+    if not long: return coded
+    if max_length is None:
+        raise ValueError(f"text {long[0]} has {len(coded[long[0]].ids)} tokens, but the model's context is {limit} "
+                         f"({len(long)} of {len(coded)} texts are too long): shorten them, "
+                         "or pass max_length= to keep the first token and the last ones of each")
+    warnings.warn(f"{len(long)} of {len(coded)} texts were longer than {limit} tokens; "
+                  "tokens after the first were cut off", stacklevel=3)
+    return [_shortened(e, limit, i) for i, e in enumerate(coded)]
 
+# %% ../nbs/04_models.ipynb #3d1071ab
 def _shortened(e, limit, i):
-    "The last tokens of a text, still behind the first one: models expect their beginning-of-sequence token, and answer oddly without it"
+    "The last tokens of a text, behind its first: models expect their beginning-of-sequence token, and answer oddly without"
     cut = max(len(e.ids) - limit, 0)
-    if e.answer and cut >= e.answer - 1: raise ValueError(f"the answer of text {i} has {len(e.ids) - e.answer} tokens, which leaves no room for its prompt in {limit}: raise max_length, or shorten the answer")
+    if e.answer and cut >= e.answer - 1:
+        raise ValueError(f"the answer of text {i} has {len(e.ids) - e.answer} tokens, which leaves no room "
+                         f"for its prompt in {limit}: raise max_length, or shorten the answer")
     return Encoded(e.ids[:1] + e.ids[1 + cut:], e.answer and e.answer - cut)
 
 # %% ../nbs/04_models.ipynb #b1061507
@@ -285,15 +305,19 @@ def _spans(
     if positions == "last": return [(len(e.ids) - 1, len(e.ids)) for e in coded]
     if positions == "prompt": return [((e.answer or len(e.ids)) - 1, e.answer or len(e.ids)) for e in coded]
     if positions in ("mean", "all"): return [(e.answer, len(e.ids)) for e in coded]
-    if isinstance(positions, bool) or not isinstance(positions, int): raise ValueError(f"positions must be 'last', 'prompt', 'mean', 'all' or an index; got {positions!r}")
-    short = [i for i, e in enumerate(coded) if not -len(e.ids) <= positions < len(e.ids)]
-    if short: raise ValueError(f"text {short[0]} has {len(coded[short[0]].ids)} tokens, so it has none at position {positions}")
-    return [(positions % len(e.ids), positions % len(e.ids) + 1) for e in coded]
+    if isinstance(positions, bool) or not isinstance(positions, int):
+        raise ValueError(f"positions must be 'last', 'prompt', 'mean', 'all' or an index; got {positions!r}")
+    lengths = [len(e.ids) for e in coded]
+    for i, n in enumerate(lengths):
+        if not -n <= positions < n: raise ValueError(f"text {i} has {n} tokens, so it has none at position {positions}")
+    return [(positions % n, positions % n + 1) for n in lengths]
 
 # %% ../nbs/04_models.ipynb #8ad26537
 @contextmanager
-def evaluating(model):
-    "No dropout and no gradient; every module's own mode comes back"
+def evaluating(
+    model,  # any module
+):
+    "Inside, no dropout and no gradient; every module's own mode comes back"
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -301,8 +325,11 @@ def evaluating(model):
     finally:
         for m, mode in modes: m.training = mode
 
-def length_batches(lengths, size):
-    "Rows in batches of similar length, the longest first: little padding, and memory that does not suffice shows at once"
+def length_batches(
+    lengths: list,  # of each text, in tokens
+    size: int,  # texts of a batch
+) -> list:  # of lists of indices; every text once
+    "Batches of similar length, the longest first: little padding, and memory that does not suffice shows at once"
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i:i + size] for i in range(0, len(order), size)]
 
@@ -310,28 +337,44 @@ def length_batches(lengths, size):
 def fingerprint(
     model,  # any transformers model
 ) -> str:
-    "A hash of a model's configuration and of all its weights, from exact integer sums over rows and columns of their bits"
+    "A hash of a model's configuration and of all its weights, from exact integer sums over rows and columns of bits"
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a weight
     sha = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, w in model.state_dict().items():
         sha.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
         if w.device.type == "meta" or w.numel() == 0: continue
-        bits = w.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[w.element_size()]).reshape(len(w) if w.ndim else 1, -1)
+        bits = w.view(integers[w.element_size()]).reshape(len(w) if w.ndim else 1, -1)
         for dim in (0, 1): sha.update(bits.sum(dim, dtype=torch.int64).cpu().numpy().tobytes())
     return sha.hexdigest()
 
 # %% ../nbs/04_models.ipynb #5b3076dc
 class _Watch:
     "What the hooks on one model must know about the call that they are in"
-    def __init__(self): self.users, self.wrapped, self.prompt, self.answer, self.rows, self.lock = 0, [], None, None, None, threading.RLock()
+    def __init__(self):
+        self.users, self.wrapped = 0, []  # how many steerings are attached; what they wrapped, (model, its own generate)
+        self.prompt = None  # of the running `generate`, a `_PromptMask`
+        self.answer = self.rows = None  # see `answer_starts`
+        self.lock = threading.RLock()
 
 _WATCHES = weakref.WeakKeyDictionary()  # decoder -> _Watch
-def steering_state(model): return _WATCHES.setdefault(_decoder(model), _Watch())
+def _watch_of(model) -> _Watch: return _WATCHES.setdefault(_decoder(model), _Watch())
 
+def is_steered(
+    model,  # a causal language model
+) -> bool:
+    "Does anything steer this model right now?"
+    return _watch_of(unwrapped(model)).users > 0
+
+# %% ../nbs/04_models.ipynb #8c2b7a0a
 @contextmanager
-def answer_starts(model, answer=None, rows=None):
-    "Tell the hooks where the answers of this batch begin, and which of the caller's rows it holds: (indices, how many there are in all)"
-    watch = steering_state(model)
+def answer_starts(
+    model,  # a causal language model
+    answer: Tensor = None,  # (batch,): number of prompt tokens of each row; None: no answers, or inside generate
+    rows: tuple = None,  # (indices, number): which of the caller's rows the batch holds, and how many there are in all
+):
+    "Inside, hooks know where the answers of this batch begin, and whose strength belongs to which row"
+    watch = _watch_of(model)
     if rows: rows = torch.as_tensor(rows[0], device=device_of(model.get_input_embeddings())), rows[1]
     before, (watch.answer, watch.rows) = (watch.answer, watch.rows), (answer, rows)
     try: yield
@@ -339,32 +382,51 @@ def answer_starts(model, answer=None, rows=None):
 
 # %% ../nbs/04_models.ipynb #c30861b2
 class ActivationCache:
-    "Activations on disk, one file per layer; without a folder it finds nothing and keeps nothing"
-    def __init__(self, folder, model, coded, positions, site):
+    """Activations on disk, one file per layer; without a folder it finds and keeps nothing
+
+    Grows below: `load` and `save`."""
+    def __init__(self,
+        folder,  # that holds one folder for each key; None: keep nothing
+        model,  # a causal language model; ValueError while it is steered
+        coded: list,  # of Encoded: the texts
+        positions,  # which tokens are read
+        site: str,  # what is read; with the weights, tokens and positions, the key
+    ):
         self.folder = None
         if folder is None: return
-        if steering_state(model).users: raise ValueError("the cache cannot know how this model is being steered: collect without cache_dir=, or after steering")
+        if is_steered(model):
+            raise ValueError("the cache cannot know how this model is being steered: "
+                             "collect without cache_dir=, or after steering")
         text = json.dumps([fingerprint(model), site, positions, [(e.ids, e.answer) for e in coded]])
         self.folder = Path(folder)/hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _file(self, layer): return self.folder/f"layer_{layer:03d}.safetensors"
     def _sha(self, a): return hashlib.sha256(a.numpy().tobytes()).hexdigest()
 
-    def load(self, layer):
-        "The activations of a layer, or None"
-        from safetensors import SafetensorError, safe_open
-        if self.folder is None or not self._file(layer).exists(): return None
-        try:
-            with safe_open(self._file(layer), "pt") as f: a, kept = f.get_tensor("activations"), f.metadata()
-            if kept["sha256"] == self._sha(a): return a
-        except (SafetensorError, OSError, KeyError, TypeError): pass  # whatever is wrong with the file, what follows is the remedy
-        warnings.warn(f"{self._file(layer)} is damaged: computing it again", stacklevel=3)
+# %% ../nbs/04_models.ipynb #5c4b36d7
+@patch
+def load(self: ActivationCache,
+    layer: int,  # 0-based block
+) -> Tensor:  # None where there is nothing, or (with a warning) where the file is damaged
+    "The activations of a layer"
+    from safetensors import SafetensorError, safe_open
+    if self.folder is None or not self._file(layer).exists(): return None
+    try:
+        with safe_open(self._file(layer), "pt") as f: a, kept = f.get_tensor("activations"), f.metadata()
+        if kept["sha256"] == self._sha(a): return a
+    except (SafetensorError, OSError, KeyError, TypeError): pass  # whatever is wrong, what follows is the remedy
+    warnings.warn(f"{self._file(layer)} is damaged: computing it again", stacklevel=3)
 
-    def save(self, layer, a):
-        from safetensors.torch import save
-        if self.folder is None: return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self._file(layer), save({"activations": a.contiguous()}, metadata={"sha256": self._sha(a)}))
+@patch
+def save(self: ActivationCache,
+    layer: int,  # 0-based block
+    a: Tensor,  # its activations, on the CPU
+):
+    "Keep the activations of a layer"
+    from safetensors.torch import save
+    if self.folder is None: return
+    self.folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(self._file(layer), save({"activations": a.contiguous()}, metadata={"sha256": self._sha(a)}))
 
 # %% ../nbs/04_models.ipynb #98591fbb
 def collect_activations(
@@ -449,28 +511,30 @@ def steered_positions(
 
 # %% ../nbs/04_models.ipynb #76775932
 @dataclass
-class Prompt:
-    "What `generate` was called with"
+class _PromptMask:
+    "Where prompts stand in the batch that `generate` was called with"
     batch: int  # prompts
     length: int  # columns up to the last prompt token, cached ones included
     real: Tensor  # (batch, length) bool, or None: no pads
 
-def _prompt(model, inputs=None, input_ids=None, inputs_embeds=None, attention_mask=None, **_) -> Prompt:
-    "Read the prompt off the arguments of `generate`; a batch padded on the right is refused"
+def _prompt_mask(model, inputs=None, input_ids=None, inputs_embeds=None, attention_mask=None, **_) -> _PromptMask:
+    "Read off the arguments of `generate`; a batch padded on the right is refused"
     tokens = next((t for t in (inputs, input_ids, inputs_embeds) if t is not None), None)
-    if tokens is None: return Prompt(1, 1, None)  # generation from the BOS token alone
-    pad = model.generation_config.pad_token_id
-    if attention_mask is None and tokens.ndim == 2 and pad is not None and pad != model.generation_config.eos_token_id: attention_mask = tokens != pad
+    if tokens is None: return _PromptMask(1, 1, None)  # generation from the BOS token alone
+    pad, eos = model.generation_config.pad_token_id, model.generation_config.eos_token_id
+    if attention_mask is None and tokens.ndim == 2 and pad is not None and pad != eos: attention_mask = tokens != pad
     real = attention_mask.bool() if attention_mask is not None and attention_mask.ndim == 2 else None
     if real is not None and real.all(): real = None
     if real is not None and not real[:, -1].all():
-        raise ValueError("this batch is padded on the right, so the last prompt token is not in the last column: set tokenizer.padding_side = 'left' before tokenising prompts for generate")
-    return Prompt(len(tokens), max(tokens.shape[1], 0 if attention_mask is None else attention_mask.shape[1]), real)
+        raise ValueError("this batch is padded on the right, so the last prompt token is not in the last column: "
+                         "set tokenizer.padding_side = 'left' before tokenising prompts for generate")
+    masked = 0 if attention_mask is None else attention_mask.shape[1]
+    return _PromptMask(len(tokens), max(tokens.shape[1], masked), real)
 
 # %% ../nbs/04_models.ipynb #81f71022
 def _attach(model):
     "While anything steers this model, its `generate` notes the prompt; nothing else about it changes"
-    watch = steering_state(model)
+    watch = _watch_of(model)
     watch.users += 1
     if not hasattr(model, "generate") or any(m is model for m, _ in watch.wrapped): return
     watch.wrapped.append((model, vars(model).get("generate")))
@@ -478,14 +542,15 @@ def _attach(model):
     @wraps(original)
     def generate(*args, **kwargs):
         with watch.lock:  # one call at a time: what a call notes must not reach another thread's
-            if watch.prompt is not None: return original(*args, **kwargs)  # a model that drafts for itself: the outer prompt counts
-            watch.prompt = _prompt(model, *args[:1], **kwargs)
+            # a model that drafts for itself calls generate within generate: the outer prompt counts
+            if watch.prompt is not None: return original(*args, **kwargs)
+            watch.prompt = _prompt_mask(model, *args[:1], **kwargs)
             try: return original(*args, **kwargs)
             finally: watch.prompt = None
     model.generate = generate
 
 def _detach(model):
-    watch = steering_state(model)
+    watch = _watch_of(model)
     watch.users -= 1
     while watch.users == 0 and watch.wrapped:
         m, own = watch.wrapped.pop()
@@ -497,7 +562,7 @@ class Steering:
     "A model that is being steered: a handle with `strength`, `applied` and `remove()`, and a context manager"
     def __init__(self, model, parts, strength, positions, history, stack):
         self.model, self.parts, self.positions, self.history, self.stack = model, parts, positions, history, stack
-        self._watch, self._where, self._edits, self._remembered, self._values, self._applied = steering_state(model), None, {}, {}, {}, 0
+        self._watch, self._where, self._edits, self._remembered, self._values, self._applied = _watch_of(model), None, {}, {}, {}, 0
         self.strength = strength
         with torch.inference_mode(False): self._count = {i: torch.zeros((), dtype=torch.int64, device=device_of(stack[i])) for i in self._edits}
         owner = next(m for m in model.modules() if any(c is stack for c in m.children()))
