@@ -26,7 +26,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .euler import Fitted, Steerer, full_precision, write_atomic
+from .euler import Edit, Edits, Fitted, Steerer, full_precision, write_atomic
 
 # %% ../nbs/04_models.ipynb #4e34c1e1
 @contextmanager
@@ -559,16 +559,21 @@ def _detach(model):
 
 # %% ../nbs/04_models.ipynb #ab689ecf
 class Steering:
-    "A model that is being steered: a handle with `strength`, `applied` and `remove()`, and a context manager"
+    """A model that is being steered: a handle and a context manager. Made by `steering`.
+
+    Grows below: `strength`, which can be assigned to, and what the hooks do: `_look` before the decoder runs,
+    `_steer` after a block has run. `applied` counts steered token activations; `remove` ends the steering."""
     def __init__(self, model, parts, strength, positions, history, stack):
-        self.model, self.parts, self.positions, self.history, self.stack = model, parts, positions, history, stack
-        self._watch, self._where, self._edits, self._remembered, self._values, self._applied = _watch_of(model), None, {}, {}, {}, 0
+        self.model, self.parts, self.stack = model, parts, stack  # parts: (layer, steerer or controller), see `Edits`
+        self.positions, self.history = positions, history
+        self._watch, self._where = _watch_of(model), None  # which tokens of the running pass are steered
+        self._edits, self._values, self._remembered, self._applied = {}, {}, {}, 0
         self.strength = strength
-        with torch.inference_mode(False): self._count = {i: torch.zeros((), dtype=torch.int64, device=device_of(stack[i])) for i in self._edits}
         owner = next(m for m in model.modules() if any(c is stack for c in m.children()))
         self._names = list(inspect.signature(owner.forward).parameters)
         self._hooks = [owner.register_forward_pre_hook(self._look, with_kwargs=True)]
-        self._hooks += [stack[i].register_forward_hook(partial(self._steer, i), with_kwargs=True) for i in self._edits]
+        for i in self._edits: self._hooks.append(stack[i].register_forward_hook(partial(self._steer, i), with_kwargs=True))
+        with torch.inference_mode(False): self._count = {i: _zero(device_of(stack[i])) for i in self._edits}
         _attach(model)
         _forget_compiled()
 
@@ -580,15 +585,17 @@ class Steering:
         _detach(self.model)
         _forget_compiled()
 
-    @property
-    def applied(self):
-        "How many token activations have been steered so far"
-        return self._applied + sum(int(c) for c in self._count.values())
-
 # %% ../nbs/04_models.ipynb #9c4928c8
+def _zero(device): return torch.zeros((), dtype=torch.int64, device=device)
+
 def _forget_compiled():
     "Code that torch.compile made before a hook came or went would go on as if nothing had happened"
     if "torch._dynamo" in sys.modules: torch._dynamo.reset()
+
+@patch(as_prop=True)
+def applied(self: Steering) -> int:
+    "How many token activations have been steered so far"
+    return self._applied + sum(int(c) for c in self._count.values())
 
 @patch
 def __enter__(self: Steering):
@@ -599,16 +606,21 @@ def __enter__(self: Steering):
 def __exit__(self: Steering, kind, *_):
     self.remove()
     if kind is None and not self.applied:
-        raise RuntimeError("steering was never applied: no forward pass of this model ran inside the block. Was generate called inside the `with`, and on this model object? "
+        raise RuntimeError("steering was never applied: no forward pass of this model ran inside the block. "
+                           "Was generate called inside the `with`, and on this model object? "
                            "A copy of the model, another process or a server is not steered")
 
+# %% ../nbs/04_models.ipynb #f468a4b0
 @patch
-def __reduce_ex__(self: Steering, protocol): raise RuntimeError("a model that is being steered cannot be copied or pickled: remove the steering first")
+def __reduce_ex__(self: Steering, protocol):
+    raise RuntimeError("a model that is being steered cannot be copied or pickled: remove the steering first")
 
 @patch
 def __repr__(self: Steering):
-    what = f"layer{'s' * (len(self._edits) > 1)} {', '.join(map(str, self._edits))} of {type(self.model).__name__}"
-    return f"Steering({what}, strength={self._strength!r}, positions={self.positions!r}, {'attached' if self._hooks else 'removed'}, applied={self.applied})"
+    layers = f"layer{'s' * (len(self._edits) > 1)} {', '.join(map(str, self._edits))}"
+    state = "attached" if self._hooks else "removed"
+    return (f"Steering({layers} of {type(self.model).__name__}, strength={self._strength!r}, "
+            f"positions={self.positions!r}, {state}, applied={self.applied})")
 
 # %% ../nbs/04_models.ipynb #db6ef968
 @patch
@@ -616,55 +628,69 @@ def _look(self: Steering, module, args, kwargs):
     "Before the decoder runs: which of its tokens are to be steered?"
     given, prompt = {**dict(zip(self._names, args)), **kwargs} if args else kwargs, self._watch.prompt
     tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
-    if given.get("cache") is not None: raise NotImplementedError("continuous batching packs several requests into one row, where their prompts cannot be told apart: use generate")
+    if given.get("cache") is not None:
+        raise NotImplementedError("continuous batching packs several requests into one row, "
+                                  "where their prompts cannot be told apart: use generate")
     batch, n = tokens.shape[:2]
     positions, answer = self.positions, self._watch.answer
     if isinstance(positions, Tensor): positions = self._per_row(positions.to(tokens.device), batch, "positions")
     elif positions == "last" and answer is not None: positions = answer.to(tokens.device)
     if self.history == "unsteered": positions = self._only_last(given, answer, n)
-    if n == 1: self._where = 0; return  # the one new token of a decoding step
+    if n == 1:  # the one new token of a decoding step
+        self._where = 0
+        return
     start = _cached(given)
-    if prompt: real = None if prompt.real is None else prompt.real.repeat_interleave(batch // prompt.batch, 0)
-    else: real = given.get("attention_mask")
-    if isinstance(real, Tensor) and real.ndim == 2:  # the columns up to the end of this pass
-        gap = start + n - real.shape[1]
-        real = nn.functional.pad(real.to(tokens.device, torch.bool), (0, gap) if prompt else (max(gap, 0), min(gap, 0)), value=True)
-    else: real = None
-    first = None if prompt is None else n - 1 if self.history == "unsteered" else prompt.length - 1
+    real = _real_tokens(given, prompt, batch, start + n, tokens.device)
+    if prompt is None: first = None
+    else: first = n - 1 if self.history == "unsteered" else prompt.length - 1
     self._where = _place(steered_positions(positions, n, start, real, first))
 
 def _place(where):
     "Which tokens, found once for all layers: the first of a row's steered columns, or indices (rows, columns)"
     if where is None: return None
     if isinstance(where[0], slice): return where[1].start or 0
-    return where if len(where) == 2 else where[0].nonzero(as_tuple=True)  # a mask would be searched again, and waited for, in every layer
+    # a mask would be searched again, and waited for, in every layer
+    return where if len(where) == 2 else where[0].nonzero(as_tuple=True)
 
-@patch
-def _only_last(self: Steering, given, answer, n):
-    "With history='unsteered' a pass may steer its last token only: refuse what would need more, or keep what was steered"
-    if any(given.get(k) is not None for k in ("past_key_values", "cache_params")):
-        raise ValueError("history='unsteered' computes earlier tokens again without steering, but this pass was given a cache, which keeps them steered: call generate(..., use_cache=False)")
-    lengths = n if given.get("attention_mask") is None else given["attention_mask"].sum(1)
-    if answer is not None and (answer != lengths).any():
-        raise ValueError("history='unsteered' steers one token of a pass, but an answer scored in one pass needs all of its tokens steered: use history='steered', or score token by token without a cache")
-    return "last"
-
+# %% ../nbs/04_models.ipynb #de0a7151
 def _cached(given) -> int:
     "How many tokens the cache holds before this pass"
     cache = given.get("past_key_values") if given.get("past_key_values") is not None else given.get("cache_params")
     try: return int(cache.get_seq_length())
     except (AttributeError, ValueError): return 0  # no cache, or a recurrent state: it takes its prompt in one pass
 
+def _real_tokens(given, prompt, batch, end, device):
+    "Which columns hold no pad, (batch, end) bool up to the end of this pass, or None: no pads are known of"
+    if prompt: real = None if prompt.real is None else prompt.real.repeat_interleave(batch // prompt.batch, 0)
+    else: real = given.get("attention_mask")
+    if not isinstance(real, Tensor) or real.ndim != 2: return None
+    gap = end - real.shape[1]
+    sides = (0, gap) if prompt else (max(gap, 0), min(gap, 0))
+    return nn.functional.pad(real.to(device, torch.bool), sides, value=True)
+
+@patch
+def _only_last(self: Steering, given, answer, n):
+    "With history='unsteered' a pass may steer its last token only: refuse what would need more, or keep what was steered"
+    if any(given.get(k) is not None for k in ("past_key_values", "cache_params")):
+        raise ValueError("history='unsteered' computes earlier tokens again without steering, but this pass was given "
+                         "a cache, which keeps them steered: call generate(..., use_cache=False)")
+    lengths = n if given.get("attention_mask") is None else given["attention_mask"].sum(1)
+    if answer is not None and (answer != lengths).any():
+        raise ValueError("history='unsteered' steers one token of a pass, but an answer scored in one pass needs all "
+                         "of its tokens steered: use history='steered', or score token by token without a cache")
+    return "last"
+
 # %% ../nbs/04_models.ipynb #91b59a2b
 def _take(a, where):
     "The chosen tokens of (batch, n, d), one row each"
-    return (a[:, where:] if where else a).flatten(0, 1) if isinstance(where, int) else a[tuple(w.to(a.device) for w in where)]
+    if isinstance(where, int): return (a[:, where:] if where else a).flatten(0, 1)
+    return a[tuple(w.to(a.device) for w in where)]
 
-def _put(a, where, moved):
+def _put(a, where, steered):
     "A new tensor: `a` with its chosen tokens replaced"
-    if not isinstance(where, int): return a.index_put(tuple(w.to(a.device) for w in where), moved)
-    moved = moved.reshape(len(a), -1, a.shape[-1])
-    return torch.cat([a[:, :where], moved], 1) if where else moved.contiguous()
+    if not isinstance(where, int): return a.index_put(tuple(w.to(a.device) for w in where), steered)
+    steered = steered.reshape(len(a), -1, a.shape[-1])
+    return torch.cat([a[:, :where], steered], 1) if where else steered.contiguous()
 
 def _spread(values, where, n):
     "One value per row of the batch, (batch, ...), repeated for each of its chosen tokens"
@@ -674,7 +700,7 @@ def _spread(values, where, n):
 # %% ../nbs/04_models.ipynb #2e810a3a
 @patch
 def _steer(self: Steering, layer, module, args, kwargs, output):
-    "After a block has run: its output with the chosen tokens moved"
+    "After a block has run: its output with the chosen tokens steered"
     where, y = self._where, output if isinstance(output, Tensor) else output[0]
     if where is None: return
     x = (args[0] if args else kwargs["hidden_states"]).to(y.device)
@@ -682,24 +708,30 @@ def _steer(self: Steering, layer, module, args, kwargs, output):
     if len(old) == 0: return
     if value.ndim: value = _spread(self._per_row(value, len(y), "strength"), where, y.shape[1])
     with full_precision(y):  # the steerer chooses its own precision
-        if getattr(edit, "remember", None) is not None: kept = (_spread(self._recall(layer, edit, y, where), where, y.shape[1]),)
-        moved = edit(_take(x, where), old, value, *kept)
-    if moved.shape != old.shape or moved.dtype != y.dtype: raise ValueError(f"the edit at layer {layer} was given {tuple(old.shape)} {y.dtype} and returned {tuple(moved.shape)} {moved.dtype}: both must be kept")
-    if torch.compiler.is_compiling() or (y.is_cuda and torch.cuda.is_current_stream_capturing()): self._count[layer].add_(len(old))  # counts again whenever the code or graph runs
+        if edit.remember is not None: kept = (_spread(self._recall(layer, edit, y, where), where, y.shape[1]),)
+        steered = edit.apply(_take(x, where), old, value, *kept)
+    if steered.shape != old.shape or steered.dtype != y.dtype:
+        raise ValueError(f"the edit at layer {layer} was given {tuple(old.shape)} {y.dtype} "
+                         f"and returned {tuple(steered.shape)} {steered.dtype}: both must be kept")
+    recorded = torch.compiler.is_compiling() or (y.is_cuda and torch.cuda.is_current_stream_capturing())
+    if recorded: self._count[layer].add_(len(old))  # counts again whenever the code or graph runs
     else: self._applied += len(old)
-    new = _put(y, where, moved)
+    new = _put(y, where, steered)
     return new if isinstance(output, Tensor) else (new, *output[1:])
 
 # %% ../nbs/04_models.ipynb #df9b9e10
 @patch
 def _recall(self: Steering, layer, edit, y, where):
-    "What an edit makes of the output at each row's last prompt token, (batch, ...): kept until `generate` returns, made anew in any other pass"
+    """What an edit makes of the output at each row's last prompt token, (batch, ...).
+
+    Kept until `generate` returns, made anew in any other pass."""
     prompt, answer = self._watch.prompt, self._watch.answer
     if prompt is None or self._remembered.get(layer, (None,))[0] is not prompt:
         steered = torch.zeros(y.shape[:2], device=y.device)
         if isinstance(where, int): steered[:, where:] = 1.0
         else: steered[tuple(w.to(y.device) for w in where)] = 1.0
-        if isinstance(self.positions, str) and self.positions == "all": steered = steered.cumsum(1) * steered  # the last one, not the first
+        everywhere = isinstance(self.positions, str) and self.positions == "all"
+        if everywhere: steered = steered.cumsum(1) * steered  # the last one, not the first
         column = steered.argmax(1) if answer is None else answer.to(y.device) - 1
         self._remembered[layer] = prompt, edit.remember(y[torch.arange(len(y), device=y.device), column])
     return self._remembered[layer][1]
@@ -709,7 +741,9 @@ def _per_row(self: Steering, values, batch, name):
     "One value per row of the batch; beams and return sequences share the value of their prompt"
     rows, prompt = self._watch.rows, self._watch.prompt
     prompts = rows[1] if rows else prompt.batch if prompt else batch
-    if len(values) != prompts: raise ValueError(f"{name} has {len(values)} rows, but there are {prompts} in the batch: give one number for all, or one per row")
+    if len(values) != prompts:
+        raise ValueError(f"{name} has {len(values)} rows, but there are {prompts} in the batch: "
+                         "give one number for all, or one per row")
     if rows: values = values[rows[0].to(values.device)]
     return values if len(values) == batch else values.repeat_interleave(batch // len(values), 0)
 
@@ -721,16 +755,21 @@ def strength(self: Steering):
 
 @patch(set_prop=True)
 def strength(self: Steering, strength):
-    plan = {}
+    edits, values = {}, {}
     for layer, part in self.parts:
         value = _resolve(part, strength)
-        for i, edit in part.edits(self.model, layer, strength).items(): plan[layer_index(self.stack, i)] = edit, value
-    # a number or tensor changes only this tensor, so that compiled code need not be made again; a dict of units changes the edits
-    self._values = {i: _hold(self._values.get(i), value.to(device_of(self.stack[i]))) for i, (_, value) in plan.items()}
-    if not self._edits or isinstance(strength, dict) or isinstance(self._strength, dict): self._edits = {i: edit for i, (edit, _) in plan.items()}
+        for i, edit in part.edits(self.model, layer, strength).items():
+            i = layer_index(self.stack, i)
+            edits[i], values[i] = _as_edit(edit), value.to(device_of(self.stack[i]))
+    # a number or tensor changes only this tensor, so that compiled code need not be made again
+    self._values = {i: _hold(self._values.get(i), value) for i, value in values.items()}
+    # a dict of units changes the edits
+    if not self._edits or isinstance(strength, dict) or isinstance(self._strength, dict): self._edits = edits
     self._strength = strength
 
 # %% ../nbs/04_models.ipynb #eeb97392
+def _as_edit(edit) -> Edit: return edit if isinstance(edit, Edit) else Edit(edit, getattr(edit, "remember", None))
+
 def _hold(old, new):
     "A tensor with the new strength: the one in use where that is possible, never the caller's own"
     if new.requires_grad: return new
@@ -738,10 +777,12 @@ def _hold(old, new):
         if old is None or old.requires_grad or old.shape != new.shape or old.dtype != new.dtype: return new.clone()
         return old.copy_(new)
 
-def _resolve(part, strength) -> Tensor:
+def _resolve(part: Edits, strength) -> Tensor:
     "The strength as a tensor, () or one value per row"
-    value = part.resolve(strength) if hasattr(part, "resolve") else torch.as_tensor(strength, dtype=torch.float32)
-    if value.ndim > 1: raise ValueError(f"strength must be a number or one value per row of the batch; got shape {tuple(value.shape)}")
+    value = part.resolve(strength)
+    if value.ndim > 1:
+        raise ValueError("strength must be a number or one value per row of the batch; "
+                         f"got shape {tuple(value.shape)}")
     return value
 
 # %% ../nbs/04_models.ipynb #203c45c0
@@ -749,64 +790,113 @@ def steering(
     model,  # a causal language model
     obj,  # a steerer or controller, or {layer: steerer} for several layers at once
     layer: int = None,  # 0-based block whose output is edited, -1 is the last; default: the one on the steerer's card
-    strength=None,  # a number, or one per row of the batch; 0 changes nothing, bit for bit (but is a place like any other to a controller, whose strength is a set-point)
+    strength=None,  # a number, or one per row; 0 changes nothing, bit for bit (a controller's 0 is a set-point like others)
     T=None,  # another name for strength
-    positions="last",  # "last": the last prompt token and every later one; "all": prompt tokens too; or (batch,) numbers of prompt tokens
+    positions="last",  # "last": last prompt token and all later ones; "all": prompt tokens too; or (batch,) prompt lengths
     blocks: str = None,  # dotted name of the list of blocks, if the search for it fails
-    history="steered",  # tokens steered before stay steered; "unsteered": only the last token of each pass is, which needs generation without a cache
+    history="steered",  # "unsteered": only the last token of each pass is steered, which needs generation without a cache
     **units,  # instead of strength: share=, nats= or until=, as in `Steerer.steer`
 ) -> Steering:
     "Steer a model, until the `with` block ends or `.remove()` is called"
     model = unwrapped(model)
     stack = decoder_layers(model, blocks)
-    if strength is not None and T is not None: raise ValueError(f"strength={strength!r} and T={T!r} are two names for the same thing: give one")
-    if not (isinstance(positions, str) and positions in ("last", "all")):
-        if isinstance(positions, str) or (positions := torch.as_tensor(positions)).ndim != 1 or positions.is_floating_point() or positions.min() < 1:
-            raise ValueError(f"positions must be 'last', 'all' or one number of prompt tokens (1 or more) per row; got {positions!r}")
-    if history not in ("steered", "unsteered"): raise ValueError(f"history must be 'steered' or 'unsteered'; got {history!r}")
-    if history == "unsteered" and not (isinstance(positions, str) and positions == "last"): raise ValueError(f"history='unsteered' steers the last token of each pass only, so positions must be 'last'; got {positions!r}")
-    parts = [(layer_index(stack, i), part) for i, part in obj.items()] if isinstance(obj, dict) else [(_site(obj, layer, stack), obj)]
-    if isinstance(obj, dict) and (layer is not None or not obj): raise ValueError("give {layer: steerer} with at least one layer, and no layer= beside it")
-    for i, part in parts:
-        _check_part(model, part, i)
+    if strength is not None and T is not None:
+        raise ValueError(f"strength={strength!r} and T={T!r} are two names for the same thing: give one")
+    positions, parts = _positions(positions, history), _parts(obj, layer, stack)
+    for i, part in parts: _check_part(model, part, i)
     strength = _strength(parts, T if strength is None else strength, units)
     for i, part in parts:
         if isinstance(part, Steerer): _warm_up(part, device_of(stack[i]), getattr(model, "dtype", torch.float32), strength)
     return Steering(model, parts, strength, positions, history, stack)
 
 # %% ../nbs/04_models.ipynb #395e04c6
-def _site(part, layer, stack):
+def _positions(positions, history):
+    "Which tokens to steer: 'last', 'all', or numbers of prompt tokens as a tensor"
+    if isinstance(positions, str): fits = positions in ("last", "all")
+    else:
+        positions = torch.as_tensor(positions)
+        fits = positions.ndim == 1 and not positions.is_floating_point() and positions.min() >= 1
+    if not fits:
+        raise ValueError("positions must be 'last', 'all' or one number of prompt tokens (1 or more) per row; "
+                         f"got {positions!r}")
+    if history not in ("steered", "unsteered"):
+        raise ValueError(f"history must be 'steered' or 'unsteered'; got {history!r}")
+    if history == "unsteered" and not (isinstance(positions, str) and positions == "last"):
+        raise ValueError("history='unsteered' steers the last token of each pass only, "
+                         f"so positions must be 'last'; got {positions!r}")
+    return positions
+
+def _parts(obj, layer, stack) -> list:
+    "(layer, part) of everything that steers"
+    if not isinstance(obj, dict): return [(_site(part := _as_edits(obj), layer, stack), part)]
+    if layer is not None or not obj:
+        raise ValueError("give {layer: steerer} with at least one layer, and no layer= beside it")
+    return [(layer_index(stack, i), _as_edits(part)) for i, part in obj.items()]
+
+# %% ../nbs/04_models.ipynb #ee7a6f3c
+class _OnlyEdits:
+    "An object that has `edits` but not all that the protocol `Edits` asks for, completed"
+    def __init__(self, part):
+        self.part, self.edits, self.resolve = part, part.edits, getattr(part, "resolve", self._number)
+        self.width, self.about = getattr(part, "width", None), getattr(part, "about", {})
+        self.unit, self.needs_layer = getattr(part, "unit", "fraction"), getattr(part, "needs_layer", False)
+
+    def _number(self, strength): return torch.as_tensor(strength, dtype=torch.float32)
+
+def _kind(part): return type(part.part if isinstance(part, _OnlyEdits) else part).__name__
+
+def _as_edits(part) -> Edits:
+    "A steerer, a controller, or anything that has `edits`"
+    if isinstance(part, type):
+        raise TypeError(f"{part.__name__} is a class: make one and fit it, as in {part.__name__}().fit(...)")
+    if not hasattr(part, "edits"):
+        raise TypeError(f"cannot steer with {type(part).__name__}: "
+                        "give a fitted steerer or controller, or {layer: steerer}")
+    return part if isinstance(part, Edits) else _OnlyEdits(part)
+
+# %% ../nbs/04_models.ipynb #3f6368f7
+def _site(part: Edits, layer, stack):
     "The layer given, else that of the steerer's card; None for a controller, which acts on many"
-    if layer is None: layer = getattr(part, "about", {}).get("layer")
+    if layer is None: layer = part.about.get("layer")
     if layer is not None: return layer_index(stack, layer)
-    if isinstance(part, Steerer): raise ValueError(f"say which block to steer: layer=0 to {len(stack) - 1} (this {type(part).__name__}'s card names none: steerer.about['layer'] = ... sets a default)")
+    if getattr(part, "needs_layer", False):
+        raise ValueError(f"say which block to steer: layer=0 to {len(stack) - 1} (this {_kind(part)}'s card names none: "
+                         "steerer.about['layer'] = ... sets a default)")
 
-def _check_part(model, part, layer):
+def _check_part(model, part: Edits, layer):
     "Does this steerer fit this model, and was it made for it?"
-    if isinstance(part, type): raise TypeError(f"{part.__name__} is a class: make one and fit it, as in {part.__name__}().fit(...)")
-    if not hasattr(part, "edits"): raise TypeError(f"cannot steer with {type(part).__name__}: give a fitted steerer or controller, or {{layer: steerer}}")
-    width, here = getattr(part, "width", None), text_config(model).hidden_size
-    if isinstance(part, Fitted) and width is None: raise RuntimeError(f"this {type(part).__name__} is not fitted: call .fit(pos, neg) or .from_pretrained(path) first")
-    if width is not None and width != here: raise ValueError(f"this {type(part).__name__} was fitted on activations of width {width}, but {type(model).__name__} has width {here}: is it the same model?")
-    about, site = getattr(part, "about", {}), dict(model=model.config._name_or_path, revision=getattr(model.config, "_commit_hash", None), layer=layer)
-    wrong = [f"{k} {about[k]!r}, not {v!r}" for k, v in site.items() if v not in (None, "") and about.get(k) not in (None, "", v)]
-    if wrong: warnings.warn(f"this {type(part).__name__} was fitted on {' and '.join(wrong)}: its effect here is unknown", stacklevel=3)
+    width, here = part.width, text_config(model).hidden_size
+    if isinstance(part, Fitted) and width is None:
+        raise RuntimeError(f"this {_kind(part)} is not fitted: call .fit(pos, neg) or .from_pretrained(path) first")
+    if width not in (None, here):
+        raise ValueError(f"this {_kind(part)} was fitted on activations of width {width}, "
+                         f"but {type(model).__name__} has width {here}: is it the same model?")
+    site = dict(model=model.config._name_or_path, revision=getattr(model.config, "_commit_hash", None), layer=layer)
+    about = {k: part.about.get(k) for k in site}
+    wrong = [f"{k} {about[k]!r}, not {v!r}" for k, v in site.items()
+             if v not in (None, "") and about[k] not in (None, "", v)]
+    if wrong:
+        warnings.warn(f"this {_kind(part)} was fitted on {' and '.join(wrong)}: its effect here is unknown", stacklevel=3)
 
+# %% ../nbs/04_models.ipynb #35f37bd0
 @torch.no_grad()
 def _warm_up(steerer, device, dtype, strength):
-    "What a steerer makes at its first use (a copy on this device, a decomposition) belongs before code is compiled or captured"
+    "What a steerer makes at its first use (a copy on a device, a decomposition) belongs before code is compiled or captured"
     one = torch.ones(1, steerer.width, dtype=dtype, device=device)
     steerer.steer(one, T=1.)
-    if isinstance(strength, dict) and {"nats", "until"} & strength.keys(): steerer.steer(one, nats=0.)  # levels may be reached by another route
+    # levels may be reached by another route
+    if isinstance(strength, dict) and {"nats", "until"} & strength.keys(): steerer.steer(one, nats=0.)
 
 def _strength(parts, strength, units):
     "One strength from the ways to give it"
     if units:
-        if isinstance(strength, dict): raise ValueError(f"strength={strength!r} is a dict of units already: put {', '.join(units)} into it")
+        if isinstance(strength, dict):
+            raise ValueError(f"strength={strength!r} is a dict of units already: put {', '.join(units)} into it")
         return units if strength is None else {"T": strength, **units}
-    if strength is None and all(getattr(part, "unit", "fraction") == "fraction" for _, part in parts): return 1.0  # the published map
-    if strength is None: raise ValueError("say how far to steer: strength= (or T=), share= of the median norm, nats= of log-odds, or until= a barrier value")
-    return strength
+    if strength is not None: return strength
+    if all(part.unit == "fraction" for _, part in parts): return 1.0  # the published map
+    raise ValueError("say how far to steer: strength= (or T=), share= of the median norm, "
+                     "nats= of log-odds, or until= a barrier value")
 
 # %% ../nbs/04_models.ipynb #a690da26
 def generate_text(
