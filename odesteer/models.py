@@ -267,7 +267,7 @@ def truncated(
 
 # %% ../nbs/04_models.ipynb #3d1071ab
 def _shortened(e, limit, i):
-    "The last tokens of a text, behind its first: models expect their beginning-of-sequence token, and answer oddly without"
+    "The last tokens of a text, behind its first: models expect a beginning-of-sequence token, and answer oddly without"
     cut = max(len(e.ids) - limit, 0)
     if e.answer and cut >= e.answer - 1:
         raise ValueError(f"the answer of text {i} has {len(e.ids) - e.answer} tokens, which leaves no room "
@@ -352,7 +352,7 @@ def fingerprint(
 class _Watch:
     "What the hooks on one model must know about the call that they are in"
     def __init__(self):
-        self.users, self.wrapped = 0, []  # how many steerings are attached; what they wrapped, (model, its own generate)
+        self.users, self.wrapped = 0, []  # steerings that are attached; (model, its own generate) of what they wrapped
         self.prompt = None  # of the running `generate`, a `_PromptMask`
         self.answer = self.rows = None  # see `answer_starts`
         self.lock = threading.RLock()
@@ -434,35 +434,32 @@ def collect_activations(
     tokenizer,  # its tokenizer
     texts,  # list of str, chats, or pairs (prompt, answer): see `encode`
     layers=None,  # 0-based block or list of blocks, -1 is the last; all of them by default
-    positions="last",  # "last" token; "prompt": its last token; "mean" or "all" of the answer's tokens (the whole text if it is not split); or an index
+    positions="last",  # "last" token; "prompt": its last; "mean" or "all" of the answer's (the whole text's); or an index
     batch_size: int = 32,
-    max_length: int = None,  # a longer text keeps its first token and its last ones; without it a text beyond the model's context is an error
+    max_length: int = None,  # tokens of a text at most, see `truncated`
     cache_dir=None,  # folder that keeps activations; they are found again by weights, tokens, layer, positions and site
     progress: bool = True,  # show a bar
     blocks: str = None,  # dotted name of the list of blocks, if the search for it fails
     site: str = "output",  # of the blocks, which is what steering edits; or their "input"
 ) -> dict:  # {layer: (N, d) float32 on the CPU}; with positions="all" a list of (n_tokens, d)
     "Block outputs (or inputs) at chosen tokens: one pass for all layers, no logits, no work above the top layer"
-    if site not in ("output", "input"): raise ValueError(f"site must be 'output' or 'input' of the blocks; got {site!r}")
-    if not (isinstance(batch_size, int) and batch_size >= 1): raise ValueError(f"batch_size must be 1 or more; got {batch_size!r}")
-    if isinstance(layers, (str, dict)) or not (layers is None or isinstance(layers, int) or hasattr(layers, "__iter__")): raise TypeError(f"layers must be a block's number, a list of them, or None for all; got {layers!r}")
-    model = unwrapped(model)
+    model, wanted = unwrapped(model), _wanted(layers, site, batch_size)
     stack = decoder_layers(model, blocks)
-    asked = range(len(stack)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
-    index = {layer: layer_index(stack, layer) for layer in asked}
+    index = {layer: layer_index(stack, layer) for layer in (range(len(stack)) if wanted is None else wanted)}
     coded = truncated(encode(tokenizer, texts), model, max_length)
     spans = _spans(coded, positions)
     cache = ActivationCache(cache_dir, model, coded, positions, site)
     found = {i: cache.load(i) for i in sorted(set(index.values()))}
     missing = [i for i, a in found.items() if a is None]
     if missing:
-        found |= _collect(model, tokenizer, coded, spans, missing, stack, site, positions == "mean", batch_size, progress)
+        how = dict(site=site, mean=positions == "mean", batch_size=batch_size, progress=progress)
+        found |= _collect(model, pad_id(tokenizer), coded, spans, missing, stack, **how)
         for i in missing: cache.save(i, found[i])
     if positions != "all": return {layer: found[i] for layer, i in index.items()}
     return {layer: list(found[i].split([b - a for a, b in spans])) for layer, i in index.items()}
 
 # %% ../nbs/04_models.ipynb #a3873b1c
-def _collect(model, tokenizer, coded, spans, layers, stack, site, mean, batch_size, progress):
+def _collect(model, pad, coded, spans, layers, stack, site, mean, batch_size, progress):
     "The rows of every layer, in the order of the texts"
     from tqdm.auto import tqdm
     rows, device = {i: [None] * len(coded) for i in layers}, device_of(model.get_input_embeddings())
@@ -471,7 +468,8 @@ def _collect(model, tokenizer, coded, spans, layers, stack, site, mean, batch_si
         for batch in length_batches([len(e.ids) for e in coded], batch_size):
             # padding on the right needs no position ids: no real token sees a pad, whatever the architecture
             starts = torch.tensor([coded[i].answer or len(coded[i].ids) for i in batch], device=device)
-            with answer_starts(model, starts, (batch, len(coded))): seen = run(**padded([coded[i] for i in batch], pad_id(tokenizer), "right", device))
+            inputs = padded([coded[i] for i in batch], pad, "right", device)
+            with answer_starts(model, starts, (batch, len(coded))): seen = run(**inputs)
             where = torch.tensor([(r, j) for r, i in enumerate(batch) for j in range(*spans[i])]).T
             sizes = [spans[i][1] - spans[i][0] for i in batch]
             for layer, y in seen.items():
@@ -483,10 +481,23 @@ def _collect(model, tokenizer, coded, spans, layers, stack, site, mean, batch_si
             bar.update(len(batch))
     return {layer: torch.cat(a) for layer, a in rows.items()}
 
+# %% ../nbs/04_models.ipynb #d0a6fd2d
+def _wanted(layers, site, batch_size):
+    "The layers that were asked for as a list, None for all"
+    if site not in ("output", "input"):
+        raise ValueError(f"site must be 'output' or 'input' of the blocks; got {site!r}")
+    if not (isinstance(batch_size, int) and batch_size >= 1):
+        raise ValueError(f"batch_size must be 1 or more; got {batch_size!r}")
+    if layers is None or isinstance(layers, int): return None if layers is None else [layers]
+    if isinstance(layers, (str, dict)) or not hasattr(layers, "__iter__"):
+        raise TypeError(f"layers must be a block's number, a list of them, or None for all; got {layers!r}")
+    return list(layers)
+
 def _finite(picked, batch, where, dtype):
     if torch.isfinite(torch.cat(picked)).all(): return
     i = next(i for i, a in zip(batch, picked) if not torch.isfinite(a).all())
-    raise ValueError(f"the {where} holds NaN or infinity at text {i}: the model itself overflows in {dtype} (load it in bfloat16 or float32), or its weights are damaged")
+    raise ValueError(f"the {where} holds NaN or infinity at text {i}: the model itself overflows in {dtype} "
+                     "(load it in bfloat16 or float32), or its weights are damaged")
 
 # %% ../nbs/04_models.ipynb #71963d4e
 def steered_positions(
@@ -502,7 +513,8 @@ def steered_positions(
     if isinstance(positions, Tensor):
         if real is None: real = positions.new_ones(len(positions), start + n, dtype=torch.bool)
         return (((real.cumsum(1) >= positions[:, None]) & real)[:, start:],)
-    if positions == "last" and first is not None: return (slice(None), slice(max(first - start, 0), None)) if first < start + n else None
+    if positions == "last" and first is not None:
+        return (slice(None), slice(max(first - start, 0), None)) if first < start + n else None
     if positions == "last" and start == 0:
         if real is None: return slice(None), slice(n - 1, None)
         rows, columns = (torch.arange(k, device=real.device) for k in real.shape)
@@ -572,7 +584,8 @@ class Steering:
         owner = next(m for m in model.modules() if any(c is stack for c in m.children()))
         self._names = list(inspect.signature(owner.forward).parameters)
         self._hooks = [owner.register_forward_pre_hook(self._look, with_kwargs=True)]
-        for i in self._edits: self._hooks.append(stack[i].register_forward_hook(partial(self._steer, i), with_kwargs=True))
+        for i in self._edits:
+            self._hooks.append(stack[i].register_forward_hook(partial(self._steer, i), with_kwargs=True))
         with torch.inference_mode(False): self._count = {i: _zero(device_of(stack[i])) for i in self._edits}
         _attach(model)
         _forget_compiled()
@@ -670,7 +683,7 @@ def _real_tokens(given, prompt, batch, end, device):
 
 @patch
 def _only_last(self: Steering, given, answer, n):
-    "With history='unsteered' a pass may steer its last token only: refuse what would need more, or keep what was steered"
+    "With history='unsteered' a pass steers its last token only: refuse what needs more, or would keep what was steered"
     if any(given.get(k) is not None for k in ("past_key_values", "cache_params")):
         raise ValueError("history='unsteered' computes earlier tokens again without steering, but this pass was given "
                          "a cache, which keeps them steered: call generate(..., use_cache=False)")
@@ -790,11 +803,11 @@ def steering(
     model,  # a causal language model
     obj,  # a steerer or controller, or {layer: steerer} for several layers at once
     layer: int = None,  # 0-based block whose output is edited, -1 is the last; default: the one on the steerer's card
-    strength=None,  # a number, or one per row; 0 changes nothing, bit for bit (a controller's 0 is a set-point like others)
+    strength=None,  # a number, or one per row; 0 changes nothing, bit for bit (but a controller's 0 is a set-point)
     T=None,  # another name for strength
-    positions="last",  # "last": last prompt token and all later ones; "all": prompt tokens too; or (batch,) prompt lengths
+    positions="last",  # "last" prompt token and all later ones; "all": prompt tokens too; or (batch,) prompt lengths
     blocks: str = None,  # dotted name of the list of blocks, if the search for it fails
-    history="steered",  # "unsteered": only the last token of each pass is steered, which needs generation without a cache
+    history="steered",  # "unsteered": of each pass only the last token is steered; needs generation without a cache
     **units,  # instead of strength: share=, nats= or until=, as in `Steerer.steer`
 ) -> Steering:
     "Steer a model, until the `with` block ends or `.remove()` is called"
@@ -805,8 +818,9 @@ def steering(
     positions, parts = _positions(positions, history), _parts(obj, layer, stack)
     for i, part in parts: _check_part(model, part, i)
     strength = _strength(parts, T if strength is None else strength, units)
+    dtype = getattr(model, "dtype", torch.float32)
     for i, part in parts:
-        if isinstance(part, Steerer): _warm_up(part, device_of(stack[i]), getattr(model, "dtype", torch.float32), strength)
+        if isinstance(part, Steerer): _warm_up(part, device_of(stack[i]), dtype, strength)
     return Steering(model, parts, strength, positions, history, stack)
 
 # %% ../nbs/04_models.ipynb #395e04c6
@@ -860,8 +874,8 @@ def _site(part: Edits, layer, stack):
     if layer is None: layer = part.about.get("layer")
     if layer is not None: return layer_index(stack, layer)
     if getattr(part, "needs_layer", False):
-        raise ValueError(f"say which block to steer: layer=0 to {len(stack) - 1} (this {_kind(part)}'s card names none: "
-                         "steerer.about['layer'] = ... sets a default)")
+        raise ValueError(f"say which block to steer: layer=0 to {len(stack) - 1} "
+                         f"(this {_kind(part)}'s card names none: steerer.about['layer'] = ... sets a default)")
 
 def _check_part(model, part: Edits, layer):
     "Does this steerer fit this model, and was it made for it?"
@@ -876,12 +890,13 @@ def _check_part(model, part: Edits, layer):
     wrong = [f"{k} {about[k]!r}, not {v!r}" for k, v in site.items()
              if v not in (None, "") and about[k] not in (None, "", v)]
     if wrong:
-        warnings.warn(f"this {_kind(part)} was fitted on {' and '.join(wrong)}: its effect here is unknown", stacklevel=3)
+        message = f"this {_kind(part)} was fitted on {' and '.join(wrong)}: its effect here is unknown"
+        warnings.warn(message, stacklevel=3)
 
 # %% ../nbs/04_models.ipynb #35f37bd0
 @torch.no_grad()
 def _warm_up(steerer, device, dtype, strength):
-    "What a steerer makes at its first use (a copy on a device, a decomposition) belongs before code is compiled or captured"
+    "What a steerer makes at its first use (a copy, a decomposition) belongs before code is compiled or captured"
     one = torch.ones(1, steerer.width, dtype=dtype, device=device)
     steerer.steer(one, T=1.)
     # levels may be reached by another route
@@ -912,16 +927,19 @@ def generate_text(
     coded, pad = encode(tokenizer, prompts), pad_id(tokenizer)
     generate_kw = {"pad_token_id": pad, **generate_kw}
     for b in range(0, len(coded), batch_size):
-        rows = list(range(len(coded)))[b:b + batch_size]
+        rows = list(range(b, min(b + batch_size, len(coded))))
         inputs = padded([coded[i] for i in rows], pad, "left", device_of(model.get_input_embeddings()))
-        with _seeded(seed, b // batch_size), answer_starts(model, rows=(rows, len(coded))): tokens = model.generate(**inputs, **generate_kw)
+        with _seeded(seed, b // batch_size), answer_starts(model, rows=(rows, len(coded))):
+            tokens = model.generate(**inputs, **generate_kw)
         answers += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
     return answers
 
 @contextmanager
 def _seeded(seed, b):
     "Draw from seed + b, then put the random state back"
-    if seed is None: yield; return
+    if seed is None:
+        yield
+        return
     with torch.random.fork_rng():
         torch.manual_seed(seed + b)
         yield
@@ -932,7 +950,7 @@ def score_encoded(
     coded: list,  # of Encoded, each with an answer
     pad: int = 0,  # id that fills the gaps
     batch_size: int = 32,
-) -> tuple:  # (N,) float32: log-probability of each answer given its prompt; (N,) bool: is it what greedy decoding would say?
+) -> tuple:  # (N,) float32: log-probability of each answer given its prompt; (N,) bool: is it the greedy answer?
     "How likely answers are that are given as tokens"
     model, n = unwrapped(model), len(coded)
     scores, greedy, device = torch.empty(n), torch.empty(n, dtype=torch.bool), device_of(model.get_input_embeddings())
@@ -942,11 +960,12 @@ def score_encoded(
             starts = torch.tensor([coded[i].answer for i in rows], device=device)
             with answer_starts(model, starts, (rows, n)): logits = model(**inputs, use_cache=False).logits[:, :-1]
             ids, real = inputs["input_ids"].to(logits.device), inputs["attention_mask"].to(logits.device).bool()
-            answer = (real & (real.cumsum(1) > starts.to(real.device)[:, None]))[:, 1:]  # column j of the logits is about token j + 1
-            logp, said = torch.zeros(answer.shape, device=logits.device), torch.ones_like(answer)
+            # column j of the logits is about token j + 1
+            answer = (real & (real.cumsum(1) > starts.to(real.device)[:, None]))[:, 1:]
+            logp, likeliest = torch.zeros(answer.shape, device=logits.device), torch.ones_like(answer)
             logp[answer] = logits[answer].float().log_softmax(-1).gather(1, ids[:, 1:][answer][:, None])[:, 0]
-            said[answer] = logits[answer].argmax(-1) == ids[:, 1:][answer]
-            scores[rows], greedy[rows] = logp.sum(1).cpu(), said.all(1).cpu()
+            likeliest[answer] = logits[answer].argmax(-1) == ids[:, 1:][answer]
+            scores[rows], greedy[rows] = logp.sum(1).cpu(), likeliest.all(1).cpu()
     return scores, greedy
 
 # %% ../nbs/04_models.ipynb #03d7719a
@@ -959,7 +978,9 @@ def score_continuations(
     max_length: int = None,  # a longer prompt and answer keep their first token and their last ones
 ) -> Tensor:  # (N,) float32: log-probability of each continuation given its prompt
     "Summed log-probability of given answers; steered from the last prompt token on, as generation would be"
-    if len(prompts) != len(continuations): raise ValueError(f"{len(prompts)} prompts but {len(continuations)} continuations: give one continuation per prompt")
+    if len(prompts) != len(continuations):
+        raise ValueError(f"{len(prompts)} prompts but {len(continuations)} continuations: "
+                         "give one continuation per prompt")
     coded = truncated(encode(tokenizer, list(zip(prompts, continuations))), unwrapped(model), max_length)
     return score_encoded(model, coded, pad_id(tokenizer), batch_size)[0]
 
@@ -979,5 +1000,8 @@ def describe_site(
     name = next(n for n, m in model.named_modules() if m is stack[layer])
     if _is_pair(example): example = example[0]
     template = hashlib.sha256(str(getattr(tokenizer, "chat_template", None)).encode()).hexdigest()[:12]
-    return dict(model=model.config._name_or_path, revision=getattr(model.config, "_commit_hash", None), layer=layer, site=f"output of {name}", width=text_config(model).hidden_size,
-                dtype=str(model.dtype).removeprefix("torch."), positions=positions, prompt_format=f"chat template {template}" if _is_chat(example) else "plain text")
+    return dict(
+        model=model.config._name_or_path, revision=getattr(model.config, "_commit_hash", None),
+        layer=layer, site=f"output of {name}", width=text_config(model).hidden_size,
+        dtype=str(model.dtype).removeprefix("torch."), positions=positions,
+        prompt_format=f"chat template {template}" if _is_chat(example) else "plain text")
