@@ -167,7 +167,6 @@ class Encoded:
     ids: list  # token ids
     answer: int = 0  # index of the first answer token; 0 when the text is not split into prompt and answer
 
-# %% ../nbs/04_models.ipynb #51d3da70
 def encode(
     tokenizer,  # of the model
     texts,  # list of str, chats (lists of {"role", "content"}), or pairs (prompt, answer) whose prompt is either
@@ -366,7 +365,6 @@ def is_steered(
     "Does anything steer this model right now?"
     return _watch_of(unwrapped(model)).users > 0
 
-# %% ../nbs/04_models.ipynb #8c2b7a0a
 @contextmanager
 def answer_starts(
     model,  # a causal language model
@@ -434,7 +432,7 @@ def collect_activations(
     tokenizer,  # its tokenizer
     texts,  # list of str, chats, or pairs (prompt, answer): see `encode`
     layers=None,  # 0-based block or list of blocks, -1 is the last; all of them by default
-    positions="last",  # "last" token; "prompt": its last; "mean" or "all" of the answer's (the whole text's); or an index
+    positions="last",  # "last" token; "prompt": its last; "mean" or "all" of the answer (or whole text); or an index
     batch_size: int = 32,
     max_length: int = None,  # tokens of a text at most, see `truncated`
     cache_dir=None,  # folder that keeps activations; they are found again by weights, tokens, layer, positions and site
