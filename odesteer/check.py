@@ -196,7 +196,7 @@ def _findings(shares, dose, steps, placebos, p, odds, off, finite):
 # %% ../nbs/10_check.ipynb #1918cbdf
 def _beside_placebos(top, placebos, p):
     shuffled, far = placebos["shuffled labels"], p < .01
-    beaten, k = (shuffled < top.value).sum(), len(shuffled)
+    beaten, k = (shuffled < top.value - 1e-6*abs(top.value)).sum(), len(shuffled)  # a tie is no win
     yield far, (f"{'more' if far else 'no more'} than random directions: "
                 f"one more of them would do as well with probability {p:.2g}")
     yield bool(beaten == k), f"beats {'all' if beaten == k else f'{beaten} of'} {k} refits on shuffled labels"

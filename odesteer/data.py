@@ -15,7 +15,7 @@ from .euler import load_class, write_atomic
 # %% auto #0
 __all__ = ['READERS', 'QUESTION_ANSWER', 'USUAL', 'LABELS', 'CUES', 'SAMPLING', 'Prompt', 'ContrastTexts', 'group_of',
            'group_key', 'digest', 'read_rows', 'write_jsonl', 'Pairs', 'load_pairs', 'cell', 'cue_auc', 'PairsReport',
-           'check_pairs', 'load_prompts', 'prompt_text', 'fit_on', 'fit_steerer', 'feedback', 'sample', 'sample_batch']
+           'check_pairs', 'load_prompts', 'prompt_text', 'fit_on', 'fit_steerer', 'sample', 'sample_batch']
 
 # %% ../nbs/05_data.ipynb #36988248
 @dataclass(frozen=True)
@@ -461,10 +461,6 @@ def fit_steerer(
     steerer = fit_on(acts, texts, method, **params)
     steerer.about.update(ods.describe_site(model, tokenizer, layer, example=texts.pos[0]))
     return steerer
-
-def feedback(method) -> bool:
-    "Is it a controller? One acts on all blocks (its layer is None), and its strength is a set-point"
-    return ods.REGISTRY.get(method, ("", ""))[1] == "controller"
 
 # %% ../nbs/05_data.ipynb #23cd5056
 SAMPLING = dict(do_sample=True, temperature=.7, top_p=.9, top_k=0)  # top_k=0: older transformers cut to 50 tokens

@@ -15,8 +15,7 @@ import io, json, re
 import numpy as np
 from fastcore.basics import patch
 from .euler import load_class, write_atomic
-from .results import (DERIVED, PLACEBOS, Interval, MetricRow, as_results, committed, curve_unit, gather,
-                              place)
+from .results import (DERIVED, PLACEBOS, Interval, MetricRow, as_results, curve_unit, gather, place)
 from .statistics import format_number, holm
 from .sweeps import ABLATIONS
 

@@ -337,7 +337,11 @@ class Row:
 # %% ../nbs/08_statistics.ipynb #ef29196c
 class Summary(list):
     "Rows of `summary_table`; prints as text, shows as a table in a notebook"
-    header = ["metric", "unsteered", "steered", "difference, 95 % interval", "made worse", "n", "verdict"]
+    @property
+    def header(self):
+        level = self[0].difference.level if self else .95
+        interval = f"difference, {100*level:g} % interval"
+        return ["metric", "unsteered", "steered", interval, "made worse", "n", "verdict"]
 
     def cells(self): return [self._cells(r) for r in self]
 

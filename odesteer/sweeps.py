@@ -42,7 +42,7 @@ def stop_rule(
     resamples: int = 1999,  # of the bootstrap
     patient: bool = False,  # for set-points: those below what the model does anyway are passed over
 ) -> Stop:
-    "The largest strength that no guardrail forbids, or the last before the primary metric degrades"
+    "The largest strength that no guardrail forbids, or the best one if the primary metric falls or the list ends"
     gain = partial(_gain, task, base.groups, resamples)
     best = -1  # index of the best primary metric so far; -1: unsteered
     for k, run in enumerate(runs):

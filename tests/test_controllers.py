@@ -16,7 +16,7 @@ import odesteer as ods
 from odesteer.euler import Edit, Edits
 from odesteer.models import decoder_layers, generate_text, score_continuations
 
-from .archs import CONFIGS, LAYERS, VOCAB, WIDTH, tiny_model, tiny_tokenizer
+from .archs import LAYERS, VOCAB, WIDTH, tiny_model, tiny_tokenizer
 
 NAMES = ods.steerer_names("controller")
 SMALL = {"barrier-lqr": dict(n_components=64)}  # hyper-parameters that make a method quick to fit

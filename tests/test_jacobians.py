@@ -87,7 +87,7 @@ def test_block_map_is_the_model(tok):
     for i, c in enumerate(contexts(model, tok, TEXTS)):
         assert distance(c.states.float(), states[:, i]) < 1e-6
         for t in range(LAYERS): assert distance(block_map(model, c, t)(c.states[t:t + 1])[0], c.states[t + 1]) < 1e-5
-        elsewhere, (g, x) = rows(3, dtype=torch.float64), last_row(model, tok, TEXTS[i], 1)
+        elsewhere, (g, _) = rows(3, dtype=torch.float64), last_row(model, tok, TEXTS[i], 1)
         assert distance(block_map(model, c, 1)(elsewhere), torch.stack([g(z) for z in elsewhere])) < 1e-5
 
 

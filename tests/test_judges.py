@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
 import odesteer as ods
 from odesteer import judges
-from odesteer.judges import (JUDGES, ClassifierJudge, ExactJudge, ModelSource, Panel, RewardJudge, ScoreCache, YesNoJudge, question_of, hub_commit, kl_to_unsteered, load_judge)
+from odesteer.judges import (JUDGES, ClassifierJudge, ExactJudge, Panel, RewardJudge, ScoreCache, YesNoJudge, question_of, hub_commit, kl_to_unsteered, load_judge)
 from odesteer.check import ModelOdds, check_steerer, placebo_test
 from odesteer.data import Prompt
 

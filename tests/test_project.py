@@ -8,7 +8,6 @@ import sys
 import tarfile
 import zipfile
 from configparser import ConfigParser
-from pathlib import Path
 
 import pytest
 
@@ -82,7 +81,6 @@ def test_page_has_the_common_form(nb):
     for part in ("You will learn", "You need", "Running time", "## Recap", "## Exercises"): assert part in text, f"{part!r} is missing"
 
 
-LATER = set("04_models 06_micro 09_judges 13_tasks 16_results 17_report 24_cli".split())  # pages that do not fit yet
 LONG_CELLS = {"40e516c6": "fit_network: a loop that is read as one, below thirteen documented parameters"}  # by the id of the cell
 
 
@@ -91,7 +89,7 @@ def exported(nb) -> dict:
     return {cell["id"]: cell["source"] for cell in cells(nb, "code") if directive(cell["source"], "exports?")}
 
 
-@pytest.mark.parametrize("nb", [pytest.param(nb, id=nb.stem, marks=pytest.mark.xfail(nb.stem in LATER, reason="later")) for nb in PAGES])
+@by_page
 def test_page_can_be_read(nb):
     wide = {i: line for i, source in exported(nb).items() for line in source.split("\n") if len(line) > 120}
     assert not wide, f"exported lines of more than 120 characters: {wide}"
@@ -101,7 +99,6 @@ def test_page_can_be_read(nb):
 
 
 def test_exceptions_are_needed():
-    assert LATER <= {nb.stem for nb in PAGES}
     assert LONG_CELLS.keys() <= {i for nb in PAGES for i, source in exported(nb).items() if source.count("\n") > 30}
 
 
@@ -160,15 +157,10 @@ def test_the_order_rule_sees_every_way_to_import():
 
 # Lint
 
-UNLINTED = set("""plots report tasks test_cli test_controllers test_jacobians test_judges test_remember test_riccati test_routes test_spid
-                  test_tasks""".split())  # modules that are put right later
-
-
 def test_ruff_finds_nothing():
     done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise"], cwd=ROOT, text=True, capture_output=True)
     found = [line for line in done.stdout.splitlines() if re.match(r"[\w/.]+\.py:\d", line)]
     assert done.returncode == bool(found), done.stdout + done.stderr
-    found = [line for line in found if Path(line.partition(":")[0]).stem not in UNLINTED]
     assert not found, "\n".join(["run `ruff check`:", *found])
 
 

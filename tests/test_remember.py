@@ -87,13 +87,12 @@ def test_all_positions_in_generation_see_the_last_prompt_token():
 
 
 def test_truthflow_adds_the_correction_of_the_question():
-    model, tok, g = tiny_model("llama"), tiny_tokenizer(), torch.Generator().manual_seed(0)
+    model, g = tiny_model("llama"), torch.Generator().manual_seed(0)
     pos, neg, source = (torch.randn(30, WIDTH, generator=g) for _ in range(3))
     s = ods.TruthFlow(epochs=2).fit(pos, neg, source=source)
     seen = []
     with ods.steering(model, s, layer=1, T=.7):
         handle = ods.decoder_layers(model)[1].register_forward_hook(lambda m, a, out: seen.append((out if torch.is_tensor(out) else out[0])[:, -1]))
-        hook = ods.decoder_layers(model)[1].register_forward_hook
         model.generate(IDS, attention_mask=torch.ones_like(IDS), **GREEDY)
         handle.remove()
     plain = []

@@ -58,7 +58,7 @@ def test_gains_minimise_the_cost(weights):
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 def test_the_cost_is_foreseen_from_every_block(weights):
-    A, (q, r, qf) = blocks(), weights
+    A, qf = blocks(), weights[2]
     steps = {t: (K, S) for t, K, S in riccati_steps(A, *weights)}
     for t in steps:
         start = normal(5, seed=t)

@@ -188,7 +188,6 @@ def test_rank_is_off_by_no_more_than_it_says(rank):
     y = way.enter(x)
     tangent = (way.leave(x, y, y + way.grad(y)) - x)
     assert (tangent - b.grad(x)).norm(dim=-1).max() <= way.error + 1e-9  # on the unit sphere
-    measured = (s.vector_field(torch.cat([POS, NEG])), s.steer(torch.cat([POS, NEG]), 1e-3))
     off = ((s._on(x).steer(torch.cat([POS, NEG]).double(), 1e-4) - torch.cat([POS, NEG]).double()) / 1e-4 - b_field(exact)).norm(dim=-1).max()
     assert off == pytest.approx(s.rank_error_.item(), abs=2e-3)
     if rank >= D: assert s.rank_error_ < 1e-5 and closest(s.steer(NEW, 2.), exact.steer(NEW, 2.)) < 1e-5

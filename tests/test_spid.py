@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from scipy import optimize
-from torch import nn
 
 import odesteer as ods
 from odesteer.barrier import LinearBarrier

@@ -21,7 +21,7 @@ import odesteer as ods
 from contextlib import nullcontext
 from odesteer import check, runs, sweeps, tasks
 from odesteer.data import read_rows
-from odesteer.judges import JUDGES, ChatYesNoJudge, YesNoJudge, Panel, perplexity
+from odesteer.judges import JUDGES, ChatYesNoJudge, YesNoJudge, Panel
 from odesteer.data import Prompt
 
 from .archs import tiny_model, tiny_tokenizer
