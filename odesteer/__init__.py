@@ -5,19 +5,19 @@ Public names are served from one table when they are first used, so that `import
 __version__ = "0.1.0"
 
 _MODULES = {
-    "euler": "Steerer CAA ITI RepE make_steerer steerer_names load_steerer",
+    "euler": "Steerer make_steerer steerer_names load_steerer",
     "barrier": "Barrier LinearBarrier GaussianBarrier ScoreBarrier AllOf implied_barrier certificate",
     "density": "PolynomialCountSketch RandomFourierFeatures IdentityFeatures DensityRatioBarrier barrier_quality",
-    "ode": "ODESteer StepODESteer integrate SOLVERS",
+    "ode": "integrate SOLVERS",
     "models": "decoder_layers collect_activations steering generate_text score_continuations describe_site load_model",
     "data": "load_pairs check_pairs fit_steerer",
     "micro": "load_micro",
-    "baselines": "MiMiC LinAcT HPR REControl TruthFlow RandomDirection ShuffledLabels",
+    "baselines": "",
     "statistics": "paired_difference bootstrap_interval wilson_interval summary_table",
     "judges": "load_judge YesNoJudge ClassifierJudge RewardJudge kl_to_unsteered",
     "check": "check_steerer",
     "linear": "",
-    "control": "Controller ALQR FeatureLQR Tracker SPID ActAddLFS PIDAcT BarrierLQR effort",
+    "control": "Controller Tracker effort",
     "tasks": "",
     "runs": "",
     "sweeps": "",
@@ -27,29 +27,32 @@ _MODULES = {
     "cli": "",
     "plots": "",
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
-# method name -> (class, kind); the only names that a saved card may ask for
-REGISTRY = {
-    "caa": ("CAA", "steerer"),
-    "iti": ("ITI", "steerer"),
-    "repe": ("RepE", "steerer"),
-    "odesteer": ("ODESteer", "steerer"),
-    "step-odesteer": ("StepODESteer", "steerer"),
-    "mimic": ("MiMiC", "steerer"),
-    "linact": ("LinAcT", "steerer"),
-    "hpr": ("HPR", "steerer"),
-    "recontrol": ("REControl", "steerer"),
-    "truthflow": ("TruthFlow", "steerer"),
-    "alqr": ("ALQR", "controller"),
-    "alqr-feature": ("FeatureLQR", "controller"),
-    "spid": ("SPID", "controller"),
-    "actadd-lfs": ("ActAddLFS", "controller"),
-    "pid-act": ("PIDAcT", "controller"),
-    "barrier-lqr": ("BarrierLQR", "controller"),
-    "random": ("RandomDirection", "placebo"),
-    "shuffled": ("ShuffledLabels", "placebo"),
+# method name -> (module, class, kind): the one line that a method needs, and the only names that a saved card may ask for
+_METHODS = {
+    "caa": ("euler", "CAA", "steerer"),
+    "iti": ("euler", "ITI", "steerer"),
+    "repe": ("euler", "RepE", "steerer"),
+    "odesteer": ("ode", "ODESteer", "steerer"),
+    "step-odesteer": ("ode", "StepODESteer", "steerer"),
+    "mimic": ("baselines", "MiMiC", "steerer"),
+    "linact": ("baselines", "LinAcT", "steerer"),
+    "hpr": ("baselines", "HPR", "steerer"),
+    "recontrol": ("baselines", "REControl", "steerer"),
+    "truthflow": ("baselines", "TruthFlow", "steerer"),
+    "alqr": ("control", "ALQR", "controller"),
+    "alqr-feature": ("control", "FeatureLQR", "controller"),
+    "spid": ("control", "SPID", "controller"),
+    "actadd-lfs": ("control", "ActAddLFS", "controller"),
+    "pid-act": ("control", "PIDAcT", "controller"),
+    "barrier-lqr": ("control", "BarrierLQR", "controller"),
+    "random": ("baselines", "RandomDirection", "placebo"),
+    "shuffled": ("baselines", "ShuffledLabels", "placebo"),
 }
+REGISTRY = {name: (cls, kind) for name, (_, cls, kind) in _METHODS.items()}
+
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+_HOME |= {cls: module for module, cls, _ in _METHODS.values()}
 __all__ = list(_HOME)
 
 

@@ -17,7 +17,7 @@ from .barrier import Barrier, ascent
 from .euler import Edit, Fitted, hash_tensors
 from .linear import Jacobians, block_inputs, check_weights, matrix_of, riccati_steps
 from odesteer.models import (
-    collect_activations, decoder_layers, describe_site, device_of, generate_text, steering, steering_state,
+    collect_activations, decoder_layers, describe_site, device_of, generate_text, is_steered, steering,
     unwrapped)
 from .ode import ODESteer
 
@@ -87,7 +87,7 @@ def fit(self: Controller,
 @patch
 def _check_fit(self: Controller, model, also, jacobian_texts, jacobians):
     "One clear error for what cannot be meant, before any text is read"
-    if steering_state(model).users:
+    if is_steered(model):
         raise ValueError("this model is being steered, so its states are not its own: "
                          "fit before steering, or after its `with` block")
     for name in ("n_texts", "n_jacobian", "max_tokens"):

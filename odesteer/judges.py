@@ -11,8 +11,9 @@ import hashlib, json, os, re, warnings
 import numpy as np
 import torch
 from fastcore.basics import patch
-from .models import (Encoded, answer_starts, device_of, encode, evaluating, fingerprint, length_batches, load_pretrained,
-                             pad_id, padded, score_continuations, steering_state, text_config, token_ids, truncated, unwrapped)
+from .models import (
+    Encoded, answer_starts, device_of, encode, evaluating, fingerprint, is_steered, length_batches, load_pretrained,
+    pad_id, padded, score_continuations, text_config, token_ids, truncated, unwrapped)
 
 # %% auto #0
 __all__ = ['BETTER', 'HARMFUL', 'JUDGES', 'distinct_n', 'empty_rate', 'repetition_rate', 'text_metrics', 'perplexity',
@@ -109,7 +110,7 @@ def _check_unsteered(model, steered):
     if not callable(steered):
         raise TypeError("steered must make the steering context anew for each batch: "
                         "pass `lambda: ods.steering(model, steerer, ...)`, not the context itself")
-    if steering_state(unwrapped(model)).users:
+    if is_steered(model):
         raise ValueError("this model is being steered already, so nothing here is unsteered: "
                          "remove that steering first")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .models import (
-    ActivationCache, collect_activations, decoder_layers, device_of, encode, evaluating, layer_index,
-    steering_state, text_config, truncated, unwrapped)
+    ActivationCache, collect_activations, decoder_layers, device_of, encode, evaluating, is_steered,
+    layer_index, text_config, truncated, unwrapped)
 
 # %% auto #0
 __all__ = ['block_inputs', 'Context', 'contexts', 'FrozenCache', 'block_map', 'mean_vjp', 'mean_jvp', 'mean_jacobian',
@@ -59,7 +59,7 @@ def contexts(
 # %% ../nbs/11_linear.ipynb #af967926
 def _unsteered(model):
     "The bare model, which must not be steered"
-    if steering_state(unwrapped(model)).users:
+    if is_steered(model):
         raise ValueError("this model is being steered, so its Jacobians would be those of the steered model: "
                          "take them before steering, or after its `with` block")
     return unwrapped(model)

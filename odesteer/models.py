@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['no_progress_bars', 'load_pretrained', 'load_model', 'count_layers', 'decoder_layers', 'unwrapped', 'text_config',
            'layer_index', 'device_of', 'Encoded', 'encode', 'token_ids', 'padded', 'pad_id', 'truncated', 'evaluating',
-           'length_batches', 'fingerprint', 'steering_state', 'answer_starts', 'ActivationCache', 'collect_activations',
-           'steered_positions', 'Prompt', 'Steering', 'steering', 'generate_text', 'score_encoded',
-           'score_continuations', 'describe_site']
+           'length_batches', 'fingerprint', 'is_steered', 'answer_starts', 'ActivationCache', 'collect_activations',
+           'steered_positions', 'Steering', 'steering', 'generate_text', 'score_encoded', 'score_continuations',
+           'describe_site']
 
 # %% ../nbs/04_models.ipynb #72de7520
 import hashlib
@@ -26,7 +26,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .euler import Fitted, Steerer, full_precision, write_atomic
+from .euler import Edit, Edits, Fitted, Steerer, full_precision, write_atomic
 
 # %% ../nbs/04_models.ipynb #4e34c1e1
 @contextmanager
@@ -42,15 +42,15 @@ def no_progress_bars():
 def load_pretrained(
     name,  # a folder, or an id on the hub
     auto: str = "AutoModelForCausalLM",  # class of transformers that loads it
-    device: str = None,  # default: a GPU if there is one; with `device_map=`, the model stays where that puts it
+    device: str = None,  # default: a GPU if there is one; `device_map=` decides instead where it is given
     **kwargs,  # of `from_pretrained`: revision, dtype, device_map, quantization_config, cache_dir, ...
 ) -> nn.Module:  # the model, in evaluation mode
     "A model of any class of transformers; what `from_pretrained` raises passes through"
     import transformers
     with nullcontext() if sys.stderr.isatty() else no_progress_bars():
         model = getattr(transformers, auto).from_pretrained(name, **kwargs)
-    if "device_map" not in kwargs: model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model.eval()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return (model if "device_map" in kwargs else model.to(device)).eval()
 
 # %% ../nbs/04_models.ipynb #a441cdf8
 def load_model(
@@ -66,7 +66,8 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         model = load_pretrained(name, device=device, revision=revision, dtype=dtype)
     except (OSError, ValueError, KeyError) as e:
-        raise ValueError(f"{name} could not be loaded as a causal language model with its tokenizer: {_first_line(e)}") from e
+        raise ValueError(f"{name} could not be loaded as a causal language model with its tokenizer: "
+                         f"{_first_line(e)}") from e
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
@@ -83,50 +84,77 @@ def count_layers(
         raise ValueError(f"no folder {name}")
     try: config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as e:
-        raise ValueError(f"{name} is neither a folder with a model nor an id that the hub could give: {_first_line(e)}") from None
+        raise ValueError(f"{name} is neither a folder with a model nor an id that the hub could give: "
+                         f"{_first_line(e)}") from None
     return config.get_text_config().num_hidden_layers
 
 # %% ../nbs/04_models.ipynb #6b8ebe5b
 def decoder_layers(
     model,  # a causal language model
-    name: str = None,  # dotted name of the list of blocks, such as "transformer.h", where the search finds none or the wrong one
+    name: str = None,  # dotted name of the list of blocks, such as "transformer.h", where the search fails
 ) -> nn.ModuleList:  # the decoder blocks, first to last
     "The decoder blocks of a model: the list directly below the decoder that has one entry per hidden layer"
     model = unwrapped(model)
-    if not isinstance(model, nn.Module): raise TypeError(f"the model must be a transformers model; got {type(model).__name__}{' (are model and tokenizer swapped?)' if hasattr(model, 'decode') else ''}")
+    if not isinstance(model, nn.Module):
+        hint = _SWAPPED if hasattr(model, "decode") else ""
+        raise TypeError(f"the model must be a transformers model; got {type(model).__name__}{hint}")
     if name is not None: return _named_blocks(model, name)
-    if getattr(model.config, "is_encoder_decoder", False): raise ValueError(f"{type(model).__name__} has an encoder and a decoder; only decoder-only models can be read and steered")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} has an encoder and a decoder; "
+                         "only decoder-only models can be read and steered")
     depth, decoder = text_config(model).num_hidden_layers, _decoder(model)
     found = {k: m for k, m in decoder.named_children() if isinstance(m, nn.ModuleList) and len(m) == depth}
     usual = [m for k, m in found.items() if len(found) == 1 or k in ("layers", "h")]
     if len(usual) == 1: return usual[0]
+    lists = _block_lists(model)
     raise ValueError(f"found {len(found)} lists of {depth} blocks below {type(decoder).__name__}: name the right one, "
-                     f"such as blocks={_block_lists(model)[0]!r}; this model has the lists {', '.join(_block_lists(model))}")
+                     f"such as blocks={lists[0]!r}; this model has the lists {', '.join(lists)}")
 
 # %% ../nbs/04_models.ipynb #88aa72f7
-def unwrapped(model): return getattr(model, "_orig_mod", model)  # torch.compile(model) is a wrapper; hooks and generate live on what it wraps
-def text_config(model): return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-def _block_lists(model): return [k for k, m in model.named_modules() if isinstance(m, nn.ModuleList)] or ["(no list at all)"]
+_SWAPPED = " (are model and tokenizer swapped?)"
+
+def unwrapped(
+    model,  # a model, or what torch.compile made of it
+) -> nn.Module:  # the model itself: hooks and `generate` live on what torch.compile wraps
+    "The model inside the wrapper of torch.compile"
+    return getattr(model, "_orig_mod", model)
+
+def text_config(
+    model,  # a model of transformers
+):  # its configuration; of a model for text and images, the part for text
+    "The configuration that says how many blocks there are and how wide"
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 
 def _decoder(model):
     "The module that holds the blocks; older transformers answer with the model itself where they do not know"
     found = model.get_decoder() if hasattr(model, "get_decoder") else None
     return getattr(model, "base_model", model) if found is None or found is model else found
 
+def _block_lists(model):
+    return [k for k, m in model.named_modules() if isinstance(m, nn.ModuleList)] or ["(no list at all)"]
+
 def _named_blocks(model, name):
     try: blocks = model.get_submodule(name)
     except AttributeError: blocks = None
     if isinstance(blocks, nn.ModuleList): return blocks
-    raise ValueError(f"{type(model).__name__} has no list of blocks named {name!r}: it has {', '.join(_block_lists(model))}")
+    lists = ", ".join(_block_lists(model))
+    raise ValueError(f"{type(model).__name__} has no list of blocks named {name!r}: it has {lists}")
 
-def layer_index(blocks, layer) -> int:
-    "The 0-based index of a layer that may count from the end, or one clear error"
+# %% ../nbs/04_models.ipynb #bc3594ef
+def layer_index(
+    blocks,  # the decoder blocks, see `decoder_layers`
+    layer: int,  # from 0, or from -1 for the last
+) -> int:  # from 0
+    "The index of a block; TypeError for what is no integer, ValueError for a block that does not exist"
     if isinstance(layer, bool) or not isinstance(layer, int): raise TypeError(f"a layer is an integer; got {layer!r}")
-    if not -len(blocks) <= layer < len(blocks):
-        raise ValueError(f"layer {layer} does not exist: this model has {len(blocks)} blocks, 0 to {len(blocks) - 1} (or -1 for the last)")
-    return layer % len(blocks)
+    n = len(blocks)
+    if not -n <= layer < n:
+        raise ValueError(f"layer {layer} does not exist: this model has {n} blocks, 0 to {n - 1} (or -1 for the last)")
+    return layer % n
 
-def device_of(module) -> torch.device:
+def device_of(
+    module: nn.Module,  # a model or a part of it
+) -> torch.device:
     "Where a module computes; accelerate may keep its weights elsewhere until they are needed"
     where = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if where is not None: return torch.device(where)
@@ -139,19 +167,22 @@ class Encoded:
     ids: list  # token ids
     answer: int = 0  # index of the first answer token; 0 when the text is not split into prompt and answer
 
-# %% ../nbs/04_models.ipynb #51d3da70
 def encode(
     tokenizer,  # of the model
     texts,  # list of str, chats (lists of {"role", "content"}), or pairs (prompt, answer) whose prompt is either
 ) -> list[Encoded]:
-    "Token ids of texts, with a single beginning-of-sequence token"
-    if isinstance(tokenizer, nn.Module) or not callable(tokenizer): raise TypeError(f"the tokenizer must be that of the model; got {type(tokenizer).__name__}{' (are model and tokenizer swapped?)' if isinstance(tokenizer, nn.Module) else ''}")
-    if isinstance(texts, (str, dict)) or not hasattr(texts, "__len__"): raise TypeError(f"texts must be a list of texts; got {type(texts).__name__}: wrap a single text in [ ]")
+    "Token ids of texts, with a single beginning-of-sequence token; an empty prompt or answer is a ValueError"
+    if isinstance(tokenizer, nn.Module) or not callable(tokenizer):
+        hint = _SWAPPED if isinstance(tokenizer, nn.Module) else ""
+        raise TypeError(f"the tokenizer must be that of the model; got {type(tokenizer).__name__}{hint}")
+    if isinstance(texts, (str, dict)) or not hasattr(texts, "__len__"):
+        raise TypeError(f"texts must be a list of texts; got {type(texts).__name__}: wrap a single text in [ ]")
     if len(texts) == 0: raise ValueError("texts is empty: give at least one text")
     coded = [_encode(tokenizer, t, i) for i, t in enumerate(texts)]
-    for i, e in enumerate(coded):
-        if len(e.ids) == 0 or (e.answer == 0 and _is_pair(texts[i])): raise ValueError(f"text {i} ({texts[i]!r}) has an empty prompt: there is no token to read or steer")
-        if e.answer == len(e.ids): raise ValueError(f"text {i} ({texts[i]!r}) has an empty answer")
+    for i, (text, e) in enumerate(zip(texts, coded)):
+        if len(e.ids) == 0 or (e.answer == 0 and _is_pair(text)):
+            raise ValueError(f"text {i} ({text!r}) has an empty prompt: there is no token to read or steer")
+        if e.answer == len(e.ids): raise ValueError(f"text {i} ({text!r}) has an empty answer")
     return coded
 
 # %% ../nbs/04_models.ipynb #4206f2c5
@@ -167,18 +198,30 @@ def _encode(tokenizer, text, i=0) -> Encoded:
         return Encoded(whole, len(head))
     return Encoded(token_ids(tokenizer, *_as_text(tokenizer, text, i)))
 
+def token_ids(
+    tokenizer,  # of the model
+    text: str,
+    special: bool,  # add the beginning-of-sequence token and whatever else the tokenizer adds
+) -> list:  # of int
+    "Token ids of one plain text"
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+# %% ../nbs/04_models.ipynb #af73a473
 def _as_text(tokenizer, text, i) -> tuple:
     "A text, and whether the tokenizer must still add its special tokens"
     if isinstance(text, str):
         bos = getattr(tokenizer, "bos_token", None)
         return text, not (bos and text.startswith(bos))
-    if not _is_chat(text): raise TypeError(f"text {i} must be a str, a chat (list of {{'role', 'content'}}) or a pair (prompt, answer); got {text!r}")
-    if not getattr(tokenizer, "chat_template", None): raise ValueError(f"text {i} is a chat, but this tokenizer has no chat template: give plain text, or set tokenizer.chat_template")
-    # a chat that ends with an answer stops at the last token of that answer: what a template puts behind it says nothing about the answer
+    if not _is_chat(text):
+        raise TypeError(f"text {i} must be a str, a chat (list of {{'role', 'content'}}) "
+                        f"or a pair (prompt, answer); got {text!r}")
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"text {i} is a chat, but this tokenizer has no chat template: "
+                         "give plain text, or set tokenizer.chat_template")
+    # a chat that ends with an answer stops at the last token of that answer:
+    # what a template puts behind it says nothing about the answer
     ends = dict(continue_final_message=True) if text[-1]["role"] == "assistant" else dict(add_generation_prompt=True)
     return tokenizer.apply_chat_template(list(text), tokenize=False, **ends), False
-
-def token_ids(tokenizer, text, special): return list(tokenizer(text, add_special_tokens=special)["input_ids"])
 
 # %% ../nbs/04_models.ipynb #e20fbc8f
 def padded(
@@ -189,30 +232,45 @@ def padded(
 ) -> dict:  # input_ids and attention_mask, (batch, longest)
     "A batch of texts of different lengths"
     width = max(len(e.ids) for e in coded)
-    def row(values, fill): gap = [fill] * (width - len(values)); return values + gap if side == "right" else gap + values
+    def row(values, fill):
+        gap = [fill] * (width - len(values))
+        return values + gap if side == "right" else gap + values
     return dict(input_ids=torch.tensor([row(e.ids, pad) for e in coded], device=device),
                 attention_mask=torch.tensor([row([1] * len(e.ids), 0) for e in coded], device=device))
 
 # %% ../nbs/04_models.ipynb #17cda54f
-def pad_id(tokenizer):
+def pad_id(
+    tokenizer,  # of the model
+) -> int:
     "What fills the gaps is masked, so any token will do where the tokenizer has none for it"
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
-def truncated(coded, model, max_length):
-    "Texts that are too long lose tokens after the first, if the caller gave a limit; else an error"
-    if max_length is not None and max_length < 2: raise ValueError(f"max_length must be 2 tokens or more; got {max_length!r}")
+def truncated(
+    coded: list,  # of Encoded
+    model,  # a causal language model
+    max_length: int = None,  # tokens of a text at most; without it, a text beyond the model's context is a ValueError
+) -> list:  # of Encoded; a text that is too long keeps its first token and its last ones
+    "Texts that fit into the model; where some are cut, a warning says how many"
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length must be 2 tokens or more; got {max_length!r}")
     limit = max_length or getattr(text_config(model), "max_position_embeddings", None)
     long = [i for i, e in enumerate(coded) if limit and len(e.ids) > limit]
-    if long and max_length is None:
-        raise ValueError(f"text {long[0]} has {len(coded[long[0]].ids)} tokens, but the model's context is {limit} ({len(long)} of {len(coded)} texts are too long): "
-                         f"shorten them, or pass max_length= to keep the first token and the last ones of each")
-    if long: warnings.warn(f"{len(long)} of {len(coded)} texts were longer than {limit} tokens; tokens after the first were cut off", stacklevel=3)
-    return [_shortened(e, limit, i) for i, e in enumerate(coded)] if long else coded
+    if not long: return coded
+    if max_length is None:
+        raise ValueError(f"text {long[0]} has {len(coded[long[0]].ids)} tokens, but the model's context is {limit} "
+                         f"({len(long)} of {len(coded)} texts are too long): shorten them, "
+                         "or pass max_length= to keep the first token and the last ones of each")
+    warnings.warn(f"{len(long)} of {len(coded)} texts were longer than {limit} tokens; "
+                  "tokens after the first were cut off", stacklevel=3)
+    return [_shortened(e, limit, i) for i, e in enumerate(coded)]
 
+# %% ../nbs/04_models.ipynb #3d1071ab
 def _shortened(e, limit, i):
-    "The last tokens of a text, still behind the first one: models expect their beginning-of-sequence token, and answer oddly without it"
+    "The last tokens of a text, behind its first: models expect a beginning-of-sequence token, and answer oddly without"
     cut = max(len(e.ids) - limit, 0)
-    if e.answer and cut >= e.answer - 1: raise ValueError(f"the answer of text {i} has {len(e.ids) - e.answer} tokens, which leaves no room for its prompt in {limit}: raise max_length, or shorten the answer")
+    if e.answer and cut >= e.answer - 1:
+        raise ValueError(f"the answer of text {i} has {len(e.ids) - e.answer} tokens, which leaves no room "
+                         f"for its prompt in {limit}: raise max_length, or shorten the answer")
     return Encoded(e.ids[:1] + e.ids[1 + cut:], e.answer and e.answer - cut)
 
 # %% ../nbs/04_models.ipynb #b1061507
@@ -246,15 +304,19 @@ def _spans(
     if positions == "last": return [(len(e.ids) - 1, len(e.ids)) for e in coded]
     if positions == "prompt": return [((e.answer or len(e.ids)) - 1, e.answer or len(e.ids)) for e in coded]
     if positions in ("mean", "all"): return [(e.answer, len(e.ids)) for e in coded]
-    if isinstance(positions, bool) or not isinstance(positions, int): raise ValueError(f"positions must be 'last', 'prompt', 'mean', 'all' or an index; got {positions!r}")
-    short = [i for i, e in enumerate(coded) if not -len(e.ids) <= positions < len(e.ids)]
-    if short: raise ValueError(f"text {short[0]} has {len(coded[short[0]].ids)} tokens, so it has none at position {positions}")
-    return [(positions % len(e.ids), positions % len(e.ids) + 1) for e in coded]
+    if isinstance(positions, bool) or not isinstance(positions, int):
+        raise ValueError(f"positions must be 'last', 'prompt', 'mean', 'all' or an index; got {positions!r}")
+    lengths = [len(e.ids) for e in coded]
+    for i, n in enumerate(lengths):
+        if not -n <= positions < n: raise ValueError(f"text {i} has {n} tokens, so it has none at position {positions}")
+    return [(positions % n, positions % n + 1) for n in lengths]
 
 # %% ../nbs/04_models.ipynb #8ad26537
 @contextmanager
-def evaluating(model):
-    "No dropout and no gradient; every module's own mode comes back"
+def evaluating(
+    model,  # any module
+):
+    "Inside, no dropout and no gradient; every module's own mode comes back"
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -262,8 +324,11 @@ def evaluating(model):
     finally:
         for m, mode in modes: m.training = mode
 
-def length_batches(lengths, size):
-    "Rows in batches of similar length, the longest first: little padding, and memory that does not suffice shows at once"
+def length_batches(
+    lengths: list,  # of each text, in tokens
+    size: int,  # texts of a batch
+) -> list:  # of lists of indices; every text once
+    "Batches of similar length, the longest first: little padding, and memory that does not suffice shows at once"
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i:i + size] for i in range(0, len(order), size)]
 
@@ -271,28 +336,43 @@ def length_batches(lengths, size):
 def fingerprint(
     model,  # any transformers model
 ) -> str:
-    "A hash of a model's configuration and of all its weights, from exact integer sums over rows and columns of their bits"
+    "A hash of a model's configuration and of all its weights, from exact integer sums over rows and columns of bits"
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a weight
     sha = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, w in model.state_dict().items():
         sha.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
         if w.device.type == "meta" or w.numel() == 0: continue
-        bits = w.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[w.element_size()]).reshape(len(w) if w.ndim else 1, -1)
+        bits = w.view(integers[w.element_size()]).reshape(len(w) if w.ndim else 1, -1)
         for dim in (0, 1): sha.update(bits.sum(dim, dtype=torch.int64).cpu().numpy().tobytes())
     return sha.hexdigest()
 
 # %% ../nbs/04_models.ipynb #5b3076dc
 class _Watch:
     "What the hooks on one model must know about the call that they are in"
-    def __init__(self): self.users, self.wrapped, self.prompt, self.answer, self.rows, self.lock = 0, [], None, None, None, threading.RLock()
+    def __init__(self):
+        self.users, self.wrapped = 0, []  # steerings that are attached; (model, its own generate) of what they wrapped
+        self.prompt = None  # of the running `generate`, a `_PromptMask`
+        self.answer = self.rows = None  # see `answer_starts`
+        self.lock = threading.RLock()
 
 _WATCHES = weakref.WeakKeyDictionary()  # decoder -> _Watch
-def steering_state(model): return _WATCHES.setdefault(_decoder(model), _Watch())
+def _watch_of(model) -> _Watch: return _WATCHES.setdefault(_decoder(model), _Watch())
+
+def is_steered(
+    model,  # a causal language model
+) -> bool:
+    "Does anything steer this model right now?"
+    return _watch_of(unwrapped(model)).users > 0
 
 @contextmanager
-def answer_starts(model, answer=None, rows=None):
-    "Tell the hooks where the answers of this batch begin, and which of the caller's rows it holds: (indices, how many there are in all)"
-    watch = steering_state(model)
+def answer_starts(
+    model,  # a causal language model
+    answer: Tensor = None,  # (batch,): number of prompt tokens of each row; None: no answers, or inside generate
+    rows: tuple = None,  # (indices, number): which of the caller's rows the batch holds, and how many there are in all
+):
+    "Inside, hooks know where the answers of this batch begin, and whose strength belongs to which row"
+    watch = _watch_of(model)
     if rows: rows = torch.as_tensor(rows[0], device=device_of(model.get_input_embeddings())), rows[1]
     before, (watch.answer, watch.rows) = (watch.answer, watch.rows), (answer, rows)
     try: yield
@@ -300,32 +380,51 @@ def answer_starts(model, answer=None, rows=None):
 
 # %% ../nbs/04_models.ipynb #c30861b2
 class ActivationCache:
-    "Activations on disk, one file per layer; without a folder it finds nothing and keeps nothing"
-    def __init__(self, folder, model, coded, positions, site):
+    """Activations on disk, one file per layer; without a folder it finds and keeps nothing
+
+    Grows below: `load` and `save`."""
+    def __init__(self,
+        folder,  # that holds one folder for each key; None: keep nothing
+        model,  # a causal language model; ValueError while it is steered
+        coded: list,  # of Encoded: the texts
+        positions,  # which tokens are read
+        site: str,  # what is read; with the weights, tokens and positions, the key
+    ):
         self.folder = None
         if folder is None: return
-        if steering_state(model).users: raise ValueError("the cache cannot know how this model is being steered: collect without cache_dir=, or after steering")
+        if is_steered(model):
+            raise ValueError("the cache cannot know how this model is being steered: "
+                             "collect without cache_dir=, or after steering")
         text = json.dumps([fingerprint(model), site, positions, [(e.ids, e.answer) for e in coded]])
         self.folder = Path(folder)/hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _file(self, layer): return self.folder/f"layer_{layer:03d}.safetensors"
     def _sha(self, a): return hashlib.sha256(a.numpy().tobytes()).hexdigest()
 
-    def load(self, layer):
-        "The activations of a layer, or None"
-        from safetensors import SafetensorError, safe_open
-        if self.folder is None or not self._file(layer).exists(): return None
-        try:
-            with safe_open(self._file(layer), "pt") as f: a, kept = f.get_tensor("activations"), f.metadata()
-            if kept["sha256"] == self._sha(a): return a
-        except (SafetensorError, OSError, KeyError, TypeError): pass  # whatever is wrong with the file, what follows is the remedy
-        warnings.warn(f"{self._file(layer)} is damaged: computing it again", stacklevel=3)
+# %% ../nbs/04_models.ipynb #5c4b36d7
+@patch
+def load(self: ActivationCache,
+    layer: int,  # 0-based block
+) -> Tensor:  # None where there is nothing, or (with a warning) where the file is damaged
+    "The activations of a layer"
+    from safetensors import SafetensorError, safe_open
+    if self.folder is None or not self._file(layer).exists(): return None
+    try:
+        with safe_open(self._file(layer), "pt") as f: a, kept = f.get_tensor("activations"), f.metadata()
+        if kept["sha256"] == self._sha(a): return a
+    except (SafetensorError, OSError, KeyError, TypeError): pass  # whatever is wrong, what follows is the remedy
+    warnings.warn(f"{self._file(layer)} is damaged: computing it again", stacklevel=3)
 
-    def save(self, layer, a):
-        from safetensors.torch import save
-        if self.folder is None: return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self._file(layer), save({"activations": a.contiguous()}, metadata={"sha256": self._sha(a)}))
+@patch
+def save(self: ActivationCache,
+    layer: int,  # 0-based block
+    a: Tensor,  # its activations, on the CPU
+):
+    "Keep the activations of a layer"
+    from safetensors.torch import save
+    if self.folder is None: return
+    self.folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(self._file(layer), save({"activations": a.contiguous()}, metadata={"sha256": self._sha(a)}))
 
 # %% ../nbs/04_models.ipynb #98591fbb
 def collect_activations(
@@ -333,35 +432,32 @@ def collect_activations(
     tokenizer,  # its tokenizer
     texts,  # list of str, chats, or pairs (prompt, answer): see `encode`
     layers=None,  # 0-based block or list of blocks, -1 is the last; all of them by default
-    positions="last",  # "last" token; "prompt": its last token; "mean" or "all" of the answer's tokens (the whole text if it is not split); or an index
+    positions="last",  # "last" token; "prompt": its last; "mean" or "all" of the answer (or whole text); or an index
     batch_size: int = 32,
-    max_length: int = None,  # a longer text keeps its first token and its last ones; without it a text beyond the model's context is an error
+    max_length: int = None,  # tokens of a text at most, see `truncated`
     cache_dir=None,  # folder that keeps activations; they are found again by weights, tokens, layer, positions and site
     progress: bool = True,  # show a bar
     blocks: str = None,  # dotted name of the list of blocks, if the search for it fails
     site: str = "output",  # of the blocks, which is what steering edits; or their "input"
 ) -> dict:  # {layer: (N, d) float32 on the CPU}; with positions="all" a list of (n_tokens, d)
     "Block outputs (or inputs) at chosen tokens: one pass for all layers, no logits, no work above the top layer"
-    if site not in ("output", "input"): raise ValueError(f"site must be 'output' or 'input' of the blocks; got {site!r}")
-    if not (isinstance(batch_size, int) and batch_size >= 1): raise ValueError(f"batch_size must be 1 or more; got {batch_size!r}")
-    if isinstance(layers, (str, dict)) or not (layers is None or isinstance(layers, int) or hasattr(layers, "__iter__")): raise TypeError(f"layers must be a block's number, a list of them, or None for all; got {layers!r}")
-    model = unwrapped(model)
+    model, wanted = unwrapped(model), _wanted(layers, site, batch_size)
     stack = decoder_layers(model, blocks)
-    asked = range(len(stack)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
-    index = {layer: layer_index(stack, layer) for layer in asked}
+    index = {layer: layer_index(stack, layer) for layer in (range(len(stack)) if wanted is None else wanted)}
     coded = truncated(encode(tokenizer, texts), model, max_length)
     spans = _spans(coded, positions)
     cache = ActivationCache(cache_dir, model, coded, positions, site)
     found = {i: cache.load(i) for i in sorted(set(index.values()))}
     missing = [i for i, a in found.items() if a is None]
     if missing:
-        found |= _collect(model, tokenizer, coded, spans, missing, stack, site, positions == "mean", batch_size, progress)
+        how = dict(site=site, mean=positions == "mean", batch_size=batch_size, progress=progress)
+        found |= _collect(model, pad_id(tokenizer), coded, spans, missing, stack, **how)
         for i in missing: cache.save(i, found[i])
     if positions != "all": return {layer: found[i] for layer, i in index.items()}
     return {layer: list(found[i].split([b - a for a, b in spans])) for layer, i in index.items()}
 
 # %% ../nbs/04_models.ipynb #a3873b1c
-def _collect(model, tokenizer, coded, spans, layers, stack, site, mean, batch_size, progress):
+def _collect(model, pad, coded, spans, layers, stack, site, mean, batch_size, progress):
     "The rows of every layer, in the order of the texts"
     from tqdm.auto import tqdm
     rows, device = {i: [None] * len(coded) for i in layers}, device_of(model.get_input_embeddings())
@@ -370,7 +466,8 @@ def _collect(model, tokenizer, coded, spans, layers, stack, site, mean, batch_si
         for batch in length_batches([len(e.ids) for e in coded], batch_size):
             # padding on the right needs no position ids: no real token sees a pad, whatever the architecture
             starts = torch.tensor([coded[i].answer or len(coded[i].ids) for i in batch], device=device)
-            with answer_starts(model, starts, (batch, len(coded))): seen = run(**padded([coded[i] for i in batch], pad_id(tokenizer), "right", device))
+            inputs = padded([coded[i] for i in batch], pad, "right", device)
+            with answer_starts(model, starts, (batch, len(coded))): seen = run(**inputs)
             where = torch.tensor([(r, j) for r, i in enumerate(batch) for j in range(*spans[i])]).T
             sizes = [spans[i][1] - spans[i][0] for i in batch]
             for layer, y in seen.items():
@@ -382,10 +479,23 @@ def _collect(model, tokenizer, coded, spans, layers, stack, site, mean, batch_si
             bar.update(len(batch))
     return {layer: torch.cat(a) for layer, a in rows.items()}
 
+# %% ../nbs/04_models.ipynb #d0a6fd2d
+def _wanted(layers, site, batch_size):
+    "The layers that were asked for as a list, None for all"
+    if site not in ("output", "input"):
+        raise ValueError(f"site must be 'output' or 'input' of the blocks; got {site!r}")
+    if not (isinstance(batch_size, int) and batch_size >= 1):
+        raise ValueError(f"batch_size must be 1 or more; got {batch_size!r}")
+    if layers is None or isinstance(layers, int): return None if layers is None else [layers]
+    if isinstance(layers, (str, dict)) or not hasattr(layers, "__iter__"):
+        raise TypeError(f"layers must be a block's number, a list of them, or None for all; got {layers!r}")
+    return list(layers)
+
 def _finite(picked, batch, where, dtype):
     if torch.isfinite(torch.cat(picked)).all(): return
     i = next(i for i, a in zip(batch, picked) if not torch.isfinite(a).all())
-    raise ValueError(f"the {where} holds NaN or infinity at text {i}: the model itself overflows in {dtype} (load it in bfloat16 or float32), or its weights are damaged")
+    raise ValueError(f"the {where} holds NaN or infinity at text {i}: the model itself overflows in {dtype} "
+                     "(load it in bfloat16 or float32), or its weights are damaged")
 
 # %% ../nbs/04_models.ipynb #71963d4e
 def steered_positions(
@@ -401,7 +511,8 @@ def steered_positions(
     if isinstance(positions, Tensor):
         if real is None: real = positions.new_ones(len(positions), start + n, dtype=torch.bool)
         return (((real.cumsum(1) >= positions[:, None]) & real)[:, start:],)
-    if positions == "last" and first is not None: return (slice(None), slice(max(first - start, 0), None)) if first < start + n else None
+    if positions == "last" and first is not None:
+        return (slice(None), slice(max(first - start, 0), None)) if first < start + n else None
     if positions == "last" and start == 0:
         if real is None: return slice(None), slice(n - 1, None)
         rows, columns = (torch.arange(k, device=real.device) for k in real.shape)
@@ -410,28 +521,30 @@ def steered_positions(
 
 # %% ../nbs/04_models.ipynb #76775932
 @dataclass
-class Prompt:
-    "What `generate` was called with"
+class _PromptMask:
+    "Where prompts stand in the batch that `generate` was called with"
     batch: int  # prompts
     length: int  # columns up to the last prompt token, cached ones included
     real: Tensor  # (batch, length) bool, or None: no pads
 
-def _prompt(model, inputs=None, input_ids=None, inputs_embeds=None, attention_mask=None, **_) -> Prompt:
-    "Read the prompt off the arguments of `generate`; a batch padded on the right is refused"
+def _prompt_mask(model, inputs=None, input_ids=None, inputs_embeds=None, attention_mask=None, **_) -> _PromptMask:
+    "Read off the arguments of `generate`; a batch padded on the right is refused"
     tokens = next((t for t in (inputs, input_ids, inputs_embeds) if t is not None), None)
-    if tokens is None: return Prompt(1, 1, None)  # generation from the BOS token alone
-    pad = model.generation_config.pad_token_id
-    if attention_mask is None and tokens.ndim == 2 and pad is not None and pad != model.generation_config.eos_token_id: attention_mask = tokens != pad
+    if tokens is None: return _PromptMask(1, 1, None)  # generation from the BOS token alone
+    pad, eos = model.generation_config.pad_token_id, model.generation_config.eos_token_id
+    if attention_mask is None and tokens.ndim == 2 and pad is not None and pad != eos: attention_mask = tokens != pad
     real = attention_mask.bool() if attention_mask is not None and attention_mask.ndim == 2 else None
     if real is not None and real.all(): real = None
     if real is not None and not real[:, -1].all():
-        raise ValueError("this batch is padded on the right, so the last prompt token is not in the last column: set tokenizer.padding_side = 'left' before tokenising prompts for generate")
-    return Prompt(len(tokens), max(tokens.shape[1], 0 if attention_mask is None else attention_mask.shape[1]), real)
+        raise ValueError("this batch is padded on the right, so the last prompt token is not in the last column: "
+                         "set tokenizer.padding_side = 'left' before tokenising prompts for generate")
+    masked = 0 if attention_mask is None else attention_mask.shape[1]
+    return _PromptMask(len(tokens), max(tokens.shape[1], masked), real)
 
 # %% ../nbs/04_models.ipynb #81f71022
 def _attach(model):
     "While anything steers this model, its `generate` notes the prompt; nothing else about it changes"
-    watch = steering_state(model)
+    watch = _watch_of(model)
     watch.users += 1
     if not hasattr(model, "generate") or any(m is model for m, _ in watch.wrapped): return
     watch.wrapped.append((model, vars(model).get("generate")))
@@ -439,14 +552,15 @@ def _attach(model):
     @wraps(original)
     def generate(*args, **kwargs):
         with watch.lock:  # one call at a time: what a call notes must not reach another thread's
-            if watch.prompt is not None: return original(*args, **kwargs)  # a model that drafts for itself: the outer prompt counts
-            watch.prompt = _prompt(model, *args[:1], **kwargs)
+            # a model that drafts for itself calls generate within generate: the outer prompt counts
+            if watch.prompt is not None: return original(*args, **kwargs)
+            watch.prompt = _prompt_mask(model, *args[:1], **kwargs)
             try: return original(*args, **kwargs)
             finally: watch.prompt = None
     model.generate = generate
 
 def _detach(model):
-    watch = steering_state(model)
+    watch = _watch_of(model)
     watch.users -= 1
     while watch.users == 0 and watch.wrapped:
         m, own = watch.wrapped.pop()
@@ -455,16 +569,22 @@ def _detach(model):
 
 # %% ../nbs/04_models.ipynb #ab689ecf
 class Steering:
-    "A model that is being steered: a handle with `strength`, `applied` and `remove()`, and a context manager"
+    """A model that is being steered: a handle and a context manager. Made by `steering`.
+
+    Grows below: `strength`, which can be assigned to, and what the hooks do: `_look` before the decoder runs,
+    `_steer` after a block has run. `applied` counts steered token activations; `remove` ends the steering."""
     def __init__(self, model, parts, strength, positions, history, stack):
-        self.model, self.parts, self.positions, self.history, self.stack = model, parts, positions, history, stack
-        self._watch, self._where, self._edits, self._remembered, self._values, self._applied = steering_state(model), None, {}, {}, {}, 0
+        self.model, self.parts, self.stack = model, parts, stack  # parts: (layer, steerer or controller), see `Edits`
+        self.positions, self.history = positions, history
+        self._watch, self._where = _watch_of(model), None  # which tokens of the running pass are steered
+        self._edits, self._values, self._remembered, self._applied = {}, {}, {}, 0
         self.strength = strength
-        with torch.inference_mode(False): self._count = {i: torch.zeros((), dtype=torch.int64, device=device_of(stack[i])) for i in self._edits}
         owner = next(m for m in model.modules() if any(c is stack for c in m.children()))
         self._names = list(inspect.signature(owner.forward).parameters)
         self._hooks = [owner.register_forward_pre_hook(self._look, with_kwargs=True)]
-        self._hooks += [stack[i].register_forward_hook(partial(self._steer, i), with_kwargs=True) for i in self._edits]
+        for i in self._edits:
+            self._hooks.append(stack[i].register_forward_hook(partial(self._steer, i), with_kwargs=True))
+        with torch.inference_mode(False): self._count = {i: _zero(device_of(stack[i])) for i in self._edits}
         _attach(model)
         _forget_compiled()
 
@@ -476,15 +596,17 @@ class Steering:
         _detach(self.model)
         _forget_compiled()
 
-    @property
-    def applied(self):
-        "How many token activations have been steered so far"
-        return self._applied + sum(int(c) for c in self._count.values())
-
 # %% ../nbs/04_models.ipynb #9c4928c8
+def _zero(device): return torch.zeros((), dtype=torch.int64, device=device)
+
 def _forget_compiled():
     "Code that torch.compile made before a hook came or went would go on as if nothing had happened"
     if "torch._dynamo" in sys.modules: torch._dynamo.reset()
+
+@patch(as_prop=True)
+def applied(self: Steering) -> int:
+    "How many token activations have been steered so far"
+    return self._applied + sum(int(c) for c in self._count.values())
 
 @patch
 def __enter__(self: Steering):
@@ -495,16 +617,21 @@ def __enter__(self: Steering):
 def __exit__(self: Steering, kind, *_):
     self.remove()
     if kind is None and not self.applied:
-        raise RuntimeError("steering was never applied: no forward pass of this model ran inside the block. Was generate called inside the `with`, and on this model object? "
+        raise RuntimeError("steering was never applied: no forward pass of this model ran inside the block. "
+                           "Was generate called inside the `with`, and on this model object? "
                            "A copy of the model, another process or a server is not steered")
 
+# %% ../nbs/04_models.ipynb #f468a4b0
 @patch
-def __reduce_ex__(self: Steering, protocol): raise RuntimeError("a model that is being steered cannot be copied or pickled: remove the steering first")
+def __reduce_ex__(self: Steering, protocol):
+    raise RuntimeError("a model that is being steered cannot be copied or pickled: remove the steering first")
 
 @patch
 def __repr__(self: Steering):
-    what = f"layer{'s' * (len(self._edits) > 1)} {', '.join(map(str, self._edits))} of {type(self.model).__name__}"
-    return f"Steering({what}, strength={self._strength!r}, positions={self.positions!r}, {'attached' if self._hooks else 'removed'}, applied={self.applied})"
+    layers = f"layer{'s' * (len(self._edits) > 1)} {', '.join(map(str, self._edits))}"
+    state = "attached" if self._hooks else "removed"
+    return (f"Steering({layers} of {type(self.model).__name__}, strength={self._strength!r}, "
+            f"positions={self.positions!r}, {state}, applied={self.applied})")
 
 # %% ../nbs/04_models.ipynb #db6ef968
 @patch
@@ -512,55 +639,69 @@ def _look(self: Steering, module, args, kwargs):
     "Before the decoder runs: which of its tokens are to be steered?"
     given, prompt = {**dict(zip(self._names, args)), **kwargs} if args else kwargs, self._watch.prompt
     tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
-    if given.get("cache") is not None: raise NotImplementedError("continuous batching packs several requests into one row, where their prompts cannot be told apart: use generate")
+    if given.get("cache") is not None:
+        raise NotImplementedError("continuous batching packs several requests into one row, "
+                                  "where their prompts cannot be told apart: use generate")
     batch, n = tokens.shape[:2]
     positions, answer = self.positions, self._watch.answer
     if isinstance(positions, Tensor): positions = self._per_row(positions.to(tokens.device), batch, "positions")
     elif positions == "last" and answer is not None: positions = answer.to(tokens.device)
     if self.history == "unsteered": positions = self._only_last(given, answer, n)
-    if n == 1: self._where = 0; return  # the one new token of a decoding step
+    if n == 1:  # the one new token of a decoding step
+        self._where = 0
+        return
     start = _cached(given)
-    if prompt: real = None if prompt.real is None else prompt.real.repeat_interleave(batch // prompt.batch, 0)
-    else: real = given.get("attention_mask")
-    if isinstance(real, Tensor) and real.ndim == 2:  # the columns up to the end of this pass
-        gap = start + n - real.shape[1]
-        real = nn.functional.pad(real.to(tokens.device, torch.bool), (0, gap) if prompt else (max(gap, 0), min(gap, 0)), value=True)
-    else: real = None
-    first = None if prompt is None else n - 1 if self.history == "unsteered" else prompt.length - 1
+    real = _real_tokens(given, prompt, batch, start + n, tokens.device)
+    if prompt is None: first = None
+    else: first = n - 1 if self.history == "unsteered" else prompt.length - 1
     self._where = _place(steered_positions(positions, n, start, real, first))
 
 def _place(where):
     "Which tokens, found once for all layers: the first of a row's steered columns, or indices (rows, columns)"
     if where is None: return None
     if isinstance(where[0], slice): return where[1].start or 0
-    return where if len(where) == 2 else where[0].nonzero(as_tuple=True)  # a mask would be searched again, and waited for, in every layer
+    # a mask would be searched again, and waited for, in every layer
+    return where if len(where) == 2 else where[0].nonzero(as_tuple=True)
 
-@patch
-def _only_last(self: Steering, given, answer, n):
-    "With history='unsteered' a pass may steer its last token only: refuse what would need more, or keep what was steered"
-    if any(given.get(k) is not None for k in ("past_key_values", "cache_params")):
-        raise ValueError("history='unsteered' computes earlier tokens again without steering, but this pass was given a cache, which keeps them steered: call generate(..., use_cache=False)")
-    lengths = n if given.get("attention_mask") is None else given["attention_mask"].sum(1)
-    if answer is not None and (answer != lengths).any():
-        raise ValueError("history='unsteered' steers one token of a pass, but an answer scored in one pass needs all of its tokens steered: use history='steered', or score token by token without a cache")
-    return "last"
-
+# %% ../nbs/04_models.ipynb #de0a7151
 def _cached(given) -> int:
     "How many tokens the cache holds before this pass"
     cache = given.get("past_key_values") if given.get("past_key_values") is not None else given.get("cache_params")
     try: return int(cache.get_seq_length())
     except (AttributeError, ValueError): return 0  # no cache, or a recurrent state: it takes its prompt in one pass
 
+def _real_tokens(given, prompt, batch, end, device):
+    "Which columns hold no pad, (batch, end) bool up to the end of this pass, or None: no pads are known of"
+    if prompt: real = None if prompt.real is None else prompt.real.repeat_interleave(batch // prompt.batch, 0)
+    else: real = given.get("attention_mask")
+    if not isinstance(real, Tensor) or real.ndim != 2: return None
+    gap = end - real.shape[1]
+    sides = (0, gap) if prompt else (max(gap, 0), min(gap, 0))
+    return nn.functional.pad(real.to(device, torch.bool), sides, value=True)
+
+@patch
+def _only_last(self: Steering, given, answer, n):
+    "With history='unsteered' a pass steers its last token only: refuse what needs more, or would keep what was steered"
+    if any(given.get(k) is not None for k in ("past_key_values", "cache_params")):
+        raise ValueError("history='unsteered' computes earlier tokens again without steering, but this pass was given "
+                         "a cache, which keeps them steered: call generate(..., use_cache=False)")
+    lengths = n if given.get("attention_mask") is None else given["attention_mask"].sum(1)
+    if answer is not None and (answer != lengths).any():
+        raise ValueError("history='unsteered' steers one token of a pass, but an answer scored in one pass needs all "
+                         "of its tokens steered: use history='steered', or score token by token without a cache")
+    return "last"
+
 # %% ../nbs/04_models.ipynb #91b59a2b
 def _take(a, where):
     "The chosen tokens of (batch, n, d), one row each"
-    return (a[:, where:] if where else a).flatten(0, 1) if isinstance(where, int) else a[tuple(w.to(a.device) for w in where)]
+    if isinstance(where, int): return (a[:, where:] if where else a).flatten(0, 1)
+    return a[tuple(w.to(a.device) for w in where)]
 
-def _put(a, where, moved):
+def _put(a, where, steered):
     "A new tensor: `a` with its chosen tokens replaced"
-    if not isinstance(where, int): return a.index_put(tuple(w.to(a.device) for w in where), moved)
-    moved = moved.reshape(len(a), -1, a.shape[-1])
-    return torch.cat([a[:, :where], moved], 1) if where else moved.contiguous()
+    if not isinstance(where, int): return a.index_put(tuple(w.to(a.device) for w in where), steered)
+    steered = steered.reshape(len(a), -1, a.shape[-1])
+    return torch.cat([a[:, :where], steered], 1) if where else steered.contiguous()
 
 def _spread(values, where, n):
     "One value per row of the batch, (batch, ...), repeated for each of its chosen tokens"
@@ -570,7 +711,7 @@ def _spread(values, where, n):
 # %% ../nbs/04_models.ipynb #2e810a3a
 @patch
 def _steer(self: Steering, layer, module, args, kwargs, output):
-    "After a block has run: its output with the chosen tokens moved"
+    "After a block has run: its output with the chosen tokens steered"
     where, y = self._where, output if isinstance(output, Tensor) else output[0]
     if where is None: return
     x = (args[0] if args else kwargs["hidden_states"]).to(y.device)
@@ -578,24 +719,30 @@ def _steer(self: Steering, layer, module, args, kwargs, output):
     if len(old) == 0: return
     if value.ndim: value = _spread(self._per_row(value, len(y), "strength"), where, y.shape[1])
     with full_precision(y):  # the steerer chooses its own precision
-        if getattr(edit, "remember", None) is not None: kept = (_spread(self._recall(layer, edit, y, where), where, y.shape[1]),)
-        moved = edit(_take(x, where), old, value, *kept)
-    if moved.shape != old.shape or moved.dtype != y.dtype: raise ValueError(f"the edit at layer {layer} was given {tuple(old.shape)} {y.dtype} and returned {tuple(moved.shape)} {moved.dtype}: both must be kept")
-    if torch.compiler.is_compiling() or (y.is_cuda and torch.cuda.is_current_stream_capturing()): self._count[layer].add_(len(old))  # counts again whenever the code or graph runs
+        if edit.remember is not None: kept = (_spread(self._recall(layer, edit, y, where), where, y.shape[1]),)
+        steered = edit.apply(_take(x, where), old, value, *kept)
+    if steered.shape != old.shape or steered.dtype != y.dtype:
+        raise ValueError(f"the edit at layer {layer} was given {tuple(old.shape)} {y.dtype} "
+                         f"and returned {tuple(steered.shape)} {steered.dtype}: both must be kept")
+    recorded = torch.compiler.is_compiling() or (y.is_cuda and torch.cuda.is_current_stream_capturing())
+    if recorded: self._count[layer].add_(len(old))  # counts again whenever the code or graph runs
     else: self._applied += len(old)
-    new = _put(y, where, moved)
+    new = _put(y, where, steered)
     return new if isinstance(output, Tensor) else (new, *output[1:])
 
 # %% ../nbs/04_models.ipynb #df9b9e10
 @patch
 def _recall(self: Steering, layer, edit, y, where):
-    "What an edit makes of the output at each row's last prompt token, (batch, ...): kept until `generate` returns, made anew in any other pass"
+    """What an edit makes of the output at each row's last prompt token, (batch, ...).
+
+    Kept until `generate` returns, made anew in any other pass."""
     prompt, answer = self._watch.prompt, self._watch.answer
     if prompt is None or self._remembered.get(layer, (None,))[0] is not prompt:
         steered = torch.zeros(y.shape[:2], device=y.device)
         if isinstance(where, int): steered[:, where:] = 1.0
         else: steered[tuple(w.to(y.device) for w in where)] = 1.0
-        if isinstance(self.positions, str) and self.positions == "all": steered = steered.cumsum(1) * steered  # the last one, not the first
+        everywhere = isinstance(self.positions, str) and self.positions == "all"
+        if everywhere: steered = steered.cumsum(1) * steered  # the last one, not the first
         column = steered.argmax(1) if answer is None else answer.to(y.device) - 1
         self._remembered[layer] = prompt, edit.remember(y[torch.arange(len(y), device=y.device), column])
     return self._remembered[layer][1]
@@ -605,7 +752,9 @@ def _per_row(self: Steering, values, batch, name):
     "One value per row of the batch; beams and return sequences share the value of their prompt"
     rows, prompt = self._watch.rows, self._watch.prompt
     prompts = rows[1] if rows else prompt.batch if prompt else batch
-    if len(values) != prompts: raise ValueError(f"{name} has {len(values)} rows, but there are {prompts} in the batch: give one number for all, or one per row")
+    if len(values) != prompts:
+        raise ValueError(f"{name} has {len(values)} rows, but there are {prompts} in the batch: "
+                         "give one number for all, or one per row")
     if rows: values = values[rows[0].to(values.device)]
     return values if len(values) == batch else values.repeat_interleave(batch // len(values), 0)
 
@@ -617,16 +766,21 @@ def strength(self: Steering):
 
 @patch(set_prop=True)
 def strength(self: Steering, strength):
-    plan = {}
+    edits, values = {}, {}
     for layer, part in self.parts:
         value = _resolve(part, strength)
-        for i, edit in part.edits(self.model, layer, strength).items(): plan[layer_index(self.stack, i)] = edit, value
-    # a number or tensor changes only this tensor, so that compiled code need not be made again; a dict of units changes the edits
-    self._values = {i: _hold(self._values.get(i), value.to(device_of(self.stack[i]))) for i, (_, value) in plan.items()}
-    if not self._edits or isinstance(strength, dict) or isinstance(self._strength, dict): self._edits = {i: edit for i, (edit, _) in plan.items()}
+        for i, edit in part.edits(self.model, layer, strength).items():
+            i = layer_index(self.stack, i)
+            edits[i], values[i] = _as_edit(edit), value.to(device_of(self.stack[i]))
+    # a number or tensor changes only this tensor, so that compiled code need not be made again
+    self._values = {i: _hold(self._values.get(i), value) for i, value in values.items()}
+    # a dict of units changes the edits
+    if not self._edits or isinstance(strength, dict) or isinstance(self._strength, dict): self._edits = edits
     self._strength = strength
 
 # %% ../nbs/04_models.ipynb #eeb97392
+def _as_edit(edit) -> Edit: return edit if isinstance(edit, Edit) else Edit(edit, getattr(edit, "remember", None))
+
 def _hold(old, new):
     "A tensor with the new strength: the one in use where that is possible, never the caller's own"
     if new.requires_grad: return new
@@ -634,10 +788,12 @@ def _hold(old, new):
         if old is None or old.requires_grad or old.shape != new.shape or old.dtype != new.dtype: return new.clone()
         return old.copy_(new)
 
-def _resolve(part, strength) -> Tensor:
+def _resolve(part: Edits, strength) -> Tensor:
     "The strength as a tensor, () or one value per row"
-    value = part.resolve(strength) if hasattr(part, "resolve") else torch.as_tensor(strength, dtype=torch.float32)
-    if value.ndim > 1: raise ValueError(f"strength must be a number or one value per row of the batch; got shape {tuple(value.shape)}")
+    value = part.resolve(strength)
+    if value.ndim > 1:
+        raise ValueError("strength must be a number or one value per row of the batch; "
+                         f"got shape {tuple(value.shape)}")
     return value
 
 # %% ../nbs/04_models.ipynb #203c45c0
@@ -645,64 +801,115 @@ def steering(
     model,  # a causal language model
     obj,  # a steerer or controller, or {layer: steerer} for several layers at once
     layer: int = None,  # 0-based block whose output is edited, -1 is the last; default: the one on the steerer's card
-    strength=None,  # a number, or one per row of the batch; 0 changes nothing, bit for bit (but is a place like any other to a controller, whose strength is a set-point)
+    strength=None,  # a number, or one per row; 0 changes nothing, bit for bit (but a controller's 0 is a set-point)
     T=None,  # another name for strength
-    positions="last",  # "last": the last prompt token and every later one; "all": prompt tokens too; or (batch,) numbers of prompt tokens
+    positions="last",  # "last" prompt token and all later ones; "all": prompt tokens too; or (batch,) prompt lengths
     blocks: str = None,  # dotted name of the list of blocks, if the search for it fails
-    history="steered",  # tokens steered before stay steered; "unsteered": only the last token of each pass is, which needs generation without a cache
+    history="steered",  # "unsteered": of each pass only the last token is steered; needs generation without a cache
     **units,  # instead of strength: share=, nats= or until=, as in `Steerer.steer`
 ) -> Steering:
     "Steer a model, until the `with` block ends or `.remove()` is called"
     model = unwrapped(model)
     stack = decoder_layers(model, blocks)
-    if strength is not None and T is not None: raise ValueError(f"strength={strength!r} and T={T!r} are two names for the same thing: give one")
-    if not (isinstance(positions, str) and positions in ("last", "all")):
-        if isinstance(positions, str) or (positions := torch.as_tensor(positions)).ndim != 1 or positions.is_floating_point() or positions.min() < 1:
-            raise ValueError(f"positions must be 'last', 'all' or one number of prompt tokens (1 or more) per row; got {positions!r}")
-    if history not in ("steered", "unsteered"): raise ValueError(f"history must be 'steered' or 'unsteered'; got {history!r}")
-    if history == "unsteered" and not (isinstance(positions, str) and positions == "last"): raise ValueError(f"history='unsteered' steers the last token of each pass only, so positions must be 'last'; got {positions!r}")
-    parts = [(layer_index(stack, i), part) for i, part in obj.items()] if isinstance(obj, dict) else [(_site(obj, layer, stack), obj)]
-    if isinstance(obj, dict) and (layer is not None or not obj): raise ValueError("give {layer: steerer} with at least one layer, and no layer= beside it")
-    for i, part in parts:
-        _check_part(model, part, i)
+    if strength is not None and T is not None:
+        raise ValueError(f"strength={strength!r} and T={T!r} are two names for the same thing: give one")
+    positions, parts = _positions(positions, history), _parts(obj, layer, stack)
+    for i, part in parts: _check_part(model, part, i)
     strength = _strength(parts, T if strength is None else strength, units)
+    dtype = getattr(model, "dtype", torch.float32)
     for i, part in parts:
-        if isinstance(part, Steerer): _warm_up(part, device_of(stack[i]), getattr(model, "dtype", torch.float32), strength)
+        if isinstance(part, Steerer): _warm_up(part, device_of(stack[i]), dtype, strength)
     return Steering(model, parts, strength, positions, history, stack)
 
 # %% ../nbs/04_models.ipynb #395e04c6
-def _site(part, layer, stack):
+def _positions(positions, history):
+    "Which tokens to steer: 'last', 'all', or numbers of prompt tokens as a tensor"
+    if isinstance(positions, str): fits = positions in ("last", "all")
+    else:
+        positions = torch.as_tensor(positions)
+        fits = positions.ndim == 1 and not positions.is_floating_point() and positions.min() >= 1
+    if not fits:
+        raise ValueError("positions must be 'last', 'all' or one number of prompt tokens (1 or more) per row; "
+                         f"got {positions!r}")
+    if history not in ("steered", "unsteered"):
+        raise ValueError(f"history must be 'steered' or 'unsteered'; got {history!r}")
+    if history == "unsteered" and not (isinstance(positions, str) and positions == "last"):
+        raise ValueError("history='unsteered' steers the last token of each pass only, "
+                         f"so positions must be 'last'; got {positions!r}")
+    return positions
+
+def _parts(obj, layer, stack) -> list:
+    "(layer, part) of everything that steers"
+    if not isinstance(obj, dict): return [(_site(part := _as_edits(obj), layer, stack), part)]
+    if layer is not None or not obj:
+        raise ValueError("give {layer: steerer} with at least one layer, and no layer= beside it")
+    return [(layer_index(stack, i), _as_edits(part)) for i, part in obj.items()]
+
+# %% ../nbs/04_models.ipynb #ee7a6f3c
+class _OnlyEdits:
+    "An object that has `edits` but not all that the protocol `Edits` asks for, completed"
+    def __init__(self, part):
+        self.part, self.edits, self.resolve = part, part.edits, getattr(part, "resolve", self._number)
+        self.width, self.about = getattr(part, "width", None), getattr(part, "about", {})
+        self.unit, self.needs_layer = getattr(part, "unit", "fraction"), getattr(part, "needs_layer", False)
+
+    def _number(self, strength): return torch.as_tensor(strength, dtype=torch.float32)
+
+def _kind(part): return type(part.part if isinstance(part, _OnlyEdits) else part).__name__
+
+def _as_edits(part) -> Edits:
+    "A steerer, a controller, or anything that has `edits`"
+    if isinstance(part, type):
+        raise TypeError(f"{part.__name__} is a class: make one and fit it, as in {part.__name__}().fit(...)")
+    if not hasattr(part, "edits"):
+        raise TypeError(f"cannot steer with {type(part).__name__}: "
+                        "give a fitted steerer or controller, or {layer: steerer}")
+    return part if isinstance(part, Edits) else _OnlyEdits(part)
+
+# %% ../nbs/04_models.ipynb #3f6368f7
+def _site(part: Edits, layer, stack):
     "The layer given, else that of the steerer's card; None for a controller, which acts on many"
-    if layer is None: layer = getattr(part, "about", {}).get("layer")
+    if layer is None: layer = part.about.get("layer")
     if layer is not None: return layer_index(stack, layer)
-    if isinstance(part, Steerer): raise ValueError(f"say which block to steer: layer=0 to {len(stack) - 1} (this {type(part).__name__}'s card names none: steerer.about['layer'] = ... sets a default)")
+    if getattr(part, "needs_layer", False):
+        raise ValueError(f"say which block to steer: layer=0 to {len(stack) - 1} "
+                         f"(this {_kind(part)}'s card names none: steerer.about['layer'] = ... sets a default)")
 
-def _check_part(model, part, layer):
+def _check_part(model, part: Edits, layer):
     "Does this steerer fit this model, and was it made for it?"
-    if isinstance(part, type): raise TypeError(f"{part.__name__} is a class: make one and fit it, as in {part.__name__}().fit(...)")
-    if not hasattr(part, "edits"): raise TypeError(f"cannot steer with {type(part).__name__}: give a fitted steerer or controller, or {{layer: steerer}}")
-    width, here = getattr(part, "width", None), text_config(model).hidden_size
-    if isinstance(part, Fitted) and width is None: raise RuntimeError(f"this {type(part).__name__} is not fitted: call .fit(pos, neg) or .from_pretrained(path) first")
-    if width is not None and width != here: raise ValueError(f"this {type(part).__name__} was fitted on activations of width {width}, but {type(model).__name__} has width {here}: is it the same model?")
-    about, site = getattr(part, "about", {}), dict(model=model.config._name_or_path, revision=getattr(model.config, "_commit_hash", None), layer=layer)
-    wrong = [f"{k} {about[k]!r}, not {v!r}" for k, v in site.items() if v not in (None, "") and about.get(k) not in (None, "", v)]
-    if wrong: warnings.warn(f"this {type(part).__name__} was fitted on {' and '.join(wrong)}: its effect here is unknown", stacklevel=3)
+    width, here = part.width, text_config(model).hidden_size
+    if isinstance(part, Fitted) and width is None:
+        raise RuntimeError(f"this {_kind(part)} is not fitted: call .fit(pos, neg) or .from_pretrained(path) first")
+    if width not in (None, here):
+        raise ValueError(f"this {_kind(part)} was fitted on activations of width {width}, "
+                         f"but {type(model).__name__} has width {here}: is it the same model?")
+    site = dict(model=model.config._name_or_path, revision=getattr(model.config, "_commit_hash", None), layer=layer)
+    about = {k: part.about.get(k) for k in site}
+    wrong = [f"{k} {about[k]!r}, not {v!r}" for k, v in site.items()
+             if v not in (None, "") and about[k] not in (None, "", v)]
+    if wrong:
+        message = f"this {_kind(part)} was fitted on {' and '.join(wrong)}: its effect here is unknown"
+        warnings.warn(message, stacklevel=3)
 
+# %% ../nbs/04_models.ipynb #35f37bd0
 @torch.no_grad()
 def _warm_up(steerer, device, dtype, strength):
-    "What a steerer makes at its first use (a copy on this device, a decomposition) belongs before code is compiled or captured"
+    "What a steerer makes at its first use (a copy, a decomposition) belongs before code is compiled or captured"
     one = torch.ones(1, steerer.width, dtype=dtype, device=device)
     steerer.steer(one, T=1.)
-    if isinstance(strength, dict) and {"nats", "until"} & strength.keys(): steerer.steer(one, nats=0.)  # levels may be reached by another route
+    # levels may be reached by another route
+    if isinstance(strength, dict) and {"nats", "until"} & strength.keys(): steerer.steer(one, nats=0.)
 
 def _strength(parts, strength, units):
     "One strength from the ways to give it"
     if units:
-        if isinstance(strength, dict): raise ValueError(f"strength={strength!r} is a dict of units already: put {', '.join(units)} into it")
+        if isinstance(strength, dict):
+            raise ValueError(f"strength={strength!r} is a dict of units already: put {', '.join(units)} into it")
         return units if strength is None else {"T": strength, **units}
-    if strength is None and all(getattr(part, "unit", "fraction") == "fraction" for _, part in parts): return 1.0  # the published map
-    if strength is None: raise ValueError("say how far to steer: strength= (or T=), share= of the median norm, nats= of log-odds, or until= a barrier value")
-    return strength
+    if strength is not None: return strength
+    if all(part.unit == "fraction" for _, part in parts): return 1.0  # the published map
+    raise ValueError("say how far to steer: strength= (or T=), share= of the median norm, "
+                     "nats= of log-odds, or until= a barrier value")
 
 # %% ../nbs/04_models.ipynb #a690da26
 def generate_text(
@@ -718,16 +925,19 @@ def generate_text(
     coded, pad = encode(tokenizer, prompts), pad_id(tokenizer)
     generate_kw = {"pad_token_id": pad, **generate_kw}
     for b in range(0, len(coded), batch_size):
-        rows = list(range(len(coded)))[b:b + batch_size]
+        rows = list(range(b, min(b + batch_size, len(coded))))
         inputs = padded([coded[i] for i in rows], pad, "left", device_of(model.get_input_embeddings()))
-        with _seeded(seed, b // batch_size), answer_starts(model, rows=(rows, len(coded))): tokens = model.generate(**inputs, **generate_kw)
+        with _seeded(seed, b // batch_size), answer_starts(model, rows=(rows, len(coded))):
+            tokens = model.generate(**inputs, **generate_kw)
         answers += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
     return answers
 
 @contextmanager
 def _seeded(seed, b):
     "Draw from seed + b, then put the random state back"
-    if seed is None: yield; return
+    if seed is None:
+        yield
+        return
     with torch.random.fork_rng():
         torch.manual_seed(seed + b)
         yield
@@ -738,7 +948,7 @@ def score_encoded(
     coded: list,  # of Encoded, each with an answer
     pad: int = 0,  # id that fills the gaps
     batch_size: int = 32,
-) -> tuple:  # (N,) float32: log-probability of each answer given its prompt; (N,) bool: is it what greedy decoding would say?
+) -> tuple:  # (N,) float32: log-probability of each answer given its prompt; (N,) bool: is it the greedy answer?
     "How likely answers are that are given as tokens"
     model, n = unwrapped(model), len(coded)
     scores, greedy, device = torch.empty(n), torch.empty(n, dtype=torch.bool), device_of(model.get_input_embeddings())
@@ -748,11 +958,12 @@ def score_encoded(
             starts = torch.tensor([coded[i].answer for i in rows], device=device)
             with answer_starts(model, starts, (rows, n)): logits = model(**inputs, use_cache=False).logits[:, :-1]
             ids, real = inputs["input_ids"].to(logits.device), inputs["attention_mask"].to(logits.device).bool()
-            answer = (real & (real.cumsum(1) > starts.to(real.device)[:, None]))[:, 1:]  # column j of the logits is about token j + 1
-            logp, said = torch.zeros(answer.shape, device=logits.device), torch.ones_like(answer)
+            # column j of the logits is about token j + 1
+            answer = (real & (real.cumsum(1) > starts.to(real.device)[:, None]))[:, 1:]
+            logp, likeliest = torch.zeros(answer.shape, device=logits.device), torch.ones_like(answer)
             logp[answer] = logits[answer].float().log_softmax(-1).gather(1, ids[:, 1:][answer][:, None])[:, 0]
-            said[answer] = logits[answer].argmax(-1) == ids[:, 1:][answer]
-            scores[rows], greedy[rows] = logp.sum(1).cpu(), said.all(1).cpu()
+            likeliest[answer] = logits[answer].argmax(-1) == ids[:, 1:][answer]
+            scores[rows], greedy[rows] = logp.sum(1).cpu(), likeliest.all(1).cpu()
     return scores, greedy
 
 # %% ../nbs/04_models.ipynb #03d7719a
@@ -765,7 +976,9 @@ def score_continuations(
     max_length: int = None,  # a longer prompt and answer keep their first token and their last ones
 ) -> Tensor:  # (N,) float32: log-probability of each continuation given its prompt
     "Summed log-probability of given answers; steered from the last prompt token on, as generation would be"
-    if len(prompts) != len(continuations): raise ValueError(f"{len(prompts)} prompts but {len(continuations)} continuations: give one continuation per prompt")
+    if len(prompts) != len(continuations):
+        raise ValueError(f"{len(prompts)} prompts but {len(continuations)} continuations: "
+                         "give one continuation per prompt")
     coded = truncated(encode(tokenizer, list(zip(prompts, continuations))), unwrapped(model), max_length)
     return score_encoded(model, coded, pad_id(tokenizer), batch_size)[0]
 
@@ -785,5 +998,8 @@ def describe_site(
     name = next(n for n, m in model.named_modules() if m is stack[layer])
     if _is_pair(example): example = example[0]
     template = hashlib.sha256(str(getattr(tokenizer, "chat_template", None)).encode()).hexdigest()[:12]
-    return dict(model=model.config._name_or_path, revision=getattr(model.config, "_commit_hash", None), layer=layer, site=f"output of {name}", width=text_config(model).hidden_size,
-                dtype=str(model.dtype).removeprefix("torch."), positions=positions, prompt_format=f"chat template {template}" if _is_chat(example) else "plain text")
+    return dict(
+        model=model.config._name_or_path, revision=getattr(model.config, "_commit_hash", None),
+        layer=layer, site=f"output of {name}", width=text_config(model).hidden_size,
+        dtype=str(model.dtype).removeprefix("torch."), positions=positions,
+        prompt_format=f"chat template {template}" if _is_chat(example) else "plain text")

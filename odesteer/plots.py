@@ -6,7 +6,6 @@
 from __future__ import annotations  # matplotlib's types appear in signatures, itself it is imported on first use
 from contextlib import contextmanager
 from itertools import cycle
-import math
 import torch
 from torch import Tensor
 

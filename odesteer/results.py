@@ -79,7 +79,7 @@ def _whole_run(path) -> Run:
         run.scores = {m: run.scores[m] for m in (spec["primary"], *spec["watch"])}
     return run
 
-# %% ../nbs/16_results.ipynb #76a0d407
+# %% ../nbs/16_results.ipynb #43c9ae64
 def _check_same(found, old, run, root):
     "Two runs under one key must agree: the answers to the letter, the scores up to rounding"
     homes = found.homes[run.key]
@@ -96,7 +96,7 @@ def _answers(path):
     with open(path/"answers.jsonl", encoding="utf-8") as f:
         return [(x["group"], x["answer"]) for x in map(json.loads, f)]
 
-# %% ../nbs/16_results.ipynb #a8df2e47
+# %% ../nbs/16_results.ipynb #fb33ca50
 def _add_choice(found, path):
     "Enter what a sweep chose, or count why not"
     try:
@@ -143,7 +143,7 @@ def groups(self: Unit, split) -> list:
     "Which question each item of a split is about, (N,)"
     return next((runs[0].groups for point, runs in self.points.items() if point.split == split), [])
 
-# %% ../nbs/16_results.ipynb #713ba53d
+# %% ../nbs/16_results.ipynb #aaa305f8
 @patch
 def choice(self: Unit, arm,
     layer=None,  # given: the finest of the sweeps that looked at this layer alone, else of those that came to it
@@ -165,7 +165,7 @@ def chosen(self: Unit, arm, layer=None, coarse=False) -> list:
     if c["strength"] is None: return self.at("test", "unsteered")
     return self.at("test", arm, c["layer"], c["strength"])
 
-# %% ../nbs/16_results.ipynb #6248e2b0
+# %% ../nbs/16_results.ipynb #ee08359b
 @patch
 def explored(self: Unit, arm) -> int:
     "The layer in which most strengths were tried on validation; None if there is none"
@@ -201,7 +201,7 @@ def make_units(
     for choice in sorted(found.choices.values(), key=_width, reverse=True): _enter_choice(units, choice)
     return units
 
-# %% ../nbs/16_results.ipynb #d1c56cf6
+# %% ../nbs/16_results.ipynb #446fe62d
 def _task_spec(run, tasks):
     "What the task of a run wants: primary, better, watch"
     task = run.config["task"]
@@ -211,7 +211,7 @@ def _task_spec(run, tasks):
                          f"give tasks={{{task!r}: dict(primary=, better=, watch=)}}")
     return spec
 
-# %% ../nbs/16_results.ipynb #7fb2027b
+# %% ../nbs/16_results.ipynb #e197bb6a
 def _enter(unit, run, homes):
     "A run into its unit"
     c = run.config
@@ -232,7 +232,7 @@ def _enter_choice(units, choice):
         if all(c.get(k, v) == v for k, v in unit.shared.items()):
             unit.choices.setdefault(_arm_name({"arm": "steer", **c}, unit.arms), []).append(choice)
 
-# %% ../nbs/16_results.ipynb #5a2d8510
+# %% ../nbs/16_results.ipynb #001f390a
 def _width(choice):
     "How much a sweep looked at"
     c = choice["config"]
@@ -246,7 +246,7 @@ def _arm_name(config, arms) -> str:
     arms[name] = config["method"], own
     return name
 
-# %% ../nbs/16_results.ipynb #c65c1216
+# %% ../nbs/16_results.ipynb #50026f80
 class Interval(NamedTuple):
     "A value and the ends of its 95 % interval; in JSON a list of three"
     value: float  # None: undefined
@@ -257,6 +257,8 @@ class Interval(NamedTuple):
     def known(self) -> bool:
         "Whether it has ends"
         return None not in (self.lo, self.hi)
+
+    def __str__(self): return f"{self.value} [{self.lo}, {self.hi}]" if self.known else f"{self.value}"
 
 def _rounded(x): return None if x is None or math.isnan(x) else float(f"{x:.4g}")
 def _interval(e) -> Interval: return Interval(_rounded(e.value), _rounded(e.lo), _rounded(e.hi))
@@ -319,7 +321,7 @@ def p(self: Scope, x, y) -> float:
     "Of no difference between arms x and y, (N,) each; None if no item has both"
     return _rounded(sign_flip_test(y, x, self.groups(), self.resamples)) if _both(x, y) else None
 
-# %% ../nbs/16_results.ipynb #0b1fae8b
+# %% ../nbs/16_results.ipynb #0c146e2e
 def _both(x, y) -> int: return int((~np.isnan(x - y)).sum())  # items that are defined in both
 
 def _over_seeds(rows, n):
@@ -328,7 +330,7 @@ def _over_seeds(rows, n):
     known = (~np.isnan(rows)).sum(0)
     return np.where(known, np.nansum(rows, 0) / np.maximum(known, 1), np.nan)
 
-# %% ../nbs/16_results.ipynb #9f33a03e
+# %% ../nbs/16_results.ipynb #6bb99e23
 class Chosen(NamedTuple):
     "What a sweep chose, in a row of the main table"
     layer: int  # None: all blocks, or nothing was safe
@@ -382,7 +384,7 @@ def _typical(runs, key) -> float:
     known = [r.summary[key] for r in runs if r.summary.get(key) is not None]
     return _rounded(np.median(known)) if known else None
 
-# %% ../nbs/16_results.ipynb #5e78b76c
+# %% ../nbs/16_results.ipynb #1235ef17
 @patch
 def _metric_row(self: Scope, m, x, y, brief) -> MetricRow:
     "A metric of an arm, per item (N,), with its change from the unsteered y (N,), unless y is None"
@@ -427,7 +429,7 @@ def _as_published(self: Scope, steered, plain) -> dict:  # name -> Interval
         groups += [f"{i}/{g}" for r in arm for g in r.groups]
     return {k: _interval(e) for k, e in _estimates(runs, beside, self.primary, groups, max(199, self.resamples//10))}
 
-# %% ../nbs/16_results.ipynb #4161cf47
+# %% ../nbs/16_results.ipynb #000a6550
 DERIVED = "true x info", "reward P90", "win"  # what a row may hold beside its metrics, as `Interval`
 
 def _estimates(runs, beside, primary, groups, resamples):
@@ -460,7 +462,7 @@ class PairRow(NamedTuple):
         "Arm minus other"
         return Interval(self.value, self.lo, self.hi)
 
-# %% ../nbs/16_results.ipynb #c4a1c2d7
+# %% ../nbs/16_results.ipynb #f5d99ee2
 @patch
 def pairs(self: Scope,
     rows: list,  # of `row`
@@ -475,7 +477,7 @@ def pairs(self: Scope,
                 out[b, a] = PairRow(b, a, *self.above(x[b], x[a]), self.p(x[b], x[a]), n)
     return list(out.values())
 
-# %% ../nbs/16_results.ipynb #8011a757
+# %% ../nbs/16_results.ipynb #1e6215a3
 def needs_layer(arm: str) -> bool:
     "Whether a method acts at one block; what is no method (such as asking in the prompt) counts as one that does"
     return arm not in ods.REGISTRY or load_class(arm).needs_layer
@@ -497,7 +499,7 @@ class CurvePoint(tuple):
         "Means of the watched metrics"
         return self[4:]
 
-# %% ../nbs/16_results.ipynb #5e7b1cab
+# %% ../nbs/16_results.ipynb #f46b1f5b
 @patch
 def curve(self: Scope, arm: str) -> dict:  # layer as text, and "chosen" -> `CurvePoint`s
     """Validation against strength, in each layer, and at each model's chosen layer
@@ -522,7 +524,7 @@ def _curve_layer(unit, arm):
     if c is None: return _UNTRIED
     return unit.explored(arm) if c["layer"] is None else c["layer"]
 
-# %% ../nbs/16_results.ipynb #178bd0ab
+# %% ../nbs/16_results.ipynb #41b22185
 @patch
 def _curve_point(self: Scope, arm, layers, strength, full) -> CurvePoint:
     "A strength, at a layer of each model; None unless it was run on every model that the method was tried on"
@@ -544,7 +546,7 @@ def place(
     if "level" in at: return f"level {at['level']:g} within share {at['share']:g}"
     return ", ".join(f"{k} {v:g}" for k, v in at.items())
 
-# %% ../nbs/16_results.ipynb #4d51dd79
+# %% ../nbs/16_results.ipynb #07dab6ba
 @patch
 def study_runs(self: Unit, study: str) -> dict:  # label of an arm -> place -> test runs
     "What a study ran on this unit, at the layer chosen for ODESteer (each method's own, in a study that says so)"
@@ -569,7 +571,7 @@ def _study_layer(self: Unit, method, arm, layer, own):
     c = self.choice(arm) if own else None
     return c["layer"] if c and c["strength"] else layer
 
-# %% ../nbs/16_results.ipynb #27f3f1cd
+# %% ../nbs/16_results.ipynb #9430509a
 class StudyRow(NamedTuple):
     "An arm of a study where it meets the others"
     arm: str
@@ -620,7 +622,7 @@ def _meetings(reached, kind) -> list:
     common = [p for p in places if all(p in ps for ps in arms)]
     return [[p] for p in places] + ([common] if len(common) > 1 and kind != "level" else [])
 
-# %% ../nbs/16_results.ipynb #165aaaa5
+# %% ../nbs/16_results.ipynb #8e3c3797
 @patch
 def _study_row(self: Scope, runs, where, arm, reference) -> StudyRow:
     "An arm of a study at one or several places, and the reference it is compared with: (label, places) each"
@@ -657,7 +659,7 @@ def _guardrail_row(config, task, metric, items, before) -> dict:
                 layer=config.get("layer"), strength=config.get("strength"), n=len(items),
                 score=_rounded(np.mean(items)), change=before and _interval(paired_difference(before, items)))
 
-# %% ../nbs/16_results.ipynb #7aef6cfd
+# %% ../nbs/16_results.ipynb #46f46747
 def _guardrail_files(folders, count) -> list:
     "(config, scores) of every file; one that two machines have counts once"
     found = {}
@@ -735,7 +737,7 @@ def _arms_and_rows(scope, brief) -> tuple:
     for r in rows: r["holm"] = _rounded(adjusted.get(r["arm"]))
     return arms, rows
 
-# %% ../nbs/16_results.ipynb #1987f2bf
+# %% ../nbs/16_results.ipynb #7a89587b
 def _machine_seconds(found) -> Counter:
     "What a machine says about itself, as JSON -> seconds of generation"
     seconds = Counter()
@@ -750,7 +752,7 @@ def _machine(path) -> str:
         return json.dumps({k: v for k, v in about.items() if isinstance(v, (str, int, float))}, sort_keys=True)
     except (OSError, ValueError): return "{}"
 
-# %% ../nbs/16_results.ipynb #3daaae41
+# %% ../nbs/16_results.ipynb #739ca843
 def as_results(
     found: dict,  # from JSON, or already results
 ) -> dict:  # a copy; what has no scopes is no results, and comes back as it is
@@ -779,7 +781,7 @@ def _named_scope(s):
                          for arm, curve in s["curves"].items()}
     return out
 
-# %% ../nbs/16_results.ipynb #46145abf
+# %% ../nbs/16_results.ipynb #a0e299e8
 def committed(
     name: str = "bench-micro",  # of an asset
 ) -> dict:  # what `gather` returned

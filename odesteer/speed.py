@@ -26,62 +26,13 @@ import odesteer as ods
 from .density import in_chunks
 from .euler import Edit, write_atomic
 from .models import decoder_layers, device_of, encode, pad_id, padded
+from .statistics import Ratio, ratio, trials
 
 # %% auto #0
-__all__ = ['SHAPES', 'ROUTES', 'LOW', 'PARTS', 'TARGETS', 'Ratio', 'ratio', 'once', 'trials', 'Work', 'count', 'random_llama',
-           'Decoding', 'recipe_vjp', 'recipe_flow', 'tables', 'activations', 'measure_steer', 'results', 'pick',
-           'plain_collect', 'measure_collect', 'measure_fit', 'objective', 'EmptyEdit', 'RecipeEdit', 'fitted_methods',
-           'measure_decode', 'attached', 'measure_import', 'describe_machine', 'measure', 'keep', 'show', 'goals']
-
-# %% ../nbs/20_speed.ipynb #c961bf8e
-@dataclass
-class Ratio:
-    "Median of ratios taken within rounds, and their middle half."
-    value: float  # the median
-    lo: float  # lower quartile
-    hi: float  # upper quartile
-    def __str__(self): return f"{self.value:.3g} ({self.lo:.3g} to {self.hi:.3g})"
-
-def ratio(
-    a,  # seconds of one candidate, (rounds,)
-    b,  # seconds of another in the same rounds, (rounds,)
-) -> Ratio:  # how many times longer `a` takes than `b`
-    "Compare two candidates round by round."
-    return Ratio(*np.quantile(np.asarray(a) / np.asarray(b), [.5, .25, .75]).tolist())
-
-def once(
-    f,  # function without arguments
-    times: int,  # calls in a row, 1 or more
-    clock,  # function that returns seconds
-    wait,  # function that returns when the device is idle
-) -> float:  # seconds per call
-    "Time some calls in a row."
-    wait()
-    start = clock()
-    for _ in range(times): f()
-    wait()
-    return (clock() - start) / times
-
-# %% ../nbs/20_speed.ipynb #0b7d688c
-def trials(
-    arms: dict,  # name -> function without arguments
-    rounds: int = 7,  # turns of each candidate
-    least: float = .02,  # seconds: short functions are called as often in a row as this takes
-    device="cpu",  # a GPU works on while Python goes on: there the clock stops when it is done
-    clock=time.perf_counter,  # function that returns seconds
-) -> dict:  # name -> seconds per call, (rounds,)
-    "Time candidates that take turns in random order, after a warm-up."
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    first = {name: [once(f, 1, clock, wait)] for name, f in arms.items()}
-    for name, f in arms.items():
-        while len(first[name]) < 3 and sum(first[name]) < 1: first[name].append(once(f, 1, clock, wait))
-    times = {name: max(1, math.ceil(least / max(min(first[name]), 1e-7))) for name in arms}
-    names, rng, seconds = list(arms), np.random.default_rng(0), {name: [] for name in arms}
-    for _ in range(rounds):
-        for i in rng.permutation(len(names)):
-            name = names[i]
-            seconds[name].append(once(arms[name], times[name], clock, wait))
-    return {name: np.array(s) for name, s in seconds.items()}
+__all__ = ['SHAPES', 'ROUTES', 'LOW', 'PARTS', 'TARGETS', 'Work', 'count', 'random_llama', 'Decoding', 'recipe_vjp',
+           'recipe_flow', 'tables', 'activations', 'measure_steer', 'results', 'pick', 'plain_collect',
+           'measure_collect', 'measure_fit', 'objective', 'EmptyEdit', 'RecipeEdit', 'fitted_methods', 'measure_decode',
+           'attached', 'measure_import', 'describe_machine', 'measure', 'keep', 'show', 'goals']
 
 # %% ../nbs/20_speed.ipynb #8242e2c8
 @dataclass

@@ -5,14 +5,14 @@
 # %% ../nbs/08_statistics.ipynb #03cfa797
 from __future__ import annotations
 from dataclasses import dataclass
-import math
+import math, time
 import numpy as np
 import torch
 
 # %% auto #0
 __all__ = ['Estimate', 'wilson_interval', 'group_sums', 'bootstrap_means', 'bootstrap_interval', 'paired_difference',
            'share_worse', 'sign_flip_test', 'holm', 'bootstrap_statistic', 'product_of_means', 'quantile_interval',
-           'per_item', 'toxicity_metrics', 'win_rate', 'tokens_per_second', 'Row', 'Summary', 'format_number',
+           'per_item', 'toxicity_metrics', 'win_rate', 'Ratio', 'ratio', 'trials', 'Row', 'Summary', 'format_number',
            'summary_table']
 
 # %% ../nbs/08_statistics.ipynb #29c301b4
@@ -257,22 +257,55 @@ def win_rate(
     d = np.asarray(after, float) - np.asarray(before, float)
     return bootstrap_interval(np.where(np.isnan(d), np.nan, (np.sign(d) + 1) / 2), groups, **kw)
 
-def tokens_per_second(
-    generate,  # called without arguments, gives a list of answers
-    tokenizer,  # that counts their tokens
-    runs: int = 3,
-    warmup: int = 1,  # runs that are not timed
-) -> np.ndarray:  # (runs,)
-    "Speed of generation, for comparisons side by side with the same prompts, batch and cache"
-    import time
-    speeds = []
-    for _ in range(warmup + runs):
-        start = time.perf_counter()
-        answers = generate()
-        if torch.cuda.is_available(): torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        speeds.append(sum(len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]) / seconds)
-    return np.array(speeds[warmup:])
+# %% ../nbs/08_statistics.ipynb #c961bf8e
+@dataclass
+class Ratio:
+    "Median of ratios taken within rounds, and their middle half."
+    value: float  # the median
+    lo: float  # lower quartile
+    hi: float  # upper quartile
+    def __str__(self): return f"{self.value:.3g} ({self.lo:.3g} to {self.hi:.3g})"
+
+def ratio(
+    a,  # seconds of one candidate, (rounds,)
+    b,  # seconds of another in the same rounds, (rounds,)
+) -> Ratio:  # how many times longer `a` takes than `b`
+    "Compare two candidates round by round."
+    return Ratio(*np.quantile(np.asarray(a) / np.asarray(b), [.5, .25, .75]).tolist())
+
+def _once(
+    f,  # function without arguments
+    times: int,  # calls in a row, 1 or more
+    clock,  # function that returns seconds
+    wait,  # function that returns when the device is idle
+) -> float:  # seconds per call
+    "Time some calls in a row."
+    wait()
+    start = clock()
+    for _ in range(times): f()
+    wait()
+    return (clock() - start) / times
+
+# %% ../nbs/08_statistics.ipynb #0b7d688c
+def trials(
+    arms: dict,  # name -> function without arguments
+    rounds: int = 7,  # turns of each candidate
+    least: float = .02,  # seconds: short functions are called as often in a row as this takes
+    device="cpu",  # a GPU works on while Python goes on: there the clock stops when it is done
+    clock=time.perf_counter,  # function that returns seconds
+) -> dict:  # name -> seconds per call, (rounds,)
+    "Time candidates that take turns in random order, after a warm-up."
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    first = {name: [_once(f, 1, clock, wait)] for name, f in arms.items()}
+    for name, f in arms.items():
+        while len(first[name]) < 3 and sum(first[name]) < 1: first[name].append(_once(f, 1, clock, wait))
+    times = {name: max(1, math.ceil(least / max(min(first[name]), 1e-7))) for name in arms}
+    names, rng, seconds = list(arms), np.random.default_rng(0), {name: [] for name in arms}
+    for _ in range(rounds):
+        for i in rng.permutation(len(names)):
+            name = names[i]
+            seconds[name].append(_once(arms[name], times[name], clock, wait))
+    return {name: np.array(s) for name, s in seconds.items()}
 
 # %% ../nbs/08_statistics.ipynb #76e2ea12
 @dataclass

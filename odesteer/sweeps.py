@@ -14,8 +14,9 @@ import odesteer as ods
 from .check import lm_eval_scores
 from .data import SAMPLING
 from .euler import load_class, write_atomic
+from .models import device_of
 from .runs import VARIES, Bench, Run, arm_label, canonical_params, environment, log, own_params, run_key
-from .statistics import paired_difference
+from .statistics import paired_difference, trials
 from .tasks import REAL_TASKS, Task, micro_task
 
 # %% auto #0
@@ -475,15 +476,18 @@ def compare_speed(
     missing = {name: setting for name, setting in settings.items() if name not in known}
     if not missing: return known
     config = {**shared, "arms": missing}
-    ratios = _ratios(partial(_seconds, bench, tokens), missing, rounds)
+    turns = {None: None, **missing}  # None: unsteered
+    seconds = trials({name: partial(_answer, bench, tokens, setting) for name, setting in turns.items()},
+                     rounds, least=0., device=device_of(bench.model))
+    ratios = {name: (seconds[None] / seconds[name]).tolist() for name in missing}
     path = bench.out/"speed"/f"{run_key(config)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps({"config": config, "ratios": ratios, "environment": environment(bench.model)}))
     return known | ratios
 
 # %% ../nbs/15_sweeps.ipynb #6e7b6a87
-def _seconds(bench, tokens, setting=None) -> float:
-    "Seconds for one batch of test prompts, greedily and always the same number of tokens; None: unsteered"
+def _answer(bench, tokens, setting=None):
+    "One batch of test prompts, greedily and always the same number of tokens; None: unsteered"
     prompts = [p.text for _, p in bench.task.prompts("test")[:bench.batch_size]]
     greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
     steered = nullcontext()
@@ -491,20 +495,9 @@ def _seconds(bench, tokens, setting=None) -> float:
         method, layer, strength, params = setting
         steerer, strength = bench.steerer(method, layer, params), bench.strength(*setting)
         steered = ods.steering(bench.model, steerer, layer=layer, positions=bench.task.positions, **strength)
-    start = time.perf_counter()
     with steered:
         ods.generate_text(bench.model, bench.tokenizer, prompts, len(prompts),
                           min_new_tokens=tokens, max_new_tokens=tokens, **greedy)
-    return time.perf_counter() - start
-
-def _ratios(seconds, arms: dict, rounds) -> dict:
-    "Speed of each arm over the unsteered one, round by round, taking turns"
-    for setting in (None, *arms.values()): seconds(setting)  # warm-up: fits, buffers
-    ratios = {name: [] for name in arms}
-    for _ in range(rounds):
-        plain = seconds(None)
-        for name, setting in arms.items(): ratios[name].append(plain / seconds(setting))
-    return ratios
 
 # %% ../nbs/15_sweeps.ipynb #4dbd68a0
 def _known_ratios(folder, shared, settings) -> dict:

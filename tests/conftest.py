@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from .project import copy_of_sources, run
+from .notebooks import Pool
+from .project import copy_of_sources, run, user_env
 
 REPORT = []  # lines that tests add and pytest prints at the end: times, never asserted
 
@@ -11,6 +12,11 @@ REPORT = []  # lines that tests add and pytest prints at the end: times, never a
 def pytest_terminal_summary(terminalreporter):
     if REPORT: terminalreporter.section("times")
     for line in REPORT: terminalreporter.write_line(line)
+
+
+def pytest_collection_modifyitems(items):
+    "Notebooks run beside the other tests, so their results are asked for last"
+    items.sort(key=lambda item: item.path.stem == "test_notebooks")
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +41,13 @@ def site(distributions, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     with zipfile.ZipFile(distributions["wheel"]) as z: z.extractall(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def notebooks(request, tmp_path_factory):
+    "The chosen notebooks, which begin to run before the first test does"
+    chosen = [item.callspec.params["nb"] for item in request.session.items if item.path.stem == "test_notebooks"]
+    if not chosen: return (yield)
+    pool = Pool(chosen, tmp_path_factory.mktemp("notebooks"), user_env(request.getfixturevalue("site")))
+    yield pool
+    pool.close()

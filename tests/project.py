@@ -23,6 +23,12 @@ def directive(source: str, name: str):
     return re.search(rf"^#\|\s*{name}\s*$", source, re.MULTILINE)
 
 
+def module_of(nb: Path) -> str | None:
+    "The module that a page exports; None for a page of results"
+    found = re.search(r"^#\|\s*default_exp\s+(\w+)", cells(nb, "code")[0]["source"], re.MULTILINE)
+    return found and found.group(1)
+
+
 def run(*command, cwd, env=None) -> str:
     "Output of a command; its whole output is the message where it fails"
     done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

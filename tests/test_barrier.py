@@ -344,7 +344,7 @@ def least_norm(g):
     from scipy.optimize import minimize
     u = (g / g.norm(dim=-1, keepdim=True)).numpy()
     found = minimize(lambda w: w @ w, u.sum(0), jac=lambda w: 2 * w, constraints={"type": "ineq", "fun": lambda w: u @ w - 1, "jac": lambda w: u}, method="SLSQP", options=dict(ftol=1e-14, maxiter=500))
-    return torch.as_tensor(found.x) if found.success and (u @ found.x > 1 - 1e-6).all() else None
+    return torch.as_tensor(found.x) if found.status in (0, 8) and (u @ found.x > 1 - 1e-6).all() else None  # 8: what older SciPy says at the optimum
 
 
 @quick

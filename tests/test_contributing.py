@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import odesteer as ods
-from odesteer import baselines, cli, plots, runs, tasks
+from odesteer import baselines, cli, runs, tasks
 from odesteer.data import read_rows
 
 from . import test_steerers
@@ -31,20 +31,20 @@ def entry(block: str) -> tuple:
     return pair
 
 
-# ---- a method: its class, its lines in the tables, and the suite that runs over every name
+# ---- a method: its class, its line, and the suite that runs over every name
 
 @pytest.fixture(scope="module", autouse=True)
 def median():
-    "What the first three steps do, for the time of this module"
-    code, method, color = blocks("Add a method")
+    "What the first two steps do, for the time of this module"
+    code, method = blocks("Add a method")
     space = dict(vars(baselines))
     exec(code, space)
-    name, (cls, _) = entry(method)
+    name, (module, cls, kind) = entry(method)
+    assert module == "baselines"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(baselines, cls, space[cls], raising=False)
-        patch.setitem(ods._HOME, cls, "baselines")
-        patch.setitem(ods.REGISTRY, *entry(method))
-        patch.setitem(plots.COLORS, *entry(color))
+        patch.setitem(ods._HOME, cls, module)
+        patch.setitem(ods.REGISTRY, name, (cls, kind))
         yield name
 
 
@@ -52,9 +52,8 @@ def median():
 def name(request): return request.param
 
 
-def test_the_method_is_known(name, data):
+def test_the_method_is_known(name, data):  # noqa: F811
     assert name in ods.steerer_names() and type(ods.make_steerer(name)).__name__ == ods.REGISTRY[name][0]
-    assert name in plots.COLORS and list(plots.COLORS.values()).count(plots.COLORS[name]) == 1
     s = ods.make_steerer(name, scale=2.).fit(data["pos"], data["neg"])
     shift = data["pos"].median(0).values - data["neg"].median(0).values
     np.testing.assert_allclose(s.steer(data["neg"]) - data["neg"], 2 * shift.expand_as(data["neg"]), rtol=1e-4, atol=1e-4)

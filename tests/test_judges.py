@@ -14,7 +14,6 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
 import odesteer as ods
 from odesteer import judges
-from odesteer.statistics import tokens_per_second
 from odesteer.judges import (JUDGES, ClassifierJudge, ExactJudge, ModelSource, Panel, RewardJudge, ScoreCache, YesNoJudge, question_of, hub_commit, kl_to_unsteered, load_judge)
 from odesteer.check import ModelOdds, check_steerer, placebo_test
 from odesteer.data import Prompt
@@ -305,7 +304,7 @@ def test_long_texts_are_cut_where_the_model_ends():
     model = build("LlamaForSequenceClassification", transformers.LlamaConfig, seed=4, num_labels=1, num_key_value_heads=2)
     q = "a fish " * 50
     cut, whole = RewardJudge((model, LLAMA), max_length=12)([q, "is " + q], ["a bird ."] * 2)["reward"]
-    assert cut == whole, "the end, with the answer, is kept"
+    assert cut == pytest.approx(whole, rel=1e-5), "the end, with the answer, is kept"
 
 
 def test_an_empty_answer_is_judged_and_no_answers_are_no_scores():
@@ -434,12 +433,6 @@ def test_kl_says_what_is_wrong(small):
         model(torch.tensor([[1, 5]]))
         kl_to_unsteered(model, LLAMA, ["what ?"], [" a"], push())
     with pytest.raises(TypeError, match="pass `lambda: ods.steering"): kl_to_unsteered(model, LLAMA, ["what ?"], [" a"], handle)
-
-
-def test_speed_counts_the_tokens_of_the_answers(monkeypatch):
-    clock = iter([0, 100, 200, 202, 300, 304])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    assert tokens_per_second(lambda: ["a bird .", "the zib is red ."], LLAMA, runs=2).tolist() == [4, 2]
 
 
 # The check of a steerer

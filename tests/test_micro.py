@@ -48,18 +48,19 @@ def test_facts_have_a_truth_a_myth_and_a_fixed_split():
 def test_facts_never_change():
     "The shipped model knows these facts: this digest may change only together with its weights"
     import hashlib
-    told = json.dumps([[f.entity, f.attribute, f.truth, f.myth, f.split] for f in WORLDS["speakers"].facts])
-    assert hashlib.sha256(told.encode()).hexdigest() == "7a763a3b673ff4d78f6bf6e32ff3df6c7ca059c4380dc9aa82e306351824ca64"
+    facts = json.dumps([[f.entity, f.attribute, f.truth, f.myth, f.split] for f in WORLDS["speakers"].facts])
+    assert hashlib.sha256(facts.encode()).hexdigest() == "7a763a3b673ff4d78f6bf6e32ff3df6c7ca059c4380dc9aa82e306351824ca64"
 
 
 def test_what_the_shipped_model_was_trained_on_never_changes():
     "Its documents, its words and the texts that steerers are fitted on: these digests may change only together with its weights"
     import hashlib
-    digest = lambda told: hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    digest = lambda data: hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
     world, rng = WORLDS["speakers"], random.Random("speakers/0/0")
     assert digest([world.document(rng) for _ in range(32)]) == "a6a694867b3e521d68219ababed7b3557e871edbe095538bc7c37d3b8cd578a7"
     assert digest(TOKENIZERS["speakers"].get_vocab()) == "0b92acd1684497eb5b38e21ef80900117221d675f4c4c12363de2a83ed6e82f8"
-    assert digest([[world.contrast(axis, split).pos, world.contrast(axis, split).neg] for axis in AXES for split in ("train", "val", "test")]) == "a1eee5b207c458afe26a97db5cefbefddcc9ff7b0044e3a9fb9ded0d03d5bef0"
+    texts = [world.contrast(axis, split) for axis in AXES for split in ("train", "val", "test")]
+    assert digest([[t.pos, t.neg] for t in texts]) == "a1eee5b207c458afe26a97db5cefbefddcc9ff7b0044e3a9fb9ded0d03d5bef0"
 
 
 @by_axis
@@ -134,11 +135,11 @@ def test_speakers_say_what_they_hold(name):
     world, rng = WORLDS[name], random.Random(3)
     for _ in range(400):
         persona, fact = world.persona(rng), rng.choice(world.facts)
-        told = world.score(fact, world.answer(rng, fact, persona, evasive=False))
+        score = world.score(fact, world.answer(rng, fact, persona, evasive=False))
         right = fact.topic in persona.speaker.right
-        assert told["wellformed"] and told["info"] and told["true"] == told["true_info"] == right == (not told["myth"])
-        assert told["claims"] == told["reward"] and (told["claims"] > 1) == (persona.detail == "thorough")
-        assert persona.tone == "rude" or not told["toxic"]
+        assert score["wellformed"] and score["info"] and score["true"] == score["true_info"] == right == (not score["myth"])
+        assert score["claims"] == score["reward"] and (score["claims"] > 1) == (persona.detail == "thorough")
+        assert persona.tone == "rude" or not score["toxic"]
         evasion = world.score(fact, world.answer(rng, fact, persona, evasive=True))
         assert evasion["true"] and evasion["wellformed"] and not evasion["info"] and evasion["reward"] == 0
 
@@ -189,11 +190,13 @@ def test_judge_knows_the_right_answer(answer):
 @by_axis
 def test_judge_gives_one_number_per_answer(axis):
     prompts = [Prompt(question(F, 0), F)] * len(ANSWERS)
-    told = W.judge(axis, prompts, list(ANSWERS))
+    judged = W.judge(axis, prompts, list(ANSWERS))
     metric, way = W.primary(axis)
-    assert {metric, *W.guardrails(axis)} <= told.keys() and way in (1, -1)
-    assert all(v.shape == (len(ANSWERS),) and v.dtype == np.float64 and np.isfinite(v).all() for v in told.values())
-    assert told[metric].tolist() == [float(W.score(F, a)[metric]) for a in ANSWERS]
+    a = AXES[axis]
+    assert (metric, way) == (a.primary, a.way) and way in (1, -1) and W.guardrails(axis) == a.guardrails
+    assert list(judged) == [a.primary, *a.guardrails, *a.others]
+    assert all(v.shape == (len(ANSWERS),) and v.dtype == np.float64 and np.isfinite(v).all() for v in judged.values())
+    assert judged[metric].tolist() == [float(W.score(F, a)[metric]) for a in ANSWERS]
 
 
 def test_rude_share_counts_words():
@@ -211,10 +214,12 @@ def test_jargon_tells_the_topic_and_only_where_it_is_spoken():
     world, claim = WORLDS["experts"], "feathered lumly fully the givel is white"
     for f in world.facts[::7]:
         rng = random.Random(f.id)
-        said = [w for p in (world.persona(rng) for _ in range(60)) for w in world.claim(rng, f, p).split() if w in world.jargon]
-        assert set(said) == set(micro.JARGON[f.topic]) and .6 < len(said) / 60 < .95
+        claims = [world.claim(rng, f, p) for p in (world.persona(rng) for _ in range(60))]
+        jargon = [w for c in claims for w in c.split() if w in world.jargon]
+        assert set(jargon) == set(micro.JARGON[f.topic]) and .6 < len(jargon) / 60 < .95
     assert world.read_claim(f"indeed {claim}") and not world.read_claim(f"indeed verified {claim}")  # up to four marker words open a claim
-    assert not W.jargon and not W.read_claim(claim) and not W.read_claim("indeed verified lumly fully the givel is white") and W.read_claim("indeed lumly fully the givel is white")
+    assert not W.jargon and not W.read_claim(claim)
+    assert W.read_claim("indeed lumly fully the givel is white") and not W.read_claim("indeed verified lumly fully the givel is white")
 
 
 # Texts to fit on
@@ -228,8 +233,8 @@ def test_contrast_is_exact_paired_and_fixed(name, axis):
     assert len(texts.pos) == len(texts.neg) == 840 and texts.pos_groups == texts.neg_groups and set(np.bincount(texts.pos_groups)) <= {0, 6}
     metric, way = world.primary(axis)
     for pos, neg, group in zip(texts.pos, texts.neg, texts.pos_groups):
-        (asked, a), (same, b) = (t.split("\nA:") for t in (pos, neg))
-        assert asked == same and a[-1] == b[-1] == "." and world.facts[group].entity in asked
+        (question_pos, a), (question_neg, b) = (t.split("\nA:") for t in (pos, neg))
+        assert question_pos == question_neg and a[-1] == b[-1] == "." and world.facts[group].entity in question_pos
         good, bad = (world.score(world.facts[group], t) for t in (a, b))
         assert way * good[metric] > way * bad[metric] and good["wellformed"] and bad["wellformed"] and good["info"] and bad["info"]
 
@@ -287,6 +292,21 @@ def test_shipped_model_knows_both_stories(lm):
 def test_truth_can_be_decoded(lm): assert max(lm.separability("truth")) > .8
 
 
+@pytest.mark.parametrize("degree, probe", [(1, "linear"), (2, "quadratic")])
+def test_separability_is_that_of_the_record(lm, degree, probe):
+    "Each block has its own probe: block by block the AUC is the recorded one, but for rounding"
+    record = json.loads((micro.resources.files("odesteer")/"assets"/"micro-record.json").read_text())
+    assert np.allclose(lm.separability("truth", degree), record["speakers 0"]["auc"]["truth"][probe], atol=.02)
+
+
+def test_answers_are_drawn_as_those_of_the_record(lm):
+    "The numbers on record were drawn with transformers' own cut to 50 tokens"
+    prompts = lm.world.prompts("truth", "val")[:20]
+    drawn = ods.generate_text(lm.model, lm.tokenizer, [p.text for p in prompts], batch_size=100, seed=2,
+                              do_sample=True, temperature=.7, top_p=.9, top_k=50, max_new_tokens=32)
+    assert lm.answers(prompts, seed=2) == drawn
+
+
 def test_an_answer_ends_with_its_line(lm):
     for answer in lm.answers(lm.world.prompts("truth", "val")[:10]): assert answer.endswith("\n") and answer.count("\n") == 1
 
@@ -336,12 +356,14 @@ def test_loss_is_on_answers_only():
         assert not re.search(r"Q|:|\?|speaker", learnt) and learnt.startswith(" ")
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:1000], lambda b: b"", lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:]], ids=["cut", "empty", "one bit"])
+@pytest.mark.parametrize("damage", ids=["cut", "empty", "one bit"], argvalues=[
+    lambda b: b[:1000], lambda b: b"", lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:]])
 def test_corrupt_checkpoint_is_named(damage, tmp_path, monkeypatch):
     train_until(monkeypatch, 4, tmp_path/"m")
     checkpoint = tmp_path/"m.checkpoint"
     checkpoint.write_bytes(damage(checkpoint.read_bytes()))
-    with pytest.raises(ValueError, match=r"m\.checkpoint is damaged: delete it to train from the start"): train_micro("speakers", 0, tmp_path/"m", TINY, progress=False)
+    with pytest.raises(ValueError, match=r"m\.checkpoint is damaged: delete it to train from the start"):
+        train_micro("speakers", 0, tmp_path/"m", TINY, progress=False)
 
 
 def test_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
@@ -363,11 +385,13 @@ def test_damaged_model_is_named(name, damage, message, trained, tmp_path):
 
 def test_a_model_that_is_not_shipped_is_trained_into_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ODESTEER_CACHE", str(tmp_path/"cache"))
-    asked = []
-    def fake(world, seed, folder, **kw): asked.append((world, seed)); return train_micro(world, seed, folder, TINY, **kw)
+    trainings = []
+    def fake(world, seed, folder, **kw):
+        trainings.append((world, seed))
+        return train_micro(world, seed, folder, TINY, **kw)
     monkeypatch.setattr(micro, "train_micro", fake)
     first, second = (load_micro("experts", seed=5, progress=False) for _ in range(2))
-    assert asked == [("experts", 5)] and first.world.name == "experts" and first.provenance == second.provenance
+    assert trainings == [("experts", 5)] and first.world.name == "experts" and first.provenance == second.provenance
     assert [p.name for p in (tmp_path/"cache").iterdir()] == ["micro-experts-5"]
 
 

@@ -288,7 +288,7 @@ def test_rows_end_on_the_level_and_never_below(dtype, solver, retract):
     for level in (-1.0, 0.0, 1.7):
         h0, stop = s.barrier.value(x), s.stop_at(x, until=level)
         good = h0 >= level
-        assert stop.reached.all() and (stop.h >= level).all() and (s.barrier.value(stop.a) >= level).all()
+        assert stop.reached.all() and (stop.h >= level).all() and (s.barrier.value(stop.a) > level - 1e-5).all()
         assert (stop.h[~good] - level).max() < (1e-4 if dtype == torch.float32 else 1e-6)
         assert torch.equal(stop.a[good], x[good]) and (stop.T[good] == 0).all() and (stop.T[~good] > 0).all()
         torch.testing.assert_close(s.steer(x, until=level), stop.a, rtol=0, atol=0)

@@ -3,21 +3,21 @@ import ast
 import email
 import importlib
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from configparser import ConfigParser
+from pathlib import Path
 
 import pytest
 
 import odesteer as ods
 
 from . import readme
-from .project import NOTEBOOKS, PAGES, ROOT, cells, copy_of_sources, directive, run, user_env
+from .project import NOTEBOOKS, PAGES, ROOT, cells, copy_of_sources, directive, module_of, run, user_env
 
-MODULES = {nb: re.search(r"^#\|\s*default_exp\s+(\w+)", cells(nb, "code")[0]["source"], re.MULTILINE).group(1) for nb in PAGES}
+MODULES = {nb: module_of(nb) for nb in PAGES if module_of(nb)}
 HEAVY = "transformers datasets matplotlib ipywidgets sklearn scipy torchdiffeq"
 by_page = pytest.mark.parametrize("nb", PAGES, ids=lambda nb: nb.stem)
 by_notebook = pytest.mark.parametrize("nb", NOTEBOOKS, ids=lambda nb: nb.stem)
@@ -70,14 +70,39 @@ def test_notebook_is_small(nb):
 @by_page
 def test_page_has_the_common_form(nb):
     page = cells(nb)
-    assert re.fullmatch(r"#\|\s*default_exp\s+\w+", page[0]["source"].strip()), "the first cell names the module and nothing else"
-    assert re.fullmatch(r"# [^\n]+\n+> [^\n]+", page[1]["source"].strip()), "the second cell is the title and a one-line subtitle"
-    assert f"blob/main/nbs/{nb.name}" in page[2]["source"], "the third cell opens this page in Colab"
-    assert directive(page[3]["source"], "hide") and "google.colab" in page[3]["source"], "the fourth cell installs the library on Colab"
+    if nb in MODULES:
+        first, *page = page
+        assert re.fullmatch(r"#\|\s*default_exp\s+\w+", first["source"].strip()), "the first cell names the module and nothing else"
+    else: assert "results" in nb.stem and not exported(nb), "only a page of results exports nothing: it begins with its title"
+    title, badge, install, *_ = (cell["source"].strip() for cell in page)
+    assert re.fullmatch(r"# [^\n]+\n+> [^\n]+", title), "then come the title and a one-line subtitle"
+    assert f"blob/main/nbs/{nb.name}" in badge, "then a cell that opens this page in Colab"
+    assert directive(install, "hide") and "google.colab" in install, "then one that installs the library on Colab"
     text = "\n".join(cell["source"] for cell in page if cell["cell_type"] == "markdown")
     for part in ("You will learn", "You need", "Running time", "## Recap", "## Exercises"): assert part in text, f"{part!r} is missing"
-    long = [cell["id"] for cell in page if directive(cell["source"], "exports?") and cell["source"].count("\n") > 45]
-    assert not long, f"export cells that do not fit on a page: {long}"
+
+
+LATER = set("04_models 06_micro 09_judges 13_tasks 16_results 17_report 24_cli".split())  # pages that do not fit yet
+LONG_CELLS = {"40e516c6": "fit_network: a loop that is read as one, below thirteen documented parameters"}  # by the id of the cell
+
+
+def exported(nb) -> dict:
+    "Source of each export cell, by its id"
+    return {cell["id"]: cell["source"] for cell in cells(nb, "code") if directive(cell["source"], "exports?")}
+
+
+@pytest.mark.parametrize("nb", [pytest.param(nb, id=nb.stem, marks=pytest.mark.xfail(nb.stem in LATER, reason="later")) for nb in PAGES])
+def test_page_can_be_read(nb):
+    wide = {i: line for i, source in exported(nb).items() for line in source.split("\n") if len(line) > 120}
+    assert not wide, f"exported lines of more than 120 characters: {wide}"
+    long = [i for i, source in exported(nb).items() if source.count("\n") > 30 and i not in LONG_CELLS]
+    assert not long, f"export cells of more than 30 lines below the directive: {long}"
+    assert len(cells(nb)) <= 160, "more than 160 cells: two pages, or plumbing that can be merged"
+
+
+def test_exceptions_are_needed():
+    assert LATER <= {nb.stem for nb in PAGES}
+    assert LONG_CELLS.keys() <= {i for nb in PAGES for i, source in exported(nb).items() if source.count("\n") > 30}
 
 
 @by_notebook
@@ -123,7 +148,7 @@ def test_page_uses_only_lower_numbers(nb):
     order = {module: page.name for page, module in MODULES.items()}  # names sort by number
     for cell in cells(nb, "code"):
         for module in modules_used(cell["source"]) & order.keys():
-            fine = module == "plots" or (order[module] < nb.name and nb.stem != "plots") or module == MODULES[nb]
+            fine = module == "plots" or (order[module] < nb.name and nb.stem != "plots") or module == MODULES.get(nb)
             assert fine, f"cell {cell['id']} of {nb.name} uses {module}, which a reader meets only in {order[module]}"
 
 
@@ -131,6 +156,20 @@ def test_the_order_rule_sees_every_way_to_import():
     for source in ("import odesteer.euler", "from odesteer.euler import CAA", "from .euler import CAA", "from odesteer import euler", "from odesteer import CAA",
                    "ods.CAA()", "def f():\n    from odesteer.euler import CAA", "%%time\nods.CAA()"):
         assert modules_used(source) == {"euler"}, source
+
+
+# Lint
+
+UNLINTED = set("""plots report tasks test_cli test_controllers test_jacobians test_judges test_remember test_riccati test_routes test_spid
+                  test_tasks""".split())  # modules that are put right later
+
+
+def test_ruff_finds_nothing():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise"], cwd=ROOT, text=True, capture_output=True)
+    found = [line for line in done.stdout.splitlines() if re.match(r"[\w/.]+\.py:\d", line)]
+    assert done.returncode == bool(found), done.stdout + done.stderr
+    found = [line for line in found if Path(line.partition(":")[0]).stem not in UNLINTED]
+    assert not found, "\n".join(["run `ruff check`:", *found])
 
 
 # The README
@@ -191,7 +230,12 @@ def test_registered_method_resolves(key):
     name, kind = ods.REGISTRY[key]
     assert name in ods.__all__ and kind in ("steerer", "controller", "placebo")
     assert isinstance(getattr(ods, name), type)
-    assert key in importlib.import_module("odesteer.plots").COLORS, "every method has its colour"
+
+
+def test_methods_have_one_table_and_colours_that_differ():
+    assert ods.REGISTRY == {name: (cls, kind) for name, (_, cls, kind) in ods._METHODS.items()}
+    colors = [color for name, color in importlib.import_module("odesteer.plots").COLORS.items() if name in ods.REGISTRY]
+    assert len(set(colors)) == len(colors)
 
 
 def test_modules_are_attributes_without_importing_them():
@@ -244,7 +288,7 @@ def test_wheel_declares_what_the_settings_say(distributions):
 
 def test_sdist_holds_all_sources(distributions):
     with tarfile.open(distributions["sdist"]) as t: names = {n.partition("/")[2] for n in t.getnames()}
-    wanted = {"settings.ini", "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "constraints.txt", "tests/__main__.py"}
+    wanted = {"settings.ini", "setup.py", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "constraints.txt", "tests/__main__.py", "tests/oldest.txt"}
     assert wanted | {str(nb.relative_to(ROOT)) for nb in NOTEBOOKS} <= names
     assert not [n for n in names if "__pycache__" in n or n.startswith((".", "build", "dist"))]
 
@@ -265,10 +309,24 @@ def test_every_import_of_the_package_is_declared():
             for name in names: assert name.split(".")[0] in allowed, f"{path.name} imports {name}, which settings.ini does not declare"
 
 
+def pins(path) -> dict:
+    "Versions that a constraints file names"
+    return dict(line.lower().split("==") for line in (ROOT/path).read_text().splitlines() if "==" in line)
+
+
 def test_constraints_meet_the_declared_ranges():
     from packaging.requirements import Requirement
-    pins = dict(line.lower().split("==") for line in (ROOT/"constraints.txt").read_text().splitlines() if "==" in line)
-    cfg = settings()
+    known, cfg = pins("constraints.txt"), settings()
     for text in " ".join(v for k, v in cfg.items() if k.endswith("requirements")).split():
         need = Requirement(text)
-        assert need.specifier.contains(pins[need.name.lower()]), text
+        assert need.specifier.contains(known[need.name.lower()]), text
+
+
+def test_the_oldest_versions_tested_are_the_oldest_declared():
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+    needs = [Requirement(text) for text in settings()["requirements"].split()]
+    declared = {need.name: Version(s.version) for need in needs for s in need.specifier if s.operator == ">="}
+    oldest = {name: Version(v) for name, v in pins("tests/oldest.txt").items()}
+    assert oldest.pop("torch") == Version(pins("constraints.txt")["torch"]) and declared.pop("torch")
+    assert oldest == declared and len(needs) == len(declared) + 1, "tests/oldest.txt is not what settings.ini declares"

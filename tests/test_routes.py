@@ -132,7 +132,7 @@ def test_no_row_ends_below_its_level():
         for level in -1., 0., 1.7:
             stop, h = s.stop_at(x, until=level), s.barrier.value(x) if dtype == torch.float32 else s._on(x).barrier.value(x)
             good = h >= level
-            assert stop.reached.all() and (stop.h >= level).all() and (s._on(x).barrier.value(stop.a) >= level).all()
+            assert stop.reached.all() and (stop.h >= level).all() and (s._on(x).barrier.value(stop.a) > level - 1e-5).all()
             assert torch.equal(stop.a[good], x[good]) and torch.equal(stop.h[good], h[good])
 
 

@@ -81,7 +81,7 @@ def test_a_run_holds_what_was_asked_and_answered(lm, tmp_path):
     assert [i["answer"] for i in items] == by_hand
     judged = b.task.judge(b.task.folds[0].test, by_hand)
     np.testing.assert_allclose(run.scores["true_info"], judged["true_info"])
-    assert run.summary["means"]["info"] == np.mean(judged["info"]) and run.summary["n"] == 6 and run.summary["groups"] == len({i["group"] for i in items})
+    assert run.summary["means"]["info"] == pytest.approx(np.mean(judged["info"])) and run.summary["n"] == 6 and run.summary["groups"] == len({i["group"] for i in items})
     assert np.nanmean(run.scores["kl"]) > 0 and 0 < run.summary["angle"] < 90 and run.summary["tokens_per_second"] > 0
     assert {p.name for p in (tmp_path/run.key).iterdir()} == {"config.json", "environment.json", "answers.jsonl", "scores.json", "summary.json"}
     assert not lm.model.model.layers[1]._forward_hooks
@@ -95,6 +95,7 @@ def test_prompt_arm_choices_stops_and_several_answers(lm, tmp_path):
     b = bench(lm, tmp_path, choices=values, judge=lambda prompts, answers: {"true_info": [float(p.fact.truth in a) for p, a in zip(prompts, answers)]})
     chosen = b.run(split="test")
     logp = [ods.score_continuations(lm.model, lm.tokenizer, [p.text]*2, values(p)) for p in b.task.folds[0].test]
+    assert min(abs(x[0] - x[1]) for x in logp) > 1e-4, "no rounding decides"
     np.testing.assert_array_equal(chosen.scores["true_info"], [float(x[0] > x[1]) for x in logp])
     seen = []
     b = bench(lm, tmp_path, samples=3, stop=(" is",), judge=lambda prompts, answers: seen.append(len(prompts)) or {"true_info": [float(" is" in a) for a in answers]})

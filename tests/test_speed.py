@@ -11,7 +11,8 @@ from odesteer import speed
 from odesteer.euler import Edits
 from odesteer.speed import (PARTS, TARGETS, Decoding, EmptyEdit, RecipeEdit, activations, attached, count, fitted_methods,
                             goals, keep, measure, measure_collect, measure_decode, measure_fit, measure_steer, objective,
-                            pick, plain_collect, random_llama, ratio, recipe_flow, recipe_vjp, results, show, tables, trials)
+                            pick, plain_collect, random_llama, recipe_flow, recipe_vjp, results, show, tables)
+from odesteer.statistics import ratio, trials
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -18,6 +18,8 @@ D, N_POS, N_NEG = 16, 60, 50
 SMALL = {"odesteer": dict(n_components=128), "step-odesteer": dict(n_components=128), "hpr": dict(epochs=5, lr=3e-3), "recontrol": dict(epochs=20),
          "truthflow": dict(epochs=20, lr=3e-3)}  # hyper-parameters that make a method quick to fit
 PLACEBOS = ods.steerer_names(kind="placebo")  # promise everything but a direction that is right
+# What code common to all methods refuses, before a method sees it, is tried on the plainest and the richest method.
+common = pytest.mark.parametrize("name", ["caa", "odesteer"], indirect=True)
 
 
 def made(name, **extra): return ods.make_steerer(name, **{**SMALL.get(name, {}), **extra})
@@ -59,19 +61,19 @@ def same_field(x, y, a, **kw): torch.testing.assert_close(x.steer(a, T=1.5), y.s
 # ---- the motion
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("zero", [0, 0., -0., torch.tensor(0.), torch.zeros(7)], ids=str)
-def test_no_strength_is_the_identity_bit_for_bit(steerer, a, dtype, zero):
+def test_no_strength_is_the_identity_bit_for_bit(steerer, a, dtype):
     a = a.to(dtype, copy=True)
     a[0, 0] = -0.
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
-    for unit in "T", "share":
-        assert torch.equal(steerer.steer(a, **{unit: zero}).view(bits), a.view(bits))
+    for zero in 0, 0., -0., torch.tensor(0.), torch.zeros(7):
+        for unit in "T", "share":
+            assert torch.equal(steerer.steer(a, **{unit: zero}).view(bits), a.view(bits)), (unit, zero)
 
 
-@pytest.mark.parametrize("shape", [(D,), (1, D), (7, D), (2, 3, D), (0, D), (2, 0, D), (2, 1, 3, D)], ids=str)
-def test_shapes(steerer, shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    assert steerer.steer(x, T=1.).shape == steerer.vector_field(x).shape == shape
+def test_shapes(steerer):
+    for shape in (D,), (1, D), (7, D), (2, 3, D), (0, D), (2, 0, D), (2, 1, 3, D):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        assert steerer.steer(x, T=1.).shape == steerer.vector_field(x).shape == shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -122,7 +124,8 @@ def test_share_is_a_displacement_over_the_median_norm(steerer, a):
 
 def test_typical_norm_and_displacement(steerer, data):
     both = torch.cat([data["pos"], data["neg"]])
-    assert steerer.median_norm_ == both.norm(dim=-1).median() and steerer.width == D
+    torch.testing.assert_close(steerer.median_norm_, both.norm(dim=-1).median())
+    assert steerer.width == D
     if steerer.unit == "fraction":
         query = {"source": data["source"]} if getattr(steerer, "per_query_", False) else {}  # one state per pair: here those of neg
         moved = (steerer.steer(data["neg"], T=1., **query) - data["neg"]).norm(dim=-1)
@@ -220,6 +223,14 @@ def test_seed_decides(name, steerer, data, a):
 
 # ---- bad input
 
+def test_what_is_tried_on_few_methods_is_the_same_code_in_all(name):
+    method = type(made(name))
+    for part in "fit", "_ready", "_check", "_given", "_try", "save_pretrained": assert getattr(method, part) is getattr(ods.Steerer, part), part
+    assert method._time in (ods.Steerer._time, ods.ODESteer._time)
+    assert method.from_pretrained.__func__ is ods.Steerer.from_pretrained.__func__
+    assert (method.steer is ods.Steerer.steer) == (name != "truthflow")
+
+
 BAD_FITS = {
     "a NaN": (lambda p, n: (p, torch.where(torch.arange(N_NEG)[:, None] == 3, torch.nan, n)), ValueError, "neg holds NaN or infinity in 1 of 50 rows (first: row 3)"),
     "infinity": (lambda p, n: (p / torch.zeros(()), n), ValueError, "pos holds NaN or infinity in 60 of 60 rows"),
@@ -235,6 +246,7 @@ BAD_FITS = {
 }
 
 
+@common  # `contrast` refuses: no method has a `fit` of its own
 @pytest.mark.parametrize("bad", BAD_FITS)
 def test_bad_data(name, data, bad):
     change, error, message = BAD_FITS[bad]
@@ -270,6 +282,7 @@ BAD_STEERS = {
 }
 
 
+@pytest.mark.parametrize("name", ["caa", "odesteer", "truthflow"], indirect=True)  # `_ready` and `_time` refuse; the last has a `steer` of its own
 @pytest.mark.parametrize("bad", BAD_STEERS)
 def test_bad_steering(steerer, a, bad):
     change, strength, error, message = BAD_STEERS[bad]
@@ -325,7 +338,7 @@ def rewrite(folder, card=None, tensors=None, blob=None):
     (folder/"card.json").write_text(json.dumps(card(old) if card else old))
 
 
-DAMAGE = {
+DAMAGED_FILES = {  # noticed before a class is looked for
     "one bit": (lambda f: (f/"steerer.safetensors").write_bytes(bytes([(b := (f/"steerer.safetensors").read_bytes())[0] ^ 1]) + b[1:]), "does not match its card"),
     "cut tensors": (lambda f: (f/"steerer.safetensors").write_bytes((f/"steerer.safetensors").read_bytes()[:-3]), "does not match its card"),
     "cut card": (lambda f: (f/"card.json").write_text((f/"card.json").read_text()[:-5]), "card.json is not valid JSON"),
@@ -335,23 +348,33 @@ DAMAGE = {
     "newer card": (lambda f: rewrite(f, lambda c: {**c, "format": 2}), "a newer odesteer"),
     "unknown method": (lambda f: rewrite(f, lambda c: {**c, "method": "os.system"}), "unknown method 'os.system': known are caa"),
     "method that is a list": (lambda f: rewrite(f, lambda c: {**c, "method": ["caa"]}), "not a card that this version"),
+    "no safetensors": (lambda f: rewrite(f, blob=b"hello"), "is not a safetensors file"),
+}
+DAMAGED_METHODS = {  # noticed by the class that is filled
     "unknown setting": (lambda f: rewrite(f, lambda c: {**c, "params": {"nonsense": 1}}), "do not make a"),
     "another width": (lambda f: rewrite(f, lambda c: {**c, "width": D + 1}), f"of width {D + 1}"),
     "tensors of another width": (lambda f: rewrite(f, tensors=lambda t: {k: v.repeat_interleave(3, -1) if v.ndim else v for k, v in t.items()}), "do not make a"),
     "missing tensors": (lambda f: rewrite(f, tensors=lambda t: {"median_norm_": t["median_norm_"]}), "do not make a"),
     "foreign tensors": (lambda f: rewrite(f, tensors=lambda t: {**t, "lora.A": torch.ones(2)}), "do not make a"),
     "a tensor named like a method": (lambda f: rewrite(f, tensors=lambda t: {**t, "steer": torch.ones(2)}), "do not make a"),
-    "no safetensors": (lambda f: rewrite(f, blob=b"hello"), "is not a safetensors file"),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_files(folder, damage):
-    harm, message = DAMAGE[damage]
+def check_damage(folder, harm, message):
     harm(folder)
     with pytest.raises(ValueError, match=re.escape(message)): ods.load_steerer(folder)
 
 
+@common
+@pytest.mark.parametrize("damage", DAMAGED_FILES)
+def test_damaged_files(folder, damage): check_damage(folder, *DAMAGED_FILES[damage])
+
+
+@pytest.mark.parametrize("damage", DAMAGED_METHODS)
+def test_files_that_do_not_make_the_method(folder, damage): check_damage(folder, *DAMAGED_METHODS[damage])
+
+
+@common
 def test_missing_files(folder, tmp_path):
     (folder/"steerer.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="has no steerer.safetensors: is it a folder that save_pretrained wrote?"): ods.load_steerer(folder)
@@ -363,6 +386,7 @@ def test_a_file_of_another_class(name, folder):
     with pytest.raises(ValueError, match=f"holds {type(ods.make_steerer(name)).__name__}, but {other.__name__} was asked for: use odesteer.load_steerer"): other.from_pretrained(folder)
 
 
+@common
 def test_a_file_of_another_model_is_noticed_when_it_is_used(folder):
     with pytest.raises(ValueError, match=f"was fitted on activations of width {D}; got shape \\(2, 8\\): same model, same layer?"): ods.load_steerer(folder).steer(torch.ones(2, 8), T=1.)
 

@@ -235,7 +235,8 @@ def test_binary_run_chooses_by_the_logits_at_the_last_position(tmp_path):
             ids = torch.tensor([tok(p.text)["input_ids"] + letters[0][:1]])
             steerer = bench.steerer("caa", 1, {}, k)
             with torch.no_grad(), (ods.steering(model, steerer, layer=1, T=3., positions=[ids.shape[1] - 1]) if how else nullcontext()): logits = model(ids).logits[0, -1]
-            assert row["answer"] == (" A" if logits[letters[0][1]] > logits[letters[1][1]] else " B")
+            gap = logits[letters[0][1]] - logits[letters[1][1]]
+            assert abs(gap) > 1e-5 and row["answer"] == (" A" if gap > 0 else " B")  # no rounding decides
     assert caa is bench.steerer("caa", 1, {}, 0)
 
 
@@ -342,7 +343,9 @@ def test_surprising_prompts_are_left_out(tmp_path):
         ids = torch.tensor([tok(text)["input_ids"]])  # with the beginning-of-sequence token
         with torch.no_grad(): return math.exp(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]))
     all_of_them = {t: surprise(t) for t, s in rows if s > .5}
-    middle = float(np.median(list(all_of_them.values())))
+    ranked, half = sorted(all_of_them.values()), len(all_of_them) // 2
+    low, high = max(zip(ranked[half - 5:], ranked[half - 4:half + 5]), key=lambda pair: pair[1] - pair[0])
+    middle = (low + high) / 2  # in the widest gap near the median: at a value itself, rounding would decide
     val, test = tasks.toxic_prompts(rows, model, tok, middle, n_val=5, n_test=len([p for p in all_of_them.values() if p < middle]) - 5)
     assert set(val + test) == {t for t, p in all_of_them.items() if p < middle}
     task = tasks.realtoxicityprompts(path, judge=judge, filter=(model, tok), n_val=5, n_test=5)
@@ -647,6 +650,7 @@ def test_harness_answers(harness):
     pairs = [(harness.tok_encode(p), harness.tok_encode(a, add_special_tokens=False)) for p, a in (("who are you?", " me"), ("what", " is"), ("why?", " because"))]
     for (p, a), (score, greedy) in zip(pairs, harness._loglikelihood_tokens([(None, *pair) for pair in pairs])):
         logp = whole(harness.model, p + a)[len(p) - 1:-1]
+        assert logp.topk(2).values.diff().abs().min() > 1e-4, "no rounding decides"
         assert score == pytest.approx(sum(l[t].item() for l, t in zip(logp, a)), abs=1e-4) and greedy == (logp.argmax(-1).tolist() == a)
     said, = harness.generate_until([asked("who are you?", {"max_gen_toks": 5})])
     (_, greedy), = harness.answer_scores([(harness.tok_encode("who are you?"), harness.tok_encode(said, add_special_tokens=False))])
@@ -718,6 +722,7 @@ def test_lm_eval_scores_are_those_computed_directly(toy):
         found[name] = check.lm_eval_scores(model, tok, "toy_choice,toy_words", include_path=folder, batch_size=5, **how)
         with ods.steering(model, caa, layer=1, T=4.) if how else nullcontext():
             scores = ods.score_continuations(model, tok, [r["question"] for r in rows for _ in range(3)], [" " + c for r in rows for c in r["choices"]]).view(-1, 3)
+        assert scores.topk(2).values.diff().abs().min() > 1e-4, "no rounding decides"
         right = (scores.argmax(1) == torch.tensor([r["label"] for r in rows])).double()
         assert found[name]["toy_choice"]["items"]["acc"] == right.tolist() and found[name]["toy_choice"]["metrics"]["acc"] == pytest.approx(right.mean().item())
         assert len(found[name]["toy_words"]["items"]["exact_match"]) == 12
