@@ -10,7 +10,8 @@ import transformers
 from torch import nn
 
 import odesteer as ods
-from odesteer.models import (Encoded, collect_activations, decoder_layers, describe_site, encode, fingerprint, generate_text, padded,
+from odesteer.euler import Edit
+from odesteer.models import (Encoded, collect_activations, decoder_layers, describe_site, encode, fingerprint, generate_text, is_steered, padded,
                              score_continuations, steered_positions, steering)
 
 from .archs import CONFIGS, LAYERS, VOCAB, WIDTH, tiny_model, tiny_tokenizer
@@ -569,6 +570,45 @@ def test_controllers_see_input_and_output_of_each_block(llama):
     with steering(llama, Controller(), strength=2.): logits(llama, mask=LEFT)
     assert sorted(seen) == [1, 2, 3] and all(x.shape == (3, WIDTH) for x, _ in seen.values())
     for l in (2, 3): assert torch.equal(seen[l][0], seen[l - 1][1])
+
+
+def test_a_plain_function_steers_as_an_edit_does(llama):
+    "An object may have `edits` alone, and give functions; it may also give what the protocol says"
+    class Protocol(Twist):
+        def edits(self, model, layer, strength): return {layer: Edit(super().edits(model, layer, strength)[layer])}
+    class Own:  # a callable of its own
+        def __init__(self, twist): self.twist = twist
+        def __call__(self, x, y, T): return self.twist.move(y, T)
+        def edits(self, model, layer, strength): return {layer: self}
+    answers = []
+    for part in (TWIST, Protocol(), Own(TWIST)):
+        with steering(llama, part, layer=LAYER, T=.7) as h: answers.append(logits(llama))
+        assert all(type(edit) is Edit for edit in h._edits.values())
+    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
+
+
+def test_what_an_object_of_your_own_says_of_itself_counts(llama):
+    class Says(Twist): width, about, unit, needs_layer = WIDTH, {"layer": LAYER}, "length", True
+    with steering(llama, Says(), T=.7) as h: logits(llama)  # its card names the layer
+    assert list(h._edits) == [LAYER]
+    with pytest.raises(ValueError, match="say how far to steer"): steering(llama, Says())
+    with pytest.warns(UserWarning, match="this Says was fitted on layer 1, not 2"), steering(llama, Says(), layer=2, T=1.): logits(llama)
+    for attribute, message in (dict(about={}), "say which block to steer: .*this Says's card names none"), (dict(width=16), "this Says was fitted on activations of width 16"):
+        with pytest.raises(ValueError, match=message): steering(llama, type("Says", (Says,), attribute)(), T=1.)
+    class Doubles(Twist):
+        def resolve(self, strength): return 2 * torch.as_tensor(strength, dtype=torch.float32)
+    with steering(llama, Doubles(), layer=LAYER, T=.5): twice = logits(llama)
+    with steering(llama, TWIST, layer=LAYER, T=1.): assert torch.equal(logits(llama), twice)
+
+
+def test_a_model_knows_whether_it_is_steered(llama):
+    other = copy.deepcopy(llama)
+    assert is_steered(llama) is False
+    with steering(llama, TWIST, layer=0, T=1.):
+        with steering(llama, TWIST, layer=1, T=1.): logits(llama)
+        assert is_steered(llama) is True and is_steered(torch.compile(llama)) and not is_steered(other)
+        logits(llama)
+    assert not is_steered(llama)
 
 
 def test_a_steerer_knows_where_it_belongs(llama, tok):

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import odesteer as ods
+from odesteer.euler import Edit
 
 from .archs import VOCAB, WIDTH, tiny_model, tiny_tokenizer
 
@@ -17,8 +18,10 @@ class Recaller:
     def __init__(self): self.calls = []
     def edits(self, model, layer, strength):
         def edit(x, y, T, kept): return y + (T[..., None] * (torch.tanh(y @ W) + kept)).to(y.dtype)
-        edit.remember = lambda q: self.calls.append(q.clone()) or 2 * torch.sin(q.float() @ V)
-        return {layer: edit}
+        def remember(q):
+            self.calls.append(q.clone())
+            return 2 * torch.sin(q.float() @ V)
+        return {layer: Edit(edit, remember)}
 
 
 def reference(model, ids, T=1., n=6):
@@ -103,3 +106,17 @@ def test_truthflow_adds_the_correction_of_the_question():
     torch.testing.assert_close(seen[0], s.steer(plain[0], T=.7), rtol=1e-4, atol=1e-4)
     per_token = ods.TruthFlow(epochs=2).fit(pos, neg)
     assert per_token.edits(model, 1, 1.)[1].remember is None and s.edits(model, 1, 1.)[1].remember is not None
+
+
+def test_a_plain_function_may_remember_too():
+    class Functions(Recaller):
+        def edits(self, model, layer, strength):
+            edit, = super().edits(model, layer, strength).values()
+            def function(*args): return edit(*args)
+            function.remember = edit.remember
+            return {layer: function}
+    model, parts = tiny_model("llama"), (Recaller(), Functions())
+    answers = []
+    for part in parts:
+        with ods.steering(model, part, layer=1, T=1.): answers.append(model.generate(IDS, attention_mask=LEFT, **GREEDY))
+    assert torch.equal(*answers) and all(len(part.calls) == 1 for part in parts)
