@@ -424,6 +424,25 @@ def _check_pairs(o):
     print(result)
     return 0 if result.ok else 1
 
+# %% ../nbs/24_cli.ipynb #39c2e9ed
+def _strength_of(o) -> dict:
+    "The one unit of strength that was given, or nothing"
+    units = "T", "share", "nats", "until"
+    given = {unit: value for unit in units if (value := getattr(o, unit, None)) is not None}
+    if len(given) > 1: raise ValueError(f"give one strength, not {' and '.join('--' + unit for unit in given)}")
+    return given
+
+def _layer_of(o) -> int:
+    "The layer asked for, else one in the first half of the model, where steering is known to work best"
+    n = count_layers(o.model, o.revision)
+    if o.layer is not None: return _check_layer(o.layer, n, o.method)
+    return int(.4*n) if load_class(o.method).needs_layer else None
+
+def _sampling_of(o) -> dict:
+    "How answers are drawn"
+    if o.greedy: return dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    return dict(do_sample=True, temperature=o.temperature, top_p=o.top_p)
+
 # %% ../nbs/24_cli.ipynb #49a9a4ef
 #: what `--method` may be
 METHODS = ods.steerer_names("steerer") + ods.steerer_names("controller")
@@ -447,25 +466,6 @@ def _assignments(texts, option, form) -> dict:
         try: found[name] = json.loads(value)
         except json.JSONDecodeError: found[name] = value
     return found
-
-# %% ../nbs/24_cli.ipynb #39c2e9ed
-def _strength_of(o) -> dict:
-    "The one unit of strength that was given, or nothing"
-    units = "T", "share", "nats", "until"
-    given = {unit: value for unit in units if (value := getattr(o, unit, None)) is not None}
-    if len(given) > 1: raise ValueError(f"give one strength, not {' and '.join('--' + unit for unit in given)}")
-    return given
-
-def _layer_of(o) -> int:
-    "The layer asked for, else one in the first half of the model, where steering is known to work best"
-    n = count_layers(o.model, o.revision)
-    if o.layer is not None: return _check_layer(o.layer, n, o.method)
-    return int(.4*n) if load_class(o.method).needs_layer else None
-
-def _sampling_of(o) -> dict:
-    "How answers are drawn"
-    if o.greedy: return dict(do_sample=False, temperature=None, top_p=None, top_k=None)
-    return dict(do_sample=True, temperature=o.temperature, top_p=o.top_p)
 
 # %% ../nbs/24_cli.ipynb #2cf11320
 def _output_folder(path) -> Path:
