@@ -362,6 +362,7 @@ class Summary(list):
         rows = [self.header, ["---"] * len(self.header), *self.cells()]
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
+# %% ../nbs/08_statistics.ipynb #f0a17d3c
 def format_number(
     x: float,
     sign: str = "",  # "+": positive numbers get a sign too
