@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-import argparse, inspect, json, re, shutil, sys, textwrap, time, warnings
+import argparse, inspect, json, re, shutil, textwrap, time, warnings
 import numpy as np
 import torch
 import odesteer as ods
@@ -61,6 +61,7 @@ class Demo:
         "The answers of a run, in the order of its prompts"
         return [row["answer"] for row in read_rows(self.bench.out/run.key/"answers.jsonl")]
 
+# %% ../nbs/24_cli.ipynb #8137962b
 def run_demo(
     bench: Bench,
     setting: Setting,
@@ -74,6 +75,8 @@ def run_demo(
     steered = dict(method=method, layer=layer, params=canonical_params(method, params))
     wanted = [dict(steered, strength={unit: k*value}, split="val") for k in factors]
     wanted += [dict(split="test"), dict(steered, strength=strength, split="test")]
+    ready = sum(bench.finished(**how, seed=seed) for how in wanted)
+    if ready: log(f"odesteer: {ready} of {len(wanted)} runs of the demonstration were there already, in {bench.out}")
     bar = tqdm(wanted, "runs", disable=None, leave=False)  # where somebody watches
     *curve, plain, after = [bench.run(**how, seed=seed) for how in bar]
     return Demo(bench, setting, curve, plain, after)

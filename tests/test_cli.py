@@ -302,7 +302,9 @@ def test_an_interrupted_demo_goes_on_and_answers_as_the_library_does(files, monk
     line = ["demo", "--method", "caa", "--share", ".3", "--layer", "1", "--seed", "2", "--batch-size", "6", "--top-p", ".8", "--max-new-tokens", "7", "--out", "o"]
     assert main(line) == 130 and not Path("o/summary.json").exists()
     assert main(line) == 0 and made == [0]*5 + [0, 6] + [6, 0, 6]
+    assert "5 of 7 runs of the demonstration were there already" in capsys.readouterr().err
     assert main(line) == 0 and len(made) == 10  # all is read
+    assert "7 of 7 runs" in capsys.readouterr().err
     lm = ods.load_micro()
     task = shorter(whole(lm, "truth"), 3, 10)
     fold, = task.folds
