@@ -24,6 +24,7 @@ _MODULES = {
     "results": "",
     "report": "",
     "speed": "",
+    "plans": "",
     "cli": "",
     "plots": "",
 }

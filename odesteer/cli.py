@@ -4,12 +4,11 @@
 
 # %% ../nbs/24_cli.ipynb #4a18983e
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-import argparse, inspect, json, re, shutil, textwrap, time, warnings
+import argparse, json, shutil, textwrap, time, warnings
 import numpy as np
 import torch
 import odesteer as ods
@@ -17,21 +16,22 @@ from .barrier import certificate, implied_barrier
 from .data import (QUESTION_ANSWER, SAMPLING, check_pairs, digest, fit_steerer, group_of, load_pairs,
                            load_prompts, read_rows, sample_batch, write_jsonl)
 from .euler import load_class, write_atomic
-from .judges import BETTER, Panel, hub_commit, load_judge
+from .judges import BETTER
 from .micro import AXES, Recipe
 from .models import count_layers, load_model
-from .report import guardrail_table, report
-from .results import committed, guardrail_rows
-from .runs import Bench, Paused, Run, canonical_params, log, read_config, rerun, write_batches
+from .plans import (BenchOptions, assignments, bench_options, check_layer, check_names, comma_list, one_thread,
+                            positive_number, run_bench, whole_number)
+from .report import report
+from .results import committed
+from .runs import Bench, Run, canonical_params, log, write_batches
 from .speed import PARTS, goals, measure, show
 from .statistics import bootstrap_interval, summary_table
-from .sweeps import ABLATIONS, FULL, MICRO_PARAMS, PRESETS, QUICK, Plan, Search, Setting
-from .sweeps import micro_bench, preset_plan, run_plan, show_preset, sweep
+from .sweeps import ABLATIONS, MICRO_PARAMS, PRESETS, Setting, sweep
 from .tasks import REAL_TASKS, Fold, Task, general_metrics, micro_task
 
 # %% auto #0
 __all__ = ['METHODS', 'committed_choice', 'Demo', 'run_demo', 'barrier_rise', 'demo_figure', 'changed_answers', 'side_by_side',
-           'user_task', 'BenchOptions', 'bench_options', 'bench_plan', 'Parser', 'main', 'parser']
+           'user_task', 'Parser', 'main', 'parser']
 
 # %% ../nbs/24_cli.ipynb #0a9aa8dd
 def committed_choice(
@@ -206,26 +206,11 @@ def _warn_overlap(pairs, prompts):
         "their answers say nothing about new questions")
 
 # %% ../nbs/24_cli.ipynb #8f6784eb
-def _check_layer(layer, n: int, method=None) -> int:
-    "A block number from 0 on; negative numbers count from the end"
-    if method and not load_class(method).needs_layer:
-        raise ValueError(f"{method} acts on all blocks: leave out --layer")
-    if not -n <= layer < n: raise ValueError(f"there is no layer {layer}: this model has layers 0 to {n - 1}")
-    return layer % n
-
 def _place(layer) -> str: return "all blocks" if layer is None else f"layer {layer}"
 
 def _last_message(prompt) -> str:
     "The text of a prompt; of a chat, what was said last"
     return prompt.text if isinstance(prompt.text, str) else prompt.text[-1]["content"]
-
-@contextmanager
-def _one_thread():
-    "The micro model is too small to share: a second thread gains nothing, and on a busy machine it loses much"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(threads)
 
 # %% ../nbs/24_cli.ipynb #53b211b9
 def _demo(o):
@@ -237,7 +222,7 @@ def _demo(o):
                          "without them the demo runs on the micro model")
     _strength_of(o)  # two strengths are a mistake
     out = _output_folder(o.out)
-    with nullcontext() if own else _one_thread():
+    with nullcontext() if own else one_thread():
         bench, setting, starts = (_own_demo if own else _micro_demo)(o, params, out/"runs")
         texts = bench.task.folds[0].texts
         print(f"{bench.task.name}: {o.method} on {len(texts.pos)} wanted and {len(texts.neg)} unwanted texts, "
@@ -260,7 +245,7 @@ def _rise_in_words(rise) -> str:
 # %% ../nbs/24_cli.ipynb #de24b321
 def _micro_demo(o, params, runs) -> tuple:
     "Bench, setting and starts of trajectories of the demonstration on the micro model"
-    if o.layer is not None: _check_layer(o.layer, Recipe.layers, o.method)
+    if o.layer is not None: check_layer(o.layer, Recipe.layers, o.method)
     lm = ods.load_micro()
     task, (layer, strength) = micro_task(lm, o.axis), committed_choice(o.axis, o.method)
     params = MICRO_PARAMS["speakers"].get(o.method, {}) | params
@@ -271,7 +256,7 @@ def _micro_demo(o, params, runs) -> tuple:
         if choice.strength: layer, strength = choice.layer, choice.strength
     if strength and not _strength_of(o) and o.layer is None:
         print(f"{_place(layer)} and strength {_strength_in_words(strength)} were chosen on validation prompts")
-    if o.layer is not None: layer = _check_layer(o.layer, Recipe.layers)
+    if o.layer is not None: layer = check_layer(o.layer, Recipe.layers)
     setting = Setting(o.method, layer, _strength_of(o) or strength, canonical_params(o.method, params))
     return bench(_drawn(task, o), o.batch_size), setting, lm.world.contrast(o.axis, "val").neg
 
@@ -414,7 +399,7 @@ def _layer_for(o, steerer, name, revision):
     "The layer that was given, or the one the steerer was fitted at; None: all blocks"
     if o.layer is None and not steerer.needs_layer: return None
     layer = steerer.about.get("layer") if o.layer is None else o.layer
-    return _check_layer(layer, count_layers(name, revision), steerer.card["method"])
+    return check_layer(layer, count_layers(name, revision), steerer.card["method"])
 
 def _check_folder_of(path):
     "A ValueError if a file cannot be written there"
@@ -438,7 +423,7 @@ def _strength_of(o) -> dict:
 def _layer_of(o) -> int:
     "The layer asked for, else one in the first half of the model, where steering is known to work best"
     n = count_layers(o.model, o.revision)
-    if o.layer is not None: return _check_layer(o.layer, n, o.method)
+    if o.layer is not None: return check_layer(o.layer, n, o.method)
     return int(.4*n) if load_class(o.method).needs_layer else None
 
 def _sampling_of(o) -> dict:
@@ -452,23 +437,13 @@ METHODS = ods.steerer_names("steerer") + ods.steerer_names("controller")
 
 def _method_params(o) -> dict:
     "Hyper-parameters from `--set name=value`, tried on the method before anything is loaded"
-    params = _assignments(o.set, "--set", "name=value, such as --set gamma=10")
+    params = assignments(o.set, "--set", "name=value, such as --set gamma=10")
     if o.method not in METHODS:
         raise ValueError(f"there is no method {o.method!r}; choose one of {', '.join(METHODS)}")
     try: steerer = ods.make_steerer(o.method, **params)
     except TypeError as e: raise ValueError(f"--set: {e}") from None
     if "share" in _strength_of(o): _refuse_set_point(steerer, o.method, "give --T, not --share")
     return params
-
-def _assignments(texts, option, form) -> dict:
-    "`name=value` texts as a dict; a value is JSON, or else text"
-    found = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals: raise ValueError(f"{option} {text}: write it as {form}")
-        try: found[name] = json.loads(value)
-        except json.JSONDecodeError: found[name] = value
-    return found
 
 # %% ../nbs/24_cli.ipynb #2cf11320
 def _output_folder(path) -> Path:
@@ -486,326 +461,9 @@ def _read_pairs(o):
     template = o.template and o.template.replace("\\n", "\n")
     return load_pairs(o.pairs, columns, o.question, o.group, o.sep, template, config=o.config, split=o.split)
 
-# %% ../nbs/24_cli.ipynb #d5cfc74c
-def _count(text) -> int:
-    "A whole number from 1 on"
-    text = str(text)
-    if text.isdecimal() and int(text) > 0: return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-
-def _positive(text) -> float:
-    "A number above 0"
-    text = str(text)
-    try: x = float(text)
-    except ValueError: x = 0.
-    if 0 < x < float("inf"): return x
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-
-def _flag(value) -> bool:
-    if value is not True: raise argparse.ArgumentTypeError(f"{value!r} is neither true nor false")
-    return value
-
-def _one_of(*names):
-    "A reader of one of these names"
-    def read(text):
-        if text in names: return text
-        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(names)})")
-    return read
-
-# %% ../nbs/24_cli.ipynb #768f48ed
-def _names(value) -> list:
-    "Text with commas between, or a list, as a list of texts"
-    parts = value if isinstance(value, list) else str(value).split(",")
-    return [text for x in parts if (text := str(x).strip())]
-
-def _text(value) -> str:
-    "What is written on a command line"
-    if isinstance(value, dict): return json.dumps(value)
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-def _numbers(option, kind=float):
-    "A reader of numbers with commas between, or of a list"
-    def read(value):
-        try: found = [kind(x) for x in _names(value)]
-        except ValueError: found = []
-        if found and all(np.isfinite(found)): return found
-        example = "8,13" if kind is int else "0.2,0.4"
-        raise ValueError(f"{option} {_text(value)}: write numbers with commas between, such as {option} {example}")
-    return read
-
-def _unless(word, read):
-    "A reader to which a word means that nothing was said"
-    return lambda value: None if value == word else read(value)
-
-# %% ../nbs/24_cli.ipynb #a9cec0e1
-def _params(value) -> dict:
-    "Hyper-parameters by method, tried on each method"
-    params = value
-    if isinstance(value, str):
-        try: params = json.loads(value)
-        except ValueError: params = None
-    if not isinstance(params, dict) or not all(isinstance(v, dict) for v in params.values()):
-        raise ValueError(f"--params {_text(value)}: write it as JSON by method, such as "
-                         "--params '{\"odesteer\": {\"gamma\": 10}}'")
-    _known(params, ods.REGISTRY, "method")
-    for m, own in params.items():
-        try: ods.make_steerer(m, **own)
-        except TypeError as e: raise ValueError(f"--params: {m}: {e}") from None
-    return params
-
-def _part(value) -> tuple:
-    "`2/3` as (2, 3)"
-    try: i, n = value if isinstance(value, list) else map(int, value.split("/"))
-    except (ValueError, AttributeError): i, n = 0, 0
-    if 1 <= i <= n: return i, n
-    raise ValueError(f"--part {_text(value)}: write it as i/n, such as 1/2 on one machine and 2/2 on the other")
-
-def _known(names, table, what):
-    for name in names:
-        if name not in table and name != "all":
-            raise ValueError(f"there is no {what} {name!r}; choose from {', '.join(table)}")
-
-# %% ../nbs/24_cli.ipynb #3590d06a
-def _tasks(value) -> list: return [value] if isinstance(value, str) else list(value) or ["micro"]
-
-def _task_options(value) -> dict:
-    "Options of a task, from NAME=VALUE texts or an object"
-    if isinstance(value, dict): return value
-    texts = value if isinstance(value, list) else [value]
-    return _assignments(texts, "--option", "NAME=VALUE, such as protocol=alqr")
-
-def _option(read, default=None): return field(default=default, metadata={"read": read})
-
-# %% ../nbs/24_cli.ipynb #c518f22e
-@dataclass
-class BenchOptions:
-    "What `odesteer bench` is asked to do; made by `bench_options`"
-    tasks: list = _option(_tasks, ("micro",))  # names; or files that say what to do
-    methods: list = _option(_unless("all", _names))  # None: all
-    T: list = _option(_unless("auto", _numbers("--T")))  # times to try
-    shares: list = _option(_numbers("--shares"))  # shares of the median norm to try
-    layers: list = _option(_unless("auto", _numbers("--layers", int)))  # None: `auto_layers`
-    seeds: int = _option(_count)  # None: those of the plan, 3
-    allow: float = _option(_positive, .15)  # what a guardrail may lose
-    ablations: list = _option(_names)  # names of studies, or "all" among them
-    quick: bool = _option(_flag, False)  # the micro benchmark: the shipped model, a coarse grid
-    full: bool = _option(_flag, False)  # three models of both worlds, a fine grid, all ablations
-    world: str = _option(_one_of("speakers", "experts"), "speakers")  # of the micro model
-    models: int = _option(_count, 1)  # micro models, trained from other seeds
-    preset: str = _option(_text)  # of PRESETS
-    params: dict = _option(_params)  # method -> hyper-parameters
-    data: list = _option(_names)  # files of the task
-    limit: int = _option(_count)  # for trials: so many questions
-    option: dict = _option(_task_options)  # of the task
-    judge: str = _option(_text)  # None: the task's
-    lm_eval: str = _option(_text)  # guardrail tasks
-    lm_eval_path: str = _option(_text)  # folder with task files
-    out: str = _option(_text, "runs")  # folder of the runs
-    minutes: float = _option(_positive, float("inf"))  # no run is begun later
-    part: tuple = _option(_part, (1, 1))  # this machine's share of the work
-    batch_size: int = _option(_count, 64)
-    model: str = _option(_text)
-    revision: str = _option(_text)
-    device: str = _option(_text)
-    dtype: str = _option(_text, "auto")
-
-# %% ../nbs/24_cli.ipynb #7acaad1e
-def bench_options(
-    given: dict,  # name -> value, as on the command line (text) or in JSON; what is missing, null or false is not given
-) -> BenchOptions:
-    "Options from either source; a ValueError where a value cannot be read"
-    found = {}
-    for f in fields(BenchOptions):
-        value = given.get(f.name)
-        if value is None or value is False or value == f.default: continue
-        try: found[f.name] = f.metadata["read"](value)
-        except argparse.ArgumentTypeError as e:  # in the words of argparse
-            raise ValueError(f"argument --{f.name.replace('_', '-')}: {e} (see odesteer bench --help)") from None
-    return BenchOptions(**found)
-
-def _changed(o: BenchOptions) -> dict:
-    "What differs from the defaults"
-    return {f.name: value for f in fields(o) if (value := getattr(o, f.name)) != f.default}
-
-# %% ../nbs/24_cli.ipynb #ba779825
-def bench_plan(
-    o: BenchOptions,
-) -> tuple:  # `Plan`, and how a unit becomes a `Bench`
-    "What the options ask for, checked before any model is loaded"
-    if o.preset: return _preset_plan(o)
-    names = [m for kind in ("steerer", "controller", "placebo") for m in ods.steerer_names(kind)]
-    for m in o.methods or []:
-        if m not in names: raise ValueError(f"there is no method {m!r}; choose from {', '.join(names)}")
-    _known(o.ablations or [], ABLATIONS, "ablation")
-    micro = [t for t in o.tasks if t.startswith("micro")]
-    if micro and len(micro) < len(o.tasks):
-        other = next(t for t in o.tasks if t not in micro)
-        raise ValueError(f"{micro[0]} brings its own model; run it apart from {other}")
-    plan = QUICK if o.quick else FULL if o.full else Plan()
-    plan = replace(plan, methods=names if o.methods is None else o.methods, search=_search(o, plan.search),
-                   params=o.params or {}, part=o.part)
-    if o.lm_eval: plan = replace(plan, lm_eval=dict(tasks=o.lm_eval, include_path=o.lm_eval_path, limit=o.limit))
-    if o.ablations: plan = replace(plan, studies="all" if o.ablations == ["all"] else o.ablations)
-    return _micro_plan(o, plan, micro) if micro else _real_plan(o, plan)
-
-def _search(o: BenchOptions, usual: Search) -> Search:
-    "The usual search but for what was said"
-    search = replace(usual, allow=o.allow, seeds=o.seeds or usual.seeds, layers=o.layers or usual.layers)
-    if o.T: search = replace(search, strengths=[{"T": x} for x in sorted(o.T)])
-    if o.shares: search = replace(search, strengths=[{"share": x} for x in sorted(o.shares)])
-    return search
-
-# %% ../nbs/24_cli.ipynb #3ab93b12
-def _micro_plan(o: BenchOptions, plan, tasks) -> tuple:
-    "Units of the micro benchmark: world, model seed, axis"
-    _known([t.removeprefix("micro").lstrip("-") or "all" for t in tasks], AXES, "axis of the micro world")
-    if o.model or o.data:
-        raise ValueError(f"{tasks[0]} brings its own model and texts: "
-                         f"--model and --data belong to {', '.join(REAL_TASKS)}")
-    axes = list(AXES) if "micro" in tasks else [t.removeprefix("micro-") for t in tasks]
-    params = {world: {m: usual.get(m, {}) | plan.params.get(m, {}) for m in usual | plan.params}
-              for world, usual in MICRO_PARAMS.items()}
-    units = plan.units or [(o.world, seed, axis) for seed in range(o.models) for axis in AXES]
-    plan = _with_layers(plan, lambda: Recipe.layers)
-    return replace(plan, params=params, units=[u for u in units if u[-1] in axes]), micro_bench
-
-def _with_layers(plan, count) -> Plan:
-    "The plan with its layers counted from 0, if there are so many"
-    if not plan.search.layers: return plan
-    n = count()
-    return replace(plan, search=replace(plan.search, layers=[_check_layer(k, n) for k in plan.search.layers]))
-
-# %% ../nbs/24_cli.ipynb #e0a8ba81
-def _real_plan(o: BenchOptions, plan, preset={}) -> tuple:
-    "Units of tasks on your model: the name of the task"
-    _known(o.tasks, REAL_TASKS, "task")
-    if not o.model:
-        raise ValueError(f"{o.tasks[0]} needs --model, a folder or hub id of a causal language model; "
-                         "without one, run micro")
-    if o.judge and "truthfulqa-binary" in o.tasks:
-        raise ValueError("truthfulqa-binary needs no judge: its answers are letters; leave out --judge")
-    if o.data and len(o.tasks) > 1:
-        raise ValueError("--data is the file of one task: run tasks with files of your own one by one")
-    plan = _with_layers(plan, lambda: count_layers(o.model, o.revision))
-    for t in o.tasks: _sources_of(t, o, preset)  # a mistake costs a second
-    return replace(plan, units=[(t,) for t in o.tasks]), _bench_maker(o, preset)
-
-def _bench_maker(o: BenchOptions, preset):
-    "How the name of a task becomes a `Bench`; the model is loaded once, for the first of them"
-    @cache
-    def loaded():
-        model, tokenizer = load_model(o.model, o.revision, o.device, o.dtype)
-        return model, tokenizer, None if Path(o.model).is_dir() else hub_commit(o.model, o.revision)
-    def make(name, out, **kwargs):
-        model, tokenizer, commit = loaded()
-        options = preset.get("tasks", {}).get(name, {})
-        task = REAL_TASKS[name](**options | _sources_of(name, o, preset), limit=o.limit)
-        task.decoding |= preset.get("decoding", {}).get(name, {})
-        return Bench(model, tokenizer, task, out, batch_size=preset.get("batch_size") or o.batch_size,
-                     revision=commit, hub=commit and o.model, **kwargs)
-    return make
-
-# %% ../nbs/24_cli.ipynb #2b42bd40
-#: options that a preset fixes
-_FIXED = "T", "shares", "layers", "methods", "quick", "full", "ablations", "params"
-
-def _preset_plan(o: BenchOptions) -> tuple:
-    "What a published table did, and nothing else"
-    print(show_preset(o.preset), flush=True)
-    preset, changed = PRESETS[o.preset], _changed(o)
-    given = [f"--{k}" for k in _FIXED if k in changed]
-    if given:
-        raise ValueError(f"--preset {o.preset} fixes what {', '.join(given)} would change: leave out one of the two")
-    tasks = [t for t in o.tasks if t != "micro"] or list(preset["tasks"])
-    _known(tasks, preset["tasks"], f"task of {o.preset}")
-    dtype = preset["dtype"] if o.dtype == "auto" else o.dtype
-    o = replace(o, tasks=tasks, model=o.model or preset["model"], dtype=dtype)
-    plan = preset_plan(o.preset, tasks, o.seeds)
-    return _real_plan(o, replace(plan, part=o.part), preset)
-
-# %% ../nbs/24_cli.ipynb #efd1a951
-def _sources_of(name, o: BenchOptions, preset={}) -> dict:
-    "Files, options and judge of a task, as its builder takes them"
-    task, files = REAL_TASKS[name], o.data or []
-    if len(files) > len(task.files):
-        several = "s" * (len(task.files) > 1)
-        raise ValueError(f"--data {','.join(files)}: {name} has {len(task.files)} file{several} "
-                         f"({', '.join(task.files)})")
-    named = dict(zip(task.files, files))
-    known = inspect.signature(task.build).parameters
-    options = [k for k in known if k not in ("judge", "limit", *task.files)]
-    for key, value in (o.option or {}).items():
-        if key in options: continue
-        text = value if isinstance(value, str) else json.dumps(value)
-        raise ValueError(f"--option {key}={text}: write it as NAME=VALUE; {name} has {', '.join(options)}")
-    needed = [n for n, p in known.items() if p.default is p.empty and n not in named]
-    if needed: raise ValueError(f"{name} needs --data FILE ({', '.join(needed)})")
-    judge = o.judge or preset.get("judges", {}).get(name)
-    return (o.option or {}) | named | ({"judge": _judge(judge, Path(o.out)/"judged")} if judge else {})
-
-def _judge(text, cache):
-    "`truth+info`, or with models of your own `truth=FOLDER+info=FOLDER`"
-    named = [part.partition("=") for part in text.split("+")]
-    judges = [load_judge(name, **({"model": model} if model else {}), cache=cache) for name, _, model in named]
-    return judges[0] if len(judges) == 1 else Panel(*judges)
-
-# %% ../nbs/24_cli.ipynb #981ff942
-def _bench(o): return _run_bench(bench_options(vars(o)))
-
-def _run_bench(o: BenchOptions):  # exit code 3: the time is used up
-    "Every method on every task: choose on validation, report on test; interrupted or stopped, the same command goes on"
-    files = [t for t in o.tasks if t.endswith(".json") or (Path(t)/"config.json").is_file()]
-    if files: return _bench_files(o, files)
-    plan, make = bench_plan(o)
-    try:
-        with _one_thread() if make is micro_bench else nullcontext(): run_plan(plan, make, o.out, o.minutes)
-    except Paused as e:
-        log(f"odesteer: {e}")
-        return 3
-    except ImportError as e: raise ValueError(str(e)) from None
-    rows = guardrail_rows(o.out) if o.lm_eval else []
-    if rows: print(guardrail_table(rows).markdown())
-    print(f"done: odesteer report {o.out}")
-
-def _plan_options(path, plan) -> BenchOptions:
-    "A plan as options; a ValueError where it has others"
-    known = sorted(f.name for f in fields(BenchOptions))
-    problem = None if isinstance(plan, dict) else "not an object"
-    if not problem and plan.keys() - set(known): problem = f"no option {min(plan.keys() - set(known))!r}"
-    if problem: raise ValueError(f"{path}: {problem}; a plan has {', '.join(known)}")
-    return bench_options(plan)
-
-# %% ../nbs/24_cli.ipynb #d7c8c090
-def _bench_files(o: BenchOptions, files):
-    "Runs from their configs, or the comparison that a plan describes"
-    if len(files) < len(o.tasks):
-        other = next(t for t in o.tasks if t not in files)
-        raise ValueError(f"{files[0]} is a file that says what to do: run it apart from {other}")
-    def read(f): return json.loads(Path(f).read_text(encoding="utf-8")) if f.endswith(".json") else {"task": ""}
-    found = [read(f) for f in files]
-    changed = {k: v for k, v in _changed(o).items() if k != "tasks"}
-    if not all(isinstance(x, dict) and "task" in x for x in found):
-        if len(files) > 1: raise ValueError("give one plan at a time")
-        return _run_bench(replace(_plan_options(files[0], found[0]), **changed))
-    fixed = changed.keys() - {"out", "data", "option", "judge", "model", "revision", "device", "dtype"}
-    if fixed: raise ValueError(f"{files[0]} fixes what --{min(fixed)} would change: edit a copy of the file")
-    for f in files: print(_run_again(f, o))
-    print(f"done: odesteer report {o.out}")
-
-def _run_again(path, o: BenchOptions) -> Run:
-    "The run of a config"
-    config = read_config(path)
-    about, task = config["model"], config.get("data", {}).get("recipe", config)["task"]
-    if re.fullmatch(r"micro-\w+-\d+", about["name"]):
-        with _one_thread(): return rerun(config, o.out)
-    if task == "your texts": raise ValueError(f"{path} is of a demonstration: run odesteer demo again with its files")
-    name, revision = (o.model, o.revision) if o.model else (about.get("hub"), about.get("revision"))
-    if not name:
-        raise ValueError(f"{path} was made with the model {about['name']}, which came from a folder: give --model")
-    dtype = about.get("dtype", "auto") if o.dtype == "auto" else o.dtype
-    return rerun(config, o.out, *load_model(name, revision, o.device, dtype), **_sources_of(task, o))
-
 # %% ../nbs/24_cli.ipynb #aa7f5706
+def _bench(o): return run_bench(bench_options(vars(o)))
+
 def _report(o):
     "Tables, figures and verdicts of finished runs"
     for path in o.runs:
@@ -819,8 +477,8 @@ def _report(o):
 # %% ../nbs/24_cli.ipynb #47404ccd
 def _speed(o):
     "Time steering, collecting, fitting, decoding and importing on this machine"
-    parts = _names(o.parts)
-    _known(parts, PARTS, "part")
+    parts = comma_list(o.parts)
+    check_names(parts, PARTS, "part")
     _check_folder_of(o.out)
     device, threads = o.device or ("cuda" if torch.cuda.is_available() else "cpu"), torch.get_num_threads()
     torch.set_num_threads(o.threads or threads)
@@ -900,10 +558,10 @@ def _prompt_options(c, required=False):
 def _sampling_options(c, new_tokens=None):
     length = "length of the answers (default 50; 32 for the micro model)"
     c.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    c.add_argument("--max-new-tokens", type=_count, default=new_tokens, metavar="N", help=length)
-    c.add_argument("--batch-size", type=_count, default=64, metavar="N")
-    c.add_argument("--temperature", type=_positive, default=SAMPLING["temperature"], metavar="X")
-    c.add_argument("--top-p", type=_positive, default=SAMPLING["top_p"], metavar="X")
+    c.add_argument("--max-new-tokens", type=whole_number, default=new_tokens, metavar="N", help=length)
+    c.add_argument("--batch-size", type=whole_number, default=64, metavar="N")
+    c.add_argument("--temperature", type=positive_number, default=SAMPLING["temperature"], metavar="X")
+    c.add_argument("--top-p", type=positive_number, default=SAMPLING["top_p"], metavar="X")
     c.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
 
 # %% ../nbs/24_cli.ipynb #214cf97b
@@ -954,7 +612,8 @@ def _demo_options(c):
     c.add_argument("--axis", choices=list(AXES), default="truth", help=axis)
     c.add_argument("--choose", action="store_true", help=choose)
     c.add_argument("--out", default="odesteer-demo", help=out)
-    c.add_argument("--show", type=_count, default=6, metavar="N", help="answers to print side by side (default 6)")
+    side_by_side = "answers to print side by side (default 6)"
+    c.add_argument("--show", type=whole_number, default=6, metavar="N", help=side_by_side)
     _model_options(c)
     _pair_options(c)
     _method_options(c)
@@ -967,7 +626,7 @@ def _fit_options(c):
     _model_options(c, required=True)
     _pair_options(c, required=True)
     _method_options(c)
-    c.add_argument("--batch-size", type=_count, default=32, metavar="N")
+    c.add_argument("--batch-size", type=whole_number, default=32, metavar="N")
 
 def _check_options(c):
     c.add_argument("pairs", metavar="FILE", help=_FILE)
@@ -993,8 +652,8 @@ def _speed_options(c):
     out = "JSON that keeps the results; parts that are not measured now stay in it"
     c.add_argument("--parts", default="all", metavar="NAME,...", help=f"some of {', '.join(PARTS)} (default all)")
     c.add_argument("--tiny", action="store_true", help="small sizes, to see that everything runs")
-    c.add_argument("--rounds", type=_count, metavar="N", help="turns that each candidate takes (default 7)")
-    c.add_argument("--threads", type=_count, metavar="N", help="of PyTorch (default: its own)")
+    c.add_argument("--rounds", type=whole_number, metavar="N", help="turns that each candidate takes (default 7)")
+    c.add_argument("--threads", type=whole_number, metavar="N", help="of PyTorch (default: its own)")
     c.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
     c.add_argument("--out", metavar="FILE", help=out)
 

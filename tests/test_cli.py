@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import odesteer as ods
-from odesteer import cli, runs, sweeps
+from odesteer import cli, plans, runs, sweeps
 from odesteer.tasks import Fold
 from odesteer.sweeps import show_preset
 from odesteer.cli import main
@@ -117,7 +117,7 @@ def fails(capsys, *argv):
 ])
 def test_mistakes(files, tiny, capsys, monkeypatch, line, words):
     def loaded(*_, **__): raise AssertionError("a model was loaded before the mistake was found")
-    monkeypatch.setattr(cli, "load_model", loaded)
+    for module in (cli, plans): monkeypatch.setattr(module, "load_model", loaded)
     monkeypatch.setattr(ods, "load_micro", loaded, raising=False)
     Path("broken.jsonl").write_text('{"pos": "a", "neg": "b"}\n\n{"pos": "a" "neg": "b"}\n')
     Path("list.jsonl").write_text('{"pos": "a", "neg": "b"}\n["a", "b"]\n')
@@ -391,9 +391,10 @@ def test_committed_choices_are_possible():
 ])
 def test_mistakes_of_benchmarks(files, tiny, capsys, monkeypatch, line, words):
     def loaded(*_, **__): raise AssertionError("a model was loaded before the mistake was found")
-    monkeypatch.setattr(cli, "load_model", loaded); monkeypatch.setattr(ods, "load_micro", loaded, raising=False)
+    for module in (cli, plans): monkeypatch.setattr(module, "load_model", loaded)
+    monkeypatch.setattr(ods, "load_micro", loaded, raising=False)
     for name, kept in dict(plan={"taks": ["micro"]}, list=[1], config={"task": "truthfulqa", "model": {"name": "toy"}}, empty={"task": "truthfulqa"}).items(): Path(f"{name}.json").write_text(json.dumps(kept))
-    if "truthfulqa has 1 file" in words: monkeypatch.setattr(cli, "load_model", lambda *_: (None, None))  # found when the task is made
+    if "truthfulqa has 1 file" in words: monkeypatch.setattr(plans, "load_model", lambda *_: (None, None))  # found when the task is made
     assert words in fails(capsys, *(str(tiny) if a == "MODEL" else a for a in line.split()))
 
 
@@ -455,14 +456,14 @@ def test_a_run_is_made_again_from_its_config_alone(files, capsys, monkeypatch):
 
 
 def test_a_plan_is_a_comparison_in_one_file(files, capsys, monkeypatch):
-    plans = []
-    monkeypatch.setattr(cli, "run_plan", lambda plan, make, out, minutes: plans.append((plan, out, minutes)))
+    seen = []
+    monkeypatch.setattr(plans, "run_plan", lambda plan, make, out, minutes: seen.append((plan, out, minutes)))
     Path("plan.json").write_text(json.dumps(dict(tasks=["micro-truth", "micro-toxicity"], methods=["caa", "iti"], shares=[.2, .4], layers=1, seeds=2, models=2, allow=.3, out="here", minutes=5, params={"odesteer": {"gamma": 10}})))
     assert main(["bench", "plan.json"]) == 0
     assert main(["bench", "micro-truth", "micro-toxicity", "--methods", "caa,iti", "--shares", ".2,.4", "--layers", "1", "--seeds", "2", "--models", "2", "--allow", ".3", "--out", "here", "--minutes", "5", "--params", '{"odesteer": {"gamma": 10}}']) == 0
-    assert plans[0] == plans[1] and plans[0][0].params["speakers"]["odesteer"] == {"n_components": 2000, "gamma": 10}
+    assert seen[0] == seen[1] and seen[0][0].params["speakers"]["odesteer"] == {"n_components": 2000, "gamma": 10}
     assert main(["bench", "plan.json", "--methods", "repe", "--out", "there"]) == 0
-    assert plans[2] == (replace(plans[0][0], methods=["repe"]), "there", 5)
+    assert seen[2] == (replace(seen[0][0], methods=["repe"]), "there", 5)
 
 
 @pytest.mark.parametrize("shell, plan", [
@@ -521,17 +522,17 @@ def test_a_run_on_a_model_and_a_file_is_made_again(files, tiny, capsys):
 
 
 def test_a_preset_prints_and_runs_exactly_what_it_says(files, tiny, capsys, monkeypatch):
-    plans = []
-    monkeypatch.setattr(cli, "run_plan", lambda plan, make, out, minutes: plans.append((plan, out, minutes))); monkeypatch.setattr(cli, "count_layers", lambda *_: 32)
+    seen = []
+    monkeypatch.setattr(plans, "run_plan", lambda plan, make, out, minutes: seen.append((plan, out, minutes))); monkeypatch.setattr(plans, "count_layers", lambda *_: 32)
     assert main(["bench", "--preset", "paper-llama3.1-8b"]) == 0
     assert show_preset("paper-llama3.1-8b") in capsys.readouterr().out
-    plan = plans[0][0]
+    plan = seen[0][0]
     assert plan.units == [("truthfulqa",), ("ultrafeedback",), ("realtoxicityprompts",)] and plan.search.layers == [13] and plan.search.seeds == [42, 43, 44] and plan.search.rule == "best"
     assert plan.search.strengths["truthfulqa", "odesteer"] == [{"T": 4}, {"T": 5}, {"T": 6}] and plan.search.strengths["ultrafeedback", "caa"] == [{"T": 1}]
     assert plan.params["truthfulqa"]["odesteer"]["n_components"] == 8000 and set(plan.methods) == set(ods.steerer_names("steerer"))
     assert main(["bench", "--preset", "alqr-gemma-2-2b"]) == 0
     assert show_preset("alqr-gemma-2-2b") in capsys.readouterr().out
-    plan = plans[1][0]
+    plan = seen[1][0]
     assert plan.units == [("realtoxicityprompts",), ("truthfulqa",)] and plan.search.layers is None and plan.methods == ["alqr", "spid"] and plan.search.strengths["truthfulqa", "alqr"] == [{"T": 3}]
     assert [plan.params[t]["alqr"]["qf"] for t in ("realtoxicityprompts", "truthfulqa")] == [.1, .3] and plan.params["truthfulqa"]["spid"] == dict(kp=.7, ki=.01, kd=.1)
 
