@@ -192,9 +192,9 @@ def user_task(
     val, test = prompts, prompts
     if len(prompts) >= 8: val, test = prompts[::4], [p for i, p in enumerate(prompts) if i % 4]
     def judge(prompts, answers): return general_metrics(model, tokenizer, prompts, answers)
-    asked = [[[p.text, p.fact] for p in part] for part in (val, test)]
+    questions = [[[p.text, p.fact] for p in part] for part in (val, test)]
     texts = [pairs.pos, pairs.neg, pairs.pos_groups, pairs.neg_groups]
-    data = {"texts": "your own", "parts": "not checked", "sha256": digest(*texts, *asked)}
+    data = {"texts": "your own", "parts": "not checked", "sha256": digest(*texts, *questions)}
     return Task("your texts", [_UserFold(pairs, val, test)], judge, "perplexity", BETTER, ("dist2", "loops", "empty"),
                 SAMPLING | decoding, data)
 

@@ -267,7 +267,7 @@ def _bench_maker(o: BenchOptions, preset):
         model, tokenizer, commit = loaded()
         options = preset.get("tasks", {}).get(name, {})
         task = REAL_TASKS[name](**options | _sources_of(name, o, preset), limit=o.limit)
-        task.decoding |= preset.get("decoding", {}).get(name, {})
+        task = replace(task, decoding=task.decoding | preset.get("decoding", {}).get(name, {}))
         return Bench(model, tokenizer, task, out, batch_size=preset.get("batch_size") or o.batch_size,
                      revision=commit, hub=commit and o.model, **kwargs)
     return make

@@ -187,7 +187,7 @@ def study_table(
     name: str,  # of ABLATIONS
 ) -> Table:
     "An ablation of a scope"
-    rows = [[r.place, r.arm, r.mean, r.difference or "reference", r.p, r.moved, r.angle, r.effort]
+    rows = [[r.place, r.arm, r.mean, r.difference or "reference", r.p, r.displacement, r.angle, r.effort]
             for r in scope["studies"][name]]
     columns = ["where", "arm", scope["primary"], "change", "p", "moved", "angle", "effort"]
     note = ("change: paired difference to the first arm at the same place (at a level: to walking on); "

@@ -584,7 +584,7 @@ class StudyRow(NamedTuple):
     change_hi: float
     p: float  # of no difference
     n: int  # items that both have
-    moved: float  # median displacement over norm
+    displacement: float  # median, over the norm
     angle: float  # degrees
     effort: float = None  # what is added over the activation, mean over all blocks
 
