@@ -677,7 +677,7 @@ def test_speed_measures_and_keeps_its_parts(tmp_path, monkeypatch, capsys):
     threads = torch.get_num_threads()
     assert main(["speed", "--tiny", "--parts", "import", "--rounds", "1", "--threads", "1", "--out", "speed.json"]) == 0
     assert "import odesteer" in capsys.readouterr().out and torch.get_num_threads() == threads
-    assert main(["speed", "--tiny", "--parts", "fit", "--rounds", "1", "--out", "speed.json"]) == 0
+    assert main(["speed", "--tiny", "--parts", "fit", "--rounds", "1", "--threads", "1", "--out", "speed.json"]) == 0
     found = json.loads(Path("speed.json").read_text())
     assert set(found) == {"machine", "import", "fit"} and {r["solver"] for r in found["fit"]} == {"ours", "scikit-learn"}
 
