@@ -7,7 +7,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import odesteer as ods
-from odesteer.models import count_layers, load_model, load_pretrained, no_progress_bars
+from odesteer.models import load_pretrained, no_progress_bars
+from odesteer.pretrained import count_layers, load_model
 
 LLAMA = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, bos_token_id=1, eos_token_id=2)
 WORDS = ["<unk>", "<s>", "</s>", "a", "b", "c", "d", "e"]
