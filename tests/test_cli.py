@@ -153,7 +153,7 @@ def test_help_names_every_command_and_traceback_shows_the_place(files, capsys):
 
 # ---- the two halves with files in between
 
-@pytest.mark.parametrize("method, strength", [("caa", ["--T", "2"]), ("odesteer", ["--share", "0.5"]), ("iti", ["--spread", "1.5"])])
+@pytest.mark.parametrize("method, strength", [("caa", ["--T", "2"]), ("odesteer", ["--share", "0.5"]), ("iti", ["--spread", "9"])])
 def test_fit_then_generate(files, tiny, capsys, method, strength):
     extra = ["--set", "n_components=64", "--set", "steps=3"] if method == "odesteer" else []
     assert main(["fit", "--model", str(tiny), "--pairs", "pairs.csv", "--question", "q", "--method", method, "--layer", "-2", *extra, "--out", "s"]) == 0
@@ -240,6 +240,7 @@ def test_generate_takes_one_spread_where_nothing_is_said(files, tiny, capsys):
     assert read_rows("a.jsonl") == read_rows("b.jsonl") == read_rows("c.jsonl")
     steerer.register_buffer("spread_", None)  # a folder from before there were spreads
     steerer.save_pretrained("old")
+    capsys.readouterr()
     assert "knows no spread" in fails(capsys, *run[:2], "old", *run[3:], "--spread", "1")
     assert main([*run[:2], "old", *run[3:], "--out", "d.jsonl"]) == 0 and "share = 0.5" in capsys.readouterr().err
 

@@ -352,7 +352,7 @@ def test_the_value_is_a_barrier(recontrol):
     out = climber.stop_at(a, until=.1)
     assert out.reached.float().mean() > .9 and (recontrol.barrier.value(out.a[out.reached]) > .1 - 1e-4).all()
     for level in dict(until=.1), dict(nats=1.):
-        with pytest.raises(ValueError, match="has no barrier to stop at: use T= or share=, or ODESteer.barrier=steerer.barrier."): recontrol.steer(a, **level)
+        with pytest.raises(ValueError, match="has no barrier to stop at: use T= or spread=, or ODESteer.barrier=steerer.barrier."): recontrol.steer(a, **level)
 
 
 BAD_SEQUENCES = {
