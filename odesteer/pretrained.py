@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from .models import load_pretrained, no_progress_bars
 
 # %% auto #0
-__all__ = ['NAMED', 'Named', 'installed_file', 'GGUF', 'read_gguf', 'ModelError', 'cache_folder', 'native_bfloat16',
-           'free_memory', 'load_model', 'count_layers', 'hub_origin']
+__all__ = ['NAMED', 'HUB_SETTINGS', 'Named', 'installed_file', 'ModelError', 'GGUF', 'read_gguf', 'cache_folder',
+           'native_bfloat16', 'free_memory', 'hub_commit', 'load_model', 'count_layers', 'hub_origin']
 
 # %% ../nbs/07_pretrained.ipynb #3d5b8ecc
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ def installed_file(
     return next((p for p in found if p.is_file()), None)
 
 # %% ../nbs/07_pretrained.ipynb #4a051898
+class ModelError(ValueError): "Why a model cannot be loaded, in one line that says it all"
+
 @dataclass(frozen=True)
 class GGUF:
     "What stands at the head of a GGUF file"
@@ -52,14 +54,18 @@ class GGUF:
     start: int  # of the data
 
     def __repr__(self):
-        return f"{self.path.name}: {self.about.get('general.architecture')}, {len(self.tensors)} tensors, {self.size:,} weights"
+        return f"{self.path.name}: {self.kind}, {self.layers} blocks, {self.size:,} weights"
+
+    @property
+    def kind(self): return self.about["general.architecture"]
+
+    @property
+    def layers(self): return self.about[f"{self.kind}.block_count"]
 
     @property
     def size(self): return sum(prod(shape) for shape, *_ in self.tensors.values())
 
-    @property
-    def layers(self): return self.about[f"{self.about['general.architecture']}.block_count"]
-
+# %% ../nbs/07_pretrained.ipynb #7fd43277
 def read_gguf(
     path,  # of a .gguf file
 ) -> GGUF:
@@ -67,9 +73,14 @@ def read_gguf(
     path = Path(path)
     with open(path, "rb") as f:
         if f.read(4) != b"GGUF": raise ModelError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
-        try: return _read_head(path, f)
+        try: head = _read_head(path, f)
         except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError):
             raise ModelError(f"{path} is damaged: its head cannot be read; fetch it again") from None
+    kind, parts = head.about.get("general.type", "model"), head.about.get("split.count", 1)
+    if parts > 1: raise ModelError(f"{path.name} is one of {parts} parts: join them with llama-gguf-split --merge")
+    if kind != "model" or f"{head.about.get('general.architecture')}.block_count" not in head.about:
+        raise ModelError(f"{path.name} does not hold a model" + f" but: {kind}"*(kind != "model"))
+    return head
 
 # %% ../nbs/07_pretrained.ipynb #a4c4a2a9
 #: letters of `struct` for the numbers of a GGUF file; 8 is a text, 9 a list
@@ -102,22 +113,16 @@ def _read_head(path, f) -> GGUF:
     return GGUF(path, about, tensors, -(-f.tell() // align) * align)
 
 # %% ../nbs/07_pretrained.ipynb #d0ce8fd4
-class ModelError(ValueError): "Why a model cannot be loaded, in one line that says it all"
-
 def _needs(what, *packages):
     missing = [p for p in packages if find_spec(p) is None]
     if missing: raise ModelError(f"{what} cannot be read without {' and '.join(missing)}: "
                                  f"pip install {' '.join(missing)}")
 
-def _check_gguf(head: GGUF):
-    "A ValueError for what is no whole model"
+def _check_whole(head: GGUF):
+    "A ValueError where weights are missing, or written in a way that is not known here"
     from gguf.constants import GGML_QUANT_SIZES
-    kind, parts = head.about.get("general.type", "model"), head.about.get("split.count", 1)
-    if kind != "model": raise ModelError(f"{head.path.name} holds no model but: {kind}")
-    if parts > 1:
-        raise ModelError(f"{head.path.name} is one of {parts} parts: join them with llama-gguf-split --merge")
     if unknown := {kind for _, kind, _ in head.tensors.values()} - set(GGML_QUANT_SIZES):
-        raise ModelError(f"{head.path.name} has weights of a type ({min(unknown)}) that the installed gguf does not know")
+        raise ModelError(f"{head.path.name} has weights of a type ({min(unknown)}) unknown to the installed gguf")
     def end(shape, kind, offset):
         block, size = GGML_QUANT_SIZES[kind]
         return head.start + offset + prod(shape)//block*size
@@ -148,13 +153,6 @@ def _locate_in(folder) -> tuple:
     return ("gguf", files[0]) if files else ("folder", folder)
 
 # %% ../nbs/07_pretrained.ipynb #c93fd067
-@contextmanager
-def _quietly():
-    "No bars where nobody watches"
-    if sys.stderr.isatty(): yield
-    else:
-        with no_progress_bars(), redirect_stderr(io.StringIO()): yield  # gguf's bar listens to nobody
-
 def _dequantised(path) -> tuple:  # model, tokenizer
     "What transformers makes of a GGUF file: ordinary weights in float32"
     import transformers
@@ -181,8 +179,17 @@ def _trained_in(model) -> torch.dtype:
     return torch.bfloat16 if vectors and _exact(vectors, torch.bfloat16) else torch.float32
 
 # %% ../nbs/07_pretrained.ipynb #9ebf4e7a
+@contextmanager
+def _quietly():
+    "No bars where nobody watches"
+    if sys.stderr.isatty(): yield
+    else:
+        with no_progress_bars(), redirect_stderr(io.StringIO()): yield  # gguf's bar listens to nobody
+
 def _say(text): print(f"odesteer: {text}", file=sys.stderr, flush=True)
 
+
+# %% ../nbs/07_pretrained.ipynb #bc58b92d
 def cache_folder() -> Path:
     "Where dequantised models are kept: $ODESTEER_CACHE, else `odesteer` beside what the hub's library keeps"
     from huggingface_hub import constants
@@ -209,7 +216,8 @@ def _contents(folder) -> dict:
         return now.st_size == size and (now.st_mtime_ns == changed or _hash(path) == sha)
     try:
         listed = json.loads((folder/"contents.json").read_text(encoding="utf-8"))
-        return listed if all(same(folder/name, *was) for name, was in listed["files"].items()) else {}
+        whole = listed["trained"] and all(same(folder/name, *was) for name, was in listed["files"].items())
+        return listed if whole else {}
     except (OSError, ValueError, TypeError, KeyError): return {}
 
 # %% ../nbs/07_pretrained.ipynb #b39bbd60
@@ -221,8 +229,9 @@ def _keep(folder, model, tokenizer):
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
     try:
         trained = str(_trained_in(model)).removeprefix("torch.")
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        with _quietly():
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
         for p in part.iterdir(): p.chmod(0o644)
         _write_contents(part, trained=trained)
         part.chmod(0o755)
@@ -270,7 +279,7 @@ def _dtype_named(dtype) -> torch.dtype:
 # %% ../nbs/07_pretrained.ipynb #e6240687
 def free_memory(
     device="cpu",  # or a GPU
-) -> int:  # bytes; None for another device
+) -> int:  # bytes; None for another kind of device
     "Memory that a model may take; in a container, what its limit leaves"
     kind = torch.device(device).type
     if kind == "cuda": return torch.cuda.mem_get_info(torch.device(device))[0]
@@ -282,6 +291,8 @@ def free_memory(
         return min(free, max(0, limit - used + int(cached[1])))
     except (OSError, ValueError, TypeError): return free  # no container, or none with a limit
 
+
+# %% ../nbs/07_pretrained.ipynb #2fbe09bd
 def _check_memory(name, size, dtype, device, what="its weights"):
     "A ValueError before a model is loaded that does not fit"
     need, free = size*dtype.itemsize, free_memory(device)
@@ -306,6 +317,34 @@ def _count_weights(config) -> int:
     return sum(p.numel() for p in model.parameters())
 
 # %% ../nbs/07_pretrained.ipynb #5b549dfe
+#: settings of `from_pretrained` that finding a file on the hub needs
+HUB_SETTINGS = "cache_dir", "local_files_only", "token", "force_download"
+
+def hub_commit(
+    name: str,  # owner/name on the hub
+    revision: str = None,  # branch, tag or commit; None: the default branch
+    **hub,  # cache_dir, local_files_only, token
+) -> str:
+    "The commit that a revision stands for, read off the place where the hub's files are kept"
+    from huggingface_hub import hf_hub_download
+    known = {k: v for k, v in hub.items() if k in HUB_SETTINGS}
+    try: path = hf_hub_download(name, "config.json", revision=revision, **known)
+    except Exception as e:
+        at = f" at revision {revision!r}" if revision else ""
+        raise ValueError(f"{name!r} is neither a folder here nor a model that the hub could give{at}: "
+                         f"{_first_line(e)}") from e
+    return re.search(r"snapshots/([0-9a-f]{40})/", Path(path).as_posix())[1]
+
+def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
+# %% ../nbs/07_pretrained.ipynb #adedba9d
+def _load_hub(name, place, revision, device, dtype) -> tuple:
+    "A model of the hub: that of one commit, which it then names"
+    commit = hub_commit(place, revision)
+    model, tokenizer = _load_folder(name, place, commit, device, dtype)
+    model.config._commit_hash = commit  # newer versions of transformers do not say
+    return model, tokenizer
+
 def _load_folder(name, place, revision, device, dtype, trained=None) -> tuple:
     "A folder or a model of the hub, by transformers"
     from transformers import AutoConfig
@@ -337,7 +376,7 @@ def _dequantise(name, path, folder, elsewhere) -> Path:
     "The folder where the weights are now"
     _needs(path.name, "gguf", "accelerate")
     head = read_gguf(path)
-    _check_gguf(head)
+    _check_whole(head)
     _check_memory(name, head.size, torch.float32, "cpu", "dequantising")
     _say(f"dequantising {path.name}, once, into {folder}")
     with _quietly(): parts = _dequantised(path)
@@ -375,7 +414,7 @@ def _base_of(folder) -> tuple:  # name, revision, settings of the adapter
     return learned.base_model_name_or_path, learned.revision, learned
 
 # %% ../nbs/07_pretrained.ipynb #a441cdf8
-_LOADERS = {"gguf": _load_gguf, "adapter": _load_adapter, "folder": _load_folder, "hub": _load_folder}
+_LOADERS = {"gguf": _load_gguf, "adapter": _load_adapter, "folder": _load_folder, "hub": _load_hub}
 
 def load_model(
     name: str,  # one of `NAMED`, a folder with a model or an adapter, a .gguf file, or an id on the hub
@@ -398,14 +437,13 @@ def load_model(
     return model, tokenizer
 
 # %% ../nbs/07_pretrained.ipynb #94d4821f
-def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]
-
 def _advice(name) -> str:
     "What else could be done or meant"
     name = str(name)
     if name in NAMED: return f" (without the hub: {NAMED[name].install})"
     if "/" in name or Path(name).exists(): return ""
-    return f" (a model is a folder, a .gguf file, a hub id such as {NAMED['smollm2'].hub}, or one of {', '.join(NAMED)})"
+    return (f" (a model is a folder, a .gguf file, a hub id such as {NAMED['smollm2'].hub}, "
+            f"or one of {', '.join(NAMED)})")
 
 def _name(model, tokenizer, name):
     "What a card or a run calls the model: what was asked for, not where it is cached"
