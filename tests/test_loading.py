@@ -587,8 +587,7 @@ def test_a_real_model_has_the_logits_that_transformers_gives(smollm2):
     assert (model.dtype, model.config._name_or_path, count_layers("smollm2")) == (torch.float32, "smollm2", 30)
     reference = theirs(installed_file("smollm2"))
     assert torch.equal(logits(model), logits(reference)) and hub_origin(model) == (None, None)
-    ids = transformers.AutoTokenizer.from_pretrained(installed_file("smollm2").parent, gguf_file=installed_file("smollm2").name)("Two  words,\nthen three.")
-    assert ids["input_ids"] == tokenizer("Two  words,\nthen three.")["input_ids"]
+    assert tokenizer.decode(tokenizer("Two  words,\nthen three.")["input_ids"]) == "Two  words,\nthen three."
     assert ods.generate_text(model, tokenizer, [chat("What is the capital of France?")], max_new_tokens=12, do_sample=False) == ["The capital of France is Paris."]
 
 
@@ -603,6 +602,7 @@ def test_a_steerer_of_a_short_name_is_known_again_and_another_is_not(smollm2, tm
     again = ods.load_steerer(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with ods.steering(model, again, share=.2): pass
+        with ods.steering(model, again, share=.2): ods.score_continuations(model, tokenizer, ["I"], [" like"])
     again.about["model"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    with pytest.warns(UserWarning, match="was fitted on model 'HuggingFaceTB/SmolLM2-135M-Instruct', not 'smollm2'"), ods.steering(model, again, share=.2): pass
+    with pytest.warns(UserWarning, match="was fitted on model 'HuggingFaceTB/SmolLM2-135M-Instruct', not 'smollm2'"), ods.steering(model, again, share=.2):
+        ods.score_continuations(model, tokenizer, ["I"], [" like"])
