@@ -42,6 +42,29 @@ def installed_file(
     found = [Path(at)/NAMED[name].file for at in spec.submodule_search_locations or []] if spec else []
     return next((p for p in found if p.is_file()), None)
 
+# %% ../nbs/07_pretrained.ipynb #a42feae8
+def _locate(name, revision=None) -> tuple:
+    "What kind of thing a name is: ('gguf', file), ('adapter', folder), ('folder', folder) or ('hub', id)"
+    name, end = str(name), "file" if str(name).endswith(".gguf") else "folder"
+    if name in NAMED:
+        file = installed_file(name) if revision is None else None  # the file has no revisions
+        return ("gguf", file) if file else ("hub", NAMED[name].hub)
+    path = Path(name).expanduser()
+    if path.is_dir(): return _locate_in(path)
+    if path.is_file() and end == "file": return "gguf", path
+    if path.is_file(): raise ValueError(f"{name} is a file, but no .gguf file: give the folder of a model")
+    if end == "file" or name.startswith((".", "/", "~")) or name.count("/") > 1: raise ValueError(f"no {end} {name}")
+    return "hub", name
+
+def _locate_in(folder) -> tuple:
+    "What kind of model a folder holds"
+    def holds(pattern): return sorted(folder.glob(pattern))
+    if holds("adapter_config.json") and not holds("config.json"): return "adapter", folder
+    files = holds("*.gguf") if not holds("*.safetensors") + holds("*.bin") else []
+    if len(files) > 1:
+        raise ModelError(f"{folder} holds {len(files)} .gguf files: name one of {', '.join(map(str, files))}")
+    return ("gguf", files[0]) if files else ("folder", folder)
+
 # %% ../nbs/07_pretrained.ipynb #4a051898
 class ModelError(ValueError): "Why a model cannot be loaded, in one line that says it all"
 
@@ -64,23 +87,6 @@ class GGUF:
 
     @property
     def size(self): return sum(prod(shape) for shape, *_ in self.tensors.values())
-
-# %% ../nbs/07_pretrained.ipynb #7fd43277
-def read_gguf(
-    path,  # of a .gguf file
-) -> GGUF:
-    "The head of a GGUF file, without its weights; a ValueError where there is none"
-    path = Path(path)
-    with open(path, "rb") as f:
-        if f.read(4) != b"GGUF": raise ModelError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
-        try: head = _read_head(path, f)
-        except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError):
-            raise ModelError(f"{path} is damaged: its head cannot be read; fetch it again") from None
-    kind, parts = head.about.get("general.type", "model"), head.about.get("split.count", 1)
-    if parts > 1: raise ModelError(f"{path.name} is one of {parts} parts: join them with llama-gguf-split --merge")
-    if kind != "model" or f"{head.about.get('general.architecture')}.block_count" not in head.about:
-        raise ModelError(f"{path.name} does not hold a model" + f" but: {kind}"*(kind != "model"))
-    return head
 
 # %% ../nbs/07_pretrained.ipynb #a4c4a2a9
 #: letters of `struct` for the numbers of a GGUF file; 8 is a text, 9 a list
@@ -112,6 +118,23 @@ def _read_head(path, f) -> GGUF:
     align = about.get("general.alignment", 32)
     return GGUF(path, about, tensors, -(-f.tell() // align) * align)
 
+# %% ../nbs/07_pretrained.ipynb #7fd43277
+def read_gguf(
+    path,  # of a .gguf file
+) -> GGUF:
+    "The head of a GGUF file, without its weights; a ValueError where there is none"
+    path = Path(path)
+    with open(path, "rb") as f:
+        if f.read(4) != b"GGUF": raise ModelError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
+        try: head = _read_head(path, f)
+        except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError):
+            raise ModelError(f"{path} is damaged: its head cannot be read; fetch it again") from None
+    kind, parts = head.about.get("general.type", "model"), head.about.get("split.count", 1)
+    if parts > 1: raise ModelError(f"{path.name} is one of {parts} parts: join them with llama-gguf-split --merge")
+    if kind != "model" or f"{head.about.get('general.architecture')}.block_count" not in head.about:
+        raise ModelError(f"{path.name} does not hold a model" + f" but: {kind}"*(kind != "model"))
+    return head
+
 # %% ../nbs/07_pretrained.ipynb #d0ce8fd4
 def _needs(what, *packages):
     missing = [p for p in packages if find_spec(p) is None]
@@ -128,29 +151,6 @@ def _check_whole(head: GGUF):
         return head.start + offset + prod(shape)//block*size
     wanted, there = max((end(*t) for t in head.tensors.values()), default=0), head.path.stat().st_size
     if there < wanted: raise ModelError(f"{head.path} is cut short, {there:,} bytes of {wanted:,}: fetch it again")
-
-# %% ../nbs/07_pretrained.ipynb #a42feae8
-def _locate(name, revision=None) -> tuple:
-    "What kind of thing a name is: ('gguf', file), ('adapter', folder), ('folder', folder) or ('hub', id)"
-    name, end = str(name), "file" if str(name).endswith(".gguf") else "folder"
-    if name in NAMED:
-        file = installed_file(name) if revision is None else None  # the file has no revisions
-        return ("gguf", file) if file else ("hub", NAMED[name].hub)
-    path = Path(name).expanduser()
-    if path.is_dir(): return _locate_in(path)
-    if path.is_file() and end == "file": return "gguf", path
-    if path.is_file(): raise ValueError(f"{name} is a file, but no .gguf file: give the folder of a model")
-    if end == "file" or name.startswith((".", "/", "~")) or name.count("/") > 1: raise ValueError(f"no {end} {name}")
-    return "hub", name
-
-def _locate_in(folder) -> tuple:
-    "What kind of model a folder holds"
-    def holds(pattern): return sorted(folder.glob(pattern))
-    if holds("adapter_config.json") and not holds("config.json"): return "adapter", folder
-    files = holds("*.gguf") if not holds("*.safetensors") + holds("*.bin") else []
-    if len(files) > 1:
-        raise ModelError(f"{folder} holds {len(files)} .gguf files: name one of {', '.join(map(str, files))}")
-    return ("gguf", files[0]) if files else ("folder", folder)
 
 # %% ../nbs/07_pretrained.ipynb #c93fd067
 def _dequantised(path) -> tuple:  # model, tokenizer
@@ -187,7 +187,6 @@ def _quietly():
         with no_progress_bars(), redirect_stderr(io.StringIO()): yield  # gguf's bar listens to nobody
 
 def _say(text): print(f"odesteer: {text}", file=sys.stderr, flush=True)
-
 
 # %% ../nbs/07_pretrained.ipynb #bc58b92d
 def cache_folder() -> Path:
@@ -258,10 +257,10 @@ def native_bfloat16(
         flags = set(info.read_text().split()) if info.exists() else set()
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"})
 
-def _settle_dtype(name, dtype, config, trained, size, device) -> torch.dtype:
-    "The number format of the weights; with auto, what the processor is fast in"
-    if dtype != "auto": return _dtype_named(dtype)
-    saved = _dtype_named(getattr(config, "dtype", None) or "float32")
+def _settle_dtype(name, config, trained, size, device):  # torch.dtype, or "auto" where the config does not say
+    "What the processor is fast in, of the number formats that lose nothing"
+    if getattr(config, "dtype", None) is None: return "auto"
+    saved = _dtype_named(config.dtype)
     if torch.bfloat16 not in (trained, saved): return saved
     native, room = native_bfloat16(device), free_memory(device)
     take = torch.bfloat16 if native or (room and room < 4*size) else torch.float32
@@ -291,6 +290,15 @@ def free_memory(
         return min(free, max(0, limit - used + int(cached[1])))
     except (OSError, ValueError, TypeError): return free  # no container, or none with a limit
 
+# %% ../nbs/07_pretrained.ipynb #509da865
+def _count_weights(config) -> int:
+    "The weights of a model, from its configuration alone; 0 where that cannot be told"
+    from transformers import AutoModelForCausalLM
+    if getattr(config, "quantization_config", None): return 0  # its weights are not of the size that the config names
+    try:
+        with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
+    except Exception: return 0  # loading will say why
+    return sum(p.numel() for p in model.parameters())
 
 # %% ../nbs/07_pretrained.ipynb #2fbe09bd
 def _check_memory(name, size, dtype, device, what="its weights"):
@@ -304,17 +312,7 @@ def _check_memory(name, size, dtype, device, what="its weights"):
     raise ModelError(f"{name} needs {_gigabytes(need)} for {what} in {str(dtype)[6:]}, but {_gigabytes(free)} of "
                      f"{where} is free: take {' or '.join(ways)}")
 
-def _gigabytes(n) -> str: return f"{n/1e9:.2g} GB"
-
-# %% ../nbs/07_pretrained.ipynb #509da865
-def _count_weights(config) -> int:
-    "The weights of a model, from its configuration alone; 0 where that cannot be told"
-    from transformers import AutoModelForCausalLM
-    if getattr(config, "quantization_config", None): return 0  # its weights are not of the size that the config names
-    try:
-        with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
-    except Exception: return 0  # loading will say why
-    return sum(p.numel() for p in model.parameters())
+def _gigabytes(n) -> str: return f"{n/1e9:,.0f} GB" if n > 1e10 else f"{n/1e9:.2g} GB"
 
 # %% ../nbs/07_pretrained.ipynb #5b549dfe
 #: settings of `from_pretrained` that finding a file on the hub needs
@@ -350,9 +348,8 @@ def _load_folder(name, place, revision, device, dtype, trained=None) -> tuple:
     from transformers import AutoConfig
     config = AutoConfig.from_pretrained(place, revision=revision)
     size = _count_weights(config)
-    if size:
-        dtype = _settle_dtype(name, dtype, config, trained, size, device)
-        _check_memory(name, size, dtype, device)
+    if dtype == "auto" and size: dtype = _settle_dtype(name, config, trained, size, device)
+    if dtype != "auto" and size: _check_memory(name, size, dtype, device)
     tokenizer = _tokenizer(place, revision)
     return load_pretrained(place, device=device, revision=revision, dtype=dtype), tokenizer
 
@@ -360,8 +357,6 @@ def _tokenizer(place, revision=None):
     from transformers import AutoTokenizer
     with nullcontext() if sys.stderr.isatty() else no_progress_bars():
         return AutoTokenizer.from_pretrained(place, revision=revision)
-
-
 
 # %% ../nbs/07_pretrained.ipynb #850a9b0e
 def _load_gguf(name, path, revision, device, dtype) -> tuple:
