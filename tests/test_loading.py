@@ -5,6 +5,7 @@ import shutil
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import odesteer as ods
-from odesteer import pretrained
+from odesteer import plans, pretrained
 from odesteer.cli import main
 from odesteer.models import load_pretrained, no_progress_bars
 from odesteer.pretrained import NAMED, ModelError, cache_folder, count_layers, free_memory, hub_origin, installed_file, load_model, native_bfloat16, read_gguf
@@ -575,6 +576,29 @@ def test_another_name_is_one_line(packed, tmp_path, monkeypatch):
     assert installed_file("tiny") == tmp_path/"some_wheel"/"tiny.gguf"
     model, tokenizer = load_model("tiny", device="cpu")
     assert {model.config._name_or_path, tokenizer.name_or_path} == {"tiny"} and hub_origin(model) == (None, None) and count_layers("tiny") == 3
+
+
+@pytest.mark.parametrize("about, asked", [
+    ({"name": "smollm2", "dtype": "float32"}, ("smollm2", None, None, "float32")),
+    ({"name": "tiny", "hub": "me/tiny", "revision": "c0"*20, "dtype": "bfloat16"}, ("me/tiny", "c0"*20, None, "bfloat16")),
+])
+def test_a_run_is_made_again_with_the_model_it_names(about, asked, tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(plans, "load_model", lambda *args: calls.append(args) or ("model", "tokenizer"))
+    monkeypatch.setattr(plans, "rerun", lambda config, out, *loaded, **_: f"run of {loaded}")
+    (tmp_path/"config.json").write_text(json.dumps({"task": "truthfulqa-binary", "model": about}))
+    assert main(["bench", str(tmp_path/"config.json"), "--out", str(tmp_path/"again")]) == 0
+    assert calls == [asked] and "run of ('model', 'tokenizer')" in capsys.readouterr().out
+
+
+def test_runs_of_a_hub_model_name_its_commit(hub, monkeypatch):
+    monkeypatch.setattr(plans, "REAL_TASKS", {"some": lambda **_: SimpleNamespace(decoding={})})
+    monkeypatch.setattr(plans, "_sources_of", lambda *_: {})
+    monkeypatch.setattr(plans, "replace", lambda task, **_: task)
+    monkeypatch.setattr(plans, "Bench", lambda model, tokenizer, task, out, **about: about)
+    for name, wanted in (("me/tiny", ("me/tiny", "c0"*20)), (str(hub/"models--me--tiny"/"snapshots"/("c0"*20)), (None, None))):
+        made = plans._bench_maker(plans.BenchOptions(model=name, device="cpu"), {})("some", "runs")
+        assert (made["hub"], made["revision"]) == wanted
 
 
 # A real model
