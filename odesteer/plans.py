@@ -150,6 +150,7 @@ class BenchOptions:
     tasks: list = _option(_tasks, ("micro",))  # names; or files that say what to do
     methods: list = _option(_unless("all", comma_list))  # None: all
     T: list = _option(_unless("auto", _numbers("--T")))  # times to try
+    spreads: list = _option(_numbers("--spreads"))  # multiples of the spread to try
     shares: list = _option(_numbers("--shares"))  # shares of the median norm to try
     layers: list = _option(_unless("auto", _numbers("--layers", int)))  # None: `auto_layers`
     seeds: int = _option(whole_number)  # None: those of the plan, 3
@@ -218,9 +219,11 @@ def bench_plan(
 def _search(o: BenchOptions, usual: Search) -> Search:
     "The usual search but for what was said"
     search = replace(usual, allow=o.allow, seeds=o.seeds or usual.seeds, layers=o.layers or usual.layers)
-    if o.T: search = replace(search, strengths=[{"T": x} for x in sorted(o.T)])
-    if o.shares: search = replace(search, strengths=[{"share": x} for x in sorted(o.shares)])
-    return search
+    grids = {"T": o.T, "spread": o.spreads, "share": o.shares}
+    given = {unit: grid for unit, grid in grids.items() if grid}
+    if len(given) > 1: raise ValueError("give one grid of strengths: one of --spreads, --shares and --T")
+    if not given: return search
+    return replace(search, strengths=[{unit: x} for unit, grid in given.items() for x in sorted(grid)])
 
 # %% ../nbs/26_plans.ipynb #3ab93b12
 def _micro_plan(o: BenchOptions, plan, tasks) -> tuple:
@@ -273,7 +276,7 @@ def _bench_maker(o: BenchOptions, preset):
 
 # %% ../nbs/26_plans.ipynb #2b42bd40
 #: options that a preset fixes
-_FIXED = "T", "shares", "layers", "methods", "quick", "full", "ablations", "params"
+_FIXED = "T", "spreads", "shares", "layers", "methods", "quick", "full", "ablations", "params"
 
 def _preset_plan(o: BenchOptions) -> tuple:
     "What a published table did, and nothing else"
