@@ -481,10 +481,12 @@ def _wrong_scale(self: ODESteer):
     most, least = (_HELD_OUT, 1 / _HELD_OUT) if rows == "held_out" else (_IN_SAMPLE, 0)
     if least <= slope <= most and loss <= _COIN: return None
     seen = "on held-out rows" if rows == "held_out" else "even on the rows it was fitted on (none were held out)"
-    if 0 < slope < least or slope > most: why = f"{slope:.2g} times this h would be right {seen}"
+    steep_or_flat = 0 < slope < least or slope > most
+    if steep_or_flat: why = f"{slope:.2g} times this h would be right {seen}"
     else: why = f"this h is hardly better than a coin {seen}: log-loss {loss:.2f}, a coin has 0.69"
-    mends = [f"{k}={v!r}" for k, v in (("calibrate", True), ("C", "cv")) if self.params[k] != v]
-    return f"{why}; fit with {' or '.join(mends)}" if mends else f"{why}; steer by T= or share="
+    mends = {"calibrate=True": steep_or_flat or rows == "in_sample", "C='cv'": self.params["C"] != "cv"}
+    mends = " or ".join(k for k, helps in mends.items() if helps)
+    return f"{why}; fit with {mends}" if mends else f"{why}; steer by T= or share="
 
 @patch
 def _doubt(self: ODESteer, stacklevel):
