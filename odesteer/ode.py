@@ -144,8 +144,10 @@ def _validate(self: ODESteer):
     if self.barrier is None:  # else when its kind is known
         self._must_have_route(self.features == "count-sketch", self.degree, self.normalize, self.coordinates)
 
+# %% ../nbs/03_ode.ipynb #valb0001
 @patch
 def _validate_barrier(self: ODESteer):
+    "One clear error for a barrier that is none, or for settings that a barrier which is given cannot take."
     b = self.barrier
     if not isinstance(b, (Barrier, type(None))):
         raise TypeError(
@@ -469,6 +471,31 @@ def _time(self: ODESteer, x, T, share, nats, until):
         raise ValueError("the longest way to a barrier level cannot be negative")
     return Steerer._time(self, x, T, share, nats, until)
 
+# %% ../nbs/03_ode.ipynb #stop0002
+@patch
+@torch.no_grad()
+def _stop(self: ODESteer, x, cap, nats, until):
+    "`stop_at` for checked activations; `cap` is the longest time, None for `max_T`. Rows that go down climb `-h`."
+    if cap is None: cap = per_row(self.max_T or self.median_norm_, x)
+    h = self.barrier.value(x)
+    if nats is None: level, sign = per_row(until, x, "until"), torch.ones_like(h)
+    else:
+        level = h + per_row(nats, x, "nats")
+        sign = torch.where(per_row(nats, x) < 0, -1.0, 1.0).to(level)
+    there, goal = sign * h >= sign * level, sign * level
+    way = self._coordinates(x, 2 * self._evaluations() + 12)
+    if way is None: y, field, value = x, self._field, self.barrier.value
+    else:
+        y, field, value = way.enter(x), way.direction, way.value
+        goal = goal + way.rounding(level, y)  # no row may end below its level by the way back
+    goal = torch.where(there, -torch.inf, goal)
+    def f(z): return sign[..., None] * field(z)
+    def rising(z): return sign * value(z)
+    stop = climb(f, rising, y, goal, cap, self.steps, self._step(y))
+    end = stop.a if way is None else way.leave(x, y, stop.a)
+    end, h = torch.where(there[..., None], x, end), torch.where(there, h, sign * stop.h)
+    return Stopped(end, sign * stop.T, h, stop.reached)
+
 # %% ../nbs/03_ode.ipynb #dbt00002
 _COIN, _HELD_OUT, _IN_SAMPLE = 0.65, 3.0, 10.0  # log-loss that is hardly better than a coin's; slopes that are too far off
 
@@ -494,31 +521,6 @@ def _doubt(self: ODESteer, stacklevel):
     if torch.compiler.is_compiling() or self._doubted: return
     self._doubted, why = True, self._wrong_scale()
     if why: warnings.warn(f"nats= and until= count in h, but {why} (said once per steerer)", stacklevel=stacklevel)
-
-# %% ../nbs/03_ode.ipynb #stop0002
-@patch
-@torch.no_grad()
-def _stop(self: ODESteer, x, cap, nats, until):
-    "`stop_at` for checked activations; `cap` is the longest time, None for `max_T`. Rows that go down climb `-h`."
-    if cap is None: cap = per_row(self.max_T or self.median_norm_, x)
-    h = self.barrier.value(x)
-    if nats is None: level, sign = per_row(until, x, "until"), torch.ones_like(h)
-    else:
-        level = h + per_row(nats, x, "nats")
-        sign = torch.where(per_row(nats, x) < 0, -1.0, 1.0).to(level)
-    there, goal = sign * h >= sign * level, sign * level
-    way = self._coordinates(x, 2 * self._evaluations() + 12)
-    if way is None: y, field, value = x, self._field, self.barrier.value
-    else:
-        y, field, value = way.enter(x), way.direction, way.value
-        goal = goal + way.rounding(level, y)  # no row may end below its level by the way back
-    goal = torch.where(there, -torch.inf, goal)
-    def f(z): return sign[..., None] * field(z)
-    def rising(z): return sign * value(z)
-    stop = climb(f, rising, y, goal, cap, self.steps, self._step(y))
-    end = stop.a if way is None else way.leave(x, y, stop.a)
-    end, h = torch.where(there[..., None], x, end), torch.where(there, h, sign * stop.h)
-    return Stopped(end, sign * stop.T, h, stop.reached)
 
 # %% ../nbs/03_ode.ipynb #f540143c
 @patch
