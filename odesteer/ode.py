@@ -497,7 +497,8 @@ def _stop(self: ODESteer, x, cap, nats, until):
     return Stopped(end, sign * stop.T, h, stop.reached)
 
 # %% ../nbs/03_ode.ipynb #dbt00002
-_COIN, _HELD_OUT, _IN_SAMPLE = 0.65, 3.0, 10.0  # log-loss that is hardly better than a coin's; slopes that are too far off
+_COIN = 0.65  # log-loss, nats, that is hardly better than a coin's
+_MOST = dict(held_out=3.0, in_sample=10.0)  # slopes that are too far from 1
 
 @patch
 def _wrong_scale(self: ODESteer):
@@ -505,13 +506,15 @@ def _wrong_scale(self: ODESteer):
     rows = next((k for k in ("held_out", "in_sample") if k in self.chosen), None)
     if rows is None: return None
     loss, slope = self.chosen[rows]["log_loss"], self.chosen[rows]["slope"]
-    most, least = (_HELD_OUT, 1 / _HELD_OUT) if rows == "held_out" else (_IN_SAMPLE, 0)
+    most = _MOST[rows]
+    least = 1 / most if rows == "held_out" else 0
     if least <= slope <= most and loss <= _COIN: return None
     seen = "on held-out rows" if rows == "held_out" else "even on the rows it was fitted on (none were held out)"
     steep_or_flat = 0 < slope < least or slope > most
     if steep_or_flat: why = f"{slope:.2g} times this h would be right {seen}"
     else: why = f"this h is hardly better than a coin {seen}: log-loss {loss:.2f}, a coin has 0.69"
-    mends = {"calibrate=True": steep_or_flat or rows == "in_sample", "C='cv'": self.params["C"] != "cv"}
+    own = self.params["barrier"] is None
+    mends = {"calibrate=True": steep_or_flat or rows == "in_sample", "C='cv'": own and self.params["C"] != "cv"}
     mends = " or ".join(k for k, helps in mends.items() if helps)
     return f"{why}; fit with {mends}" if mends else f"{why}; steer by T= or share="
 
