@@ -16,10 +16,10 @@ from .models import (
     pad_id, padded, score_continuations, text_config, token_ids, truncated, unwrapped)
 
 # %% auto #0
-__all__ = ['BETTER', 'HARMFUL', 'JUDGES', 'distinct_n', 'empty_rate', 'repetition_rate', 'text_metrics', 'perplexity',
+__all__ = ['BETTER', 'HARMFUL', 'JUDGES', 'MARKS', 'distinct_n', 'empty_rate', 'repetition_rate', 'text_metrics', 'perplexity',
            'kl_to_unsteered', 'Judge', 'ExactJudge', 'hub_commit', 'ModelSource', 'ScoreCache', 'ModelJudge',
            'question_of', 'YesNoJudge', 'ClassifierJudge', 'RewardJudge', 'with_template', 'ChatYesNoJudge', 'Panel',
-           'load_judge']
+           'load_judge', 'capitals_share', 'french_share', 'personal_share', 'StyleJudge', 'FluentJudge', 'Strict']
 
 # %% ../nbs/11_judges.ipynb #563837bd
 def _ngrams(words, n): return list(zip(*(words[i:] for i in range(n))))
@@ -559,3 +559,111 @@ def load_judge(
         raise ValueError(f"unknown judge {name!r}: known are {', '.join(JUDGES)}, or several joined by '+'")
     cls, usual = JUDGES[name]
     return cls(**{**usual, **kw})
+
+# %% ../nbs/11_judges.ipynb #7d745383
+_FRENCH = frozenset(
+    "le la les une des du et est qui que dans avec il elle ils elles nous vous je ne pas ce cette ces au aux sont être "
+    "mais comme ses leur leurs à où très aussi peut fait été faire vos votre notre l qu j".split())
+_PERSONAL = frozenset("i i'm i've i'd i'll me my mine myself we us our we're we've".split())
+
+def capitals_share(text: str) -> float:
+    "Share of the letters that are capitals; 0 without letters"
+    letters = [c for c in text if c.isalpha()]
+    return sum(c.isupper() for c in letters) / max(1, len(letters))
+
+def french_share(text: str) -> float:
+    "Share of the words that are French function words, none of which is an English word; 0 without words"
+    words = re.findall(r"[^\W\d_]+", text.lower())
+    return sum(w in _FRENCH for w in words) / max(1, len(words))
+
+def personal_share(text: str) -> float:
+    "Share of the words by which a speaker says I or we; 0 without words"
+    words = re.findall(r"[a-z']+", text.lower().replace("’", "'"))
+    return sum(w in _PERSONAL for w in words) / max(1, len(words))
+
+#: Style -> its mark in a text, and the share from which on an answer has the style
+MARKS = {"capitals": (capitals_share, .8), "french": (french_share, .2), "personal": (personal_share, .05)}
+
+# %% ../nbs/11_judges.ipynb #acc2bb08
+class StyleJudge(Judge):
+    "How much of a style's mark an answer shows, and whether that is enough"
+    def __init__(self,
+        style: str,  # of MARKS
+        least: float = None,  # share from which on an answer is a hit; default: that of MARKS
+        words: int = 3,  # of an answer at least: a shorter one is no hit
+    ):
+        if style not in MARKS: raise ValueError(f"unknown style {style!r}: known are {', '.join(MARKS)}")
+        self.mark, usual = MARKS[style]
+        self.least, self.words, self.name = usual if least is None else least, words, f"style {style}"
+        self.better = {"style": 1, "hit": 1}
+        self.about = dict(judge="style", style=style, least=self.least, words=words, version=1)
+
+    def __call__(self, prompts, answers):
+        share = np.array([self.mark(a) for a in answers], float)
+        long = np.array([len(a.split()) >= self.words for a in answers], bool)
+        return {"style": share, "hit": ((share >= self.least) & long).astype(float)}
+
+# %% ../nbs/11_judges.ipynb #b247794c
+class FluentJudge(Judge):
+    "Is an answer no more surprising to an unsteered model than most reference answers are, and does it not loop?"
+    def __init__(self,
+        model,  # as for ModelSource; not steered when it judges
+        prompts: list, answers: list,  # the reference: chats or texts, and answers that are known to be good
+        system: str = "",  # message put on top of every chat, such as the request for a style
+        quantile: float = .95,  # of the reference's perplexities: the greatest that counts as fluent
+        batch_size: int = 32,
+    ):
+        if not answers: raise ValueError("fluency is relative to reference answers: give at least one")
+        self.source, self.system, self.quantile, self.batch_size = ModelSource(model), system, quantile, batch_size
+        self.reference, self.name = (list(prompts), list(answers)), f"fluent {self.source.name}"
+        self.better = {"surprise": -1, "fluent": 1}
+
+    @cached_property
+    def about(self):
+        known = _key(json.dumps([[_text(p) for p in self.reference[0]], self.reference[1]]))
+        return dict(judge="fluent", system=self.system, quantile=self.quantile, reference=known,
+                    version=1, **self.source.identity)
+
+    def _surprise(self, prompts, answers):
+        chats = [_with_system(_text(p), self.system) for p in prompts]
+        return perplexity(*self.source.get(), chats, answers, self.batch_size)
+
+    @cached_property
+    def limit(self) -> float: return float(np.nanquantile(self._surprise(*self.reference), self.quantile))
+
+# %% ../nbs/11_judges.ipynb #a5f7e206
+@patch
+def __call__(self: FluentJudge, prompts, answers):
+    surprise = self._surprise(prompts, answers)  # nan for an empty answer, which is not fluent
+    return {"surprise": surprise, "fluent": (surprise <= self.limit) * (1 - repetition_rate(answers))}
+
+@patch
+def release(self: FluentJudge): self.source.release()
+
+def _with_system(prompt, system):
+    "A chat below a system message, or a text below a line"
+    if not system: return prompt
+    if isinstance(prompt, str): return f"{system}\n{prompt}"
+    return [{"role": "system", "content": system}, *(m for m in prompt if m["role"] != "system")]
+
+# %% ../nbs/11_judges.ipynb #5d9ffa66
+class Strict(Judge):
+    "Several judges, and whether an answer passes all the tests that are named: a conjunction of 0/1 metrics"
+    def __init__(self,
+        *judges,
+        tests: tuple,  # metrics of the judges that must all be 1
+        metric: str = "hit_fluent",  # name of the conjunction
+    ):
+        self.panel, self.tests, self.metric = Panel(*judges), tuple(tests), metric
+        if missing := [t for t in tests if t not in self.panel.better]:
+            raise ValueError(f"no judge gives {', '.join(missing)}: there are {', '.join(self.panel.better)}")
+        self.name, self.better = self.panel.name, self.panel.better | {metric: 1}
+
+    def release(self): self.panel.release()
+
+    @property
+    def about(self): return dict(judge="strict", tests=self.tests, metric=self.metric, parts=self.panel.about)
+
+    def __call__(self, prompts, answers):
+        scores = self.panel(prompts, answers)
+        return scores | {self.metric: np.prod([scores[t] for t in self.tests], 0)}

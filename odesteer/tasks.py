@@ -11,15 +11,18 @@ from itertools import zip_longest
 from pathlib import Path
 import inspect, math
 import numpy as np
-from .data import SAMPLING, ContrastTexts, Prompt, cell, digest, group_key, group_of, read_rows
-from .judges import BETTER, ModelSource, load_judge, perplexity, text_metrics, with_template
+from .data import SAMPLING, ContrastTexts, Prompt, cell, digest, group_key, group_of, read_rows, sample
+from .judges import (
+    BETTER, FluentJudge, ModelSource, StyleJudge, Strict, load_judge, perplexity, text_metrics, with_template)
 from .statistics import toxicity_metrics
 
 # %% auto #0
-__all__ = ['REAL_TASKS', 'QA_SYSTEM', 'Fold', 'Task', 'micro_task', 'general_metrics', 'halves', 'make_fold', 'real_task',
-           'TaskSpec', 'register_task', 'truthfulqa_rows', 'qa_prompt', 'qa_pair', 'truth_folds', 'truthfulqa',
-           'ContaminatedFold', 'truthfulqa_binary', 'ultrafeedback', 'binned_draw', 'scored_comments', 'toxic_prompts',
-           'realtoxicityprompts', 'marks_refusal', 'refusal_scores', 'refusal', 'concept_sentences', 'concept']
+__all__ = ['REAL_TASKS', 'QA_SYSTEM', 'EVERYDAY', 'STYLES', 'Fold', 'Task', 'micro_task', 'general_metrics', 'halves',
+           'make_fold', 'real_task', 'TaskSpec', 'register_task', 'truthfulqa_rows', 'qa_prompt', 'qa_pair',
+           'truth_folds', 'truthfulqa', 'ContaminatedFold', 'truthfulqa_binary', 'ultrafeedback', 'binned_draw',
+           'scored_comments', 'toxic_prompts', 'realtoxicityprompts', 'marks_refusal', 'refusal_scores', 'refusal',
+           'concept_sentences', 'concept', 'Question', 'style_questions', 'Style', 'style_rows', 'style_texts',
+           'style_judge']
 
 # %% ../nbs/15_tasks.ipynb #220e18f9
 @dataclass(frozen=True)
@@ -776,3 +779,99 @@ def concept(
                      ("dist2", "loops", "empty"), rules["decoding"] | {"max_new_tokens": max_new_tokens}, fluency,
                      dict(target=target, definition=definition, seed=seed, draws=[n_val, n_test]),
                      f"What follows is a story about this: {target}.", shift=1000)
+
+# %% ../nbs/15_tasks.ipynb #0fb21397
+#: Kind of topic -> two questions about each, and the topics
+EVERYDAY = {
+    "to do": (("How do I {}?", "What do people often get wrong when they {}?"), (
+        "bake a loaf of bread; clean a bicycle chain; repot a house plant; pack a suitcase; iron a shirt; plan a "
+        "picnic; train for a long run; learn to swim; write a thank-you letter; choose a pair of glasses; hang a "
+        "picture; make a pot of soup; plant tomatoes; save electricity at home; wash a woollen jumper; paint a wooden "
+        "chair; put up a tent; make new friends in a new town; get a baby to sleep; sharpen a kitchen knife; keep a "
+        "diary; take photographs at night")),
+    "thing": (("What is {} for?", "How does {} work?"), (
+        "a compass; a refrigerator; a pair of scissors; a sundial; a lighthouse; a bicycle pump; an umbrella; a zip; "
+        "a pressure cooker; a hearing aid; a traffic light; a hot-air balloon; a microscope; a piano; a water mill; a "
+        "barometer; a pencil sharpener; a greenhouse; a thermos flask; a sewing machine; a canal lock; a wind turbine")),
+    "place": (("What should I see on a first visit to {}?", "What is the weather like in {}?"), (
+        "Lisbon; Iceland; New Zealand; Kyoto; Morocco; Scotland; Vienna; Peru; Kenya; Istanbul; Norway; Chicago; "
+        "Vietnam; Prague; Egypt; Montreal; Rome; Mexico City; Greece; Singapore; Cape Town; Ireland")),
+    "animal": (("Where do {} live?", "How do {} raise their young?"), (
+        "penguins; hedgehogs; owls; dolphins; honey bees; beavers; elephants; frogs; squirrels; storks; wolves; sea "
+        "turtles; kangaroos; bats; swallows; foxes; seals; crocodiles; giraffes; otters; swans; brown bears")),
+    "food": (("How would you describe the taste of {}?", "What goes well with {}?"), (
+        "olives; dark chocolate; ginger; goat cheese; mango; rye bread; mushrooms; lentils; honey; beetroot; coconut; "
+        "smoked salmon; figs; roasted chestnuts; yoghurt; basil; pickled cucumbers; pumpkin; almonds; grapefruit; "
+        "spinach; black pepper")),
+    "job": (("What does a {} do all day?", "What must a {} be good at?"), (
+        "baker; nurse; train driver; librarian; carpenter; vet; gardener; translator; lifeguard; plumber; pilot; "
+        "cook; teacher; postman; firefighter; farmer; photographer; tailor; dentist; journalist; shepherd; bus driver"))}
+
+# %% ../nbs/15_tasks.ipynb #584419ad
+@dataclass(frozen=True)
+class Question:
+    "A question with its group"
+    text: str
+    id: str  # the topic: questions about one topic stay in one part of a fold
+
+def style_questions() -> list:  # of `Question`
+    "Everyday questions, kind by kind in turn, so that the first ones are as varied as all of them; two for each topic"
+    kinds = [(asked, topics.split("; ")) for asked, topics in EVERYDAY.values()]
+    rounds = zip(*(topics for _, topics in kinds))
+    return [Question(q.format(topic), topic)
+            for topics in rounds for (asked, _), topic in zip(kinds, topics) for q in asked]
+
+# %% ../nbs/15_tasks.ipynb #40b1627c
+@dataclass(frozen=True)
+class Style:
+    "How texts in a style are made"
+    system: str  # message that asks for it
+    rewrite: callable = None  # plain answer -> wanted one, for a style that asking does not give
+
+#: Styles that `style_rows` knows; each has its mark in MARKS
+STYLES = {"capitals": Style("Answer in capital letters only.", str.upper), "french": Style("Answer in French."),
+          "personal": Style("Answer as a personal story about yourself, in the first person.")}
+
+def style_rows(
+    model, tokenizer,  # a chat model, not steered
+    style: str,  # of STYLES
+    questions: list = None,  # of `Question`; default: `style_questions`
+    seed: int = 0,
+    batch_size: int = 64,
+    **settings,  # of `generate`; default: SAMPLING, 32 new tokens
+) -> list:  # of {"style", "question", "topic", "wanted", "unwanted"}, for `write_jsonl`
+    "Answers of the model with the style and without; pairs where one of the two is not as it should be are left out"
+    questions, known, judge = questions or style_questions(), STYLES[style], StyleJudge(style)
+    def write(system):
+        chats = [_asked_with(system, q.text) for q in questions]
+        return sample(model, tokenizer, chats, seed, batch_size, **{"max_new_tokens": 32, **settings})
+    plain = write("")
+    wanted = [known.rewrite(a) for a in plain] if known.rewrite else write(known.system)
+    good, bad = (judge(questions, answers)["hit"] for answers in (wanted, plain))
+    return [dict(style=style, question=q.text, topic=q.id, wanted=w, unwanted=u)
+            for q, w, u, g, b in zip(questions, wanted, plain, good, bad) if g > b]
+
+def _asked_with(system, question) -> list:
+    return [_message("system", system)] * bool(system) + [_message("user", question)]
+
+# %% ../nbs/15_tasks.ipynb #3d7c9ec5
+def style_texts(
+    rows: list,  # of `style_rows`
+) -> ContrastTexts:
+    "Rows as chats to fit on: plain questions, answered with the style and without; groups are topics"
+    topics = [r["topic"] for r in rows]
+    return ContrastTexts(*([([_message("user", r["question"])], r[k]) for r in rows] for k in ("wanted", "unwanted")),
+                         topics, topics)
+
+# %% ../nbs/15_tasks.ipynb #7ab35a2d
+def style_judge(
+    style: str,  # of MARKS
+    rows: list,  # of `style_rows`, whose wanted answers say what is fluent
+    model=None,  # of `FluentJudge`: (model, tokenizer), not steered when it judges; None: hits only
+):  # a judge that gives style, hit and, with a model, surprise, fluent and hit_fluent
+    "Does an answer have the style, and is it as fluent as those that were wanted?"
+    marks = StyleJudge(style)
+    if model is None: return marks
+    chats, wanted = ([_message("user", r["question"])] for r in rows), [r["wanted"] for r in rows]
+    fluent = FluentJudge(model, list(chats), wanted, STYLES[style].system if style in STYLES else "")
+    return Strict(marks, fluent, tests=("hit", "fluent"))
