@@ -11,6 +11,7 @@ import hashlib, json, os, re, warnings
 import numpy as np
 import torch
 from fastcore.basics import patch
+from .data import group_key
 from .models import (
     Encoded, answer_starts, device_of, encode, evaluating, fingerprint, is_steered, length_batches, load_pretrained,
     pad_id, padded, score_continuations, text_config, token_ids, truncated, unwrapped)
@@ -19,7 +20,8 @@ from .models import (
 __all__ = ['BETTER', 'HARMFUL', 'JUDGES', 'MARKS', 'distinct_n', 'empty_rate', 'repetition_rate', 'text_metrics', 'perplexity',
            'kl_to_unsteered', 'Judge', 'ExactJudge', 'hub_commit', 'ModelSource', 'ScoreCache', 'ModelJudge',
            'question_of', 'YesNoJudge', 'ClassifierJudge', 'RewardJudge', 'with_template', 'ChatYesNoJudge', 'Panel',
-           'load_judge', 'capitals_share', 'french_share', 'personal_share', 'StyleJudge', 'FluentJudge', 'Strict']
+           'load_judge', 'capitals_share', 'french_share', 'personal_share', 'StyleJudge', 'FluentJudge', 'Strict',
+           'TrainedJudge']
 
 # %% ../nbs/11_judges.ipynb #563837bd
 def _ngrams(words, n): return list(zip(*(words[i:] for i in range(n))))
@@ -667,3 +669,93 @@ class Strict(Judge):
     def __call__(self, prompts, answers):
         scores = self.panel(prompts, answers)
         return scores | {self.metric: np.prod([scores[t] for t in self.tests], 0)}
+
+# %% ../nbs/11_judges.ipynb #f300ccbf
+class TrainedJudge(Judge):
+    """The probability that a text scores above a threshold, by logistic regression on TF-IDF of words and letters.
+
+    It is not saved: from the same rows the same judge is fitted again in a second or two. Grows below: `fit`, `__call__`."""
+    def __init__(self,
+        metric: str = "toxicity",  # what the probability is called
+        decision: str = None,  # what its 0/1 decision is called; None: not given
+        way: int = -1,  # +1 if more is better, -1 if less is
+        threshold: float = .5,  # a text is of the kind if its score is above
+        least_auc: float = .7,  # on texts not seen: a poorer judge is refused
+        C: float = 10.,  # of the logistic regression
+        folds: int = 5,  # of the cross-validation
+        seed: int = 0,  # of its folds
+    ):
+        self.settings = dict(metric=metric, way=way, threshold=threshold, C=C, folds=folds, seed=seed)
+        self.least_auc, self.groups_, self.name = least_auc, frozenset(), f"trained {metric}"
+        self.better = {metric: way} | ({decision: way} if decision else {})
+
+    @property
+    def about(self):
+        if not self.groups_: raise ValueError("this judge has not been trained: call fit(texts, scores, groups)")
+        return dict(judge="trained", version=1, **self.settings, **self.record_)
+
+    def check_apart(self, groups):
+        "A ValueError if one of these groups (questions, prompts) is among those the judge was trained on"
+        if both := self.groups_ & {group_key(g) for g in groups}:
+            raise ValueError(f"{len(both)} groups are judged by a judge that was trained on them, such as "
+                             f"{sorted(both)[0][:60]!r}: train it on rows that are in no fold")
+
+# %% ../nbs/11_judges.ipynb #470e1ce3
+@patch
+def fit(self: TrainedJudge,
+    texts: list,  # (N,)
+    scores,  # (N,), such as published ones
+    groups: list = None,  # prompt or question of each text, (N,); default: each text its own
+):  # the judge
+    "Train on scored texts; ValueError where rows are missing or held-out AUC is below `least_auc`"
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.pipeline import make_union
+    s, keys = np.asarray(scores, float), [group_key(g) for g in (texts if groups is None else groups)]
+    above = _labels(texts, s, keys, self.settings["threshold"])
+    letters = CountVectorizer(analyzer="char_wb", ngram_range=(4, 4), min_df=3)
+    self.counts_ = make_union(CountVectorizer(min_df=2), letters)
+    counts = self.counts_.fit_transform(texts).tocsr().astype(float)
+    held_out = _auc(counts, above, keys, self._regression, self.settings)
+    if not held_out >= self.least_auc:
+        raise ValueError(f"on texts that it has not seen the judge's AUC is {held_out:.2f}, below {self.least_auc:g}: "
+                         "give it more rows, or clearer ones (another threshold); least_auc= takes it nevertheless")
+    self.model_, self.groups_ = self._regression().fit(counts, above), frozenset(keys)
+    rows = _key(json.dumps([list(texts), s.tolist(), keys]))
+    self.record_ = dict(rows=rows, n=len(texts), share=round(float(above.mean()), 3), auc=round(held_out, 3))
+    return self
+
+@patch
+def __call__(self: TrainedJudge, prompts, answers):
+    if not self.groups_: self.about  # says that it is not trained
+    p = self.model_.predict_proba(self.counts_.transform(answers))[:, 1] if answers else np.empty(0)
+    return dict(zip(self.better, (p, (p >= .5).astype(float))))
+
+# %% ../nbs/11_judges.ipynb #748bab25
+def _labels(texts, scores, keys, threshold) -> np.ndarray:
+    "Which texts score above the threshold; a ValueError where that cannot be learned"
+    if not len(texts) == len(scores) == len(keys):
+        raise ValueError(f"{len(texts)} texts, {len(scores)} scores and {len(keys)} groups: give one for each text")
+    if not np.isfinite(scores).all(): raise ValueError("a score is not a finite number: leave such rows out")
+    above = scores > threshold
+    few = min((len({k for k, a in zip(keys, above) if a == side}) for side in (True, False)), default=0)
+    if few < 10:
+        raise ValueError(f"{above.sum()} texts score above {threshold:g} and {(~above).sum()} do not: both kinds need "
+                         "10 groups or more")
+    return above
+
+@patch
+def _regression(self: TrainedJudge):
+    from sklearn.feature_extraction.text import TfidfTransformer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    return make_pipeline(TfidfTransformer(sublinear_tf=True), LogisticRegression(C=self.settings["C"], max_iter=1000))
+
+def _auc(counts, above, keys, regression, settings) -> float:
+    "AUC of predictions for texts of groups that were not trained on"
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold
+    found, index = np.empty(len(above)), np.unique(keys, return_inverse=True)[1]
+    parts = StratifiedGroupKFold(settings["folds"], shuffle=True, random_state=settings["seed"])
+    for train, test in parts.split(found, above, index):
+        found[test] = regression().fit(counts[train], above[train]).decision_function(counts[test])
+    return float(roc_auc_score(above, found))

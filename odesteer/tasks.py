@@ -805,7 +805,8 @@ EVERYDAY = {
         "spinach; black pepper")),
     "job": (("What does a {} do all day?", "What must a {} be good at?"), (
         "baker; nurse; train driver; librarian; carpenter; vet; gardener; translator; lifeguard; plumber; pilot; "
-        "cook; teacher; postman; firefighter; farmer; photographer; tailor; dentist; journalist; shepherd; bus driver"))}
+        "cook; teacher; postman; firefighter; farmer; photographer; tailor; dentist; journalist; shepherd; "
+        "bus driver"))}
 
 # %% ../nbs/15_tasks.ipynb #584419ad
 @dataclass(frozen=True)
