@@ -18,10 +18,10 @@ from .models import (
 
 # %% auto #0
 __all__ = ['BETTER', 'HARMFUL', 'JUDGES', 'MARKS', 'distinct_n', 'empty_rate', 'repetition_rate', 'text_metrics', 'perplexity',
-           'kl_to_unsteered', 'Judge', 'ExactJudge', 'hub_commit', 'ModelSource', 'ScoreCache', 'ModelJudge',
-           'question_of', 'YesNoJudge', 'ClassifierJudge', 'RewardJudge', 'with_template', 'ChatYesNoJudge', 'Panel',
-           'load_judge', 'capitals_share', 'french_share', 'personal_share', 'StyleJudge', 'FluentJudge', 'Strict',
-           'TrainedJudge']
+           'kl_to_unsteered', 'Judge', 'ExactJudge', 'HubError', 'hub_commit', 'ModelSource', 'ScoreCache',
+           'ModelJudge', 'question_of', 'YesNoJudge', 'ClassifierJudge', 'RewardJudge', 'with_template',
+           'ChatYesNoJudge', 'Panel', 'load_judge', 'capitals_share', 'french_share', 'personal_share', 'StyleJudge',
+           'FluentJudge', 'Strict', 'TrainedJudge']
 
 # %% ../nbs/11_judges.ipynb #563837bd
 def _ngrams(words, n): return list(zip(*(words[i:] for i in range(n))))
@@ -150,6 +150,7 @@ class Judge:
     about = {}  # JSON-able: all that decides its scores
     def __call__(self, prompts: list, answers: list) -> dict: raise NotImplementedError
     def release(self): "Let go of models that can be loaded again, to make room; scores stay"
+    def check_apart(self, groups): "A ValueError if the judge was trained on one of these groups"
     def __repr__(self): return f"{type(self).__name__}({self.name!r})"
 
 class ExactJudge(Judge):
@@ -165,6 +166,8 @@ class ExactJudge(Judge):
 # %% ../nbs/11_judges.ipynb #c25ee320
 _HUB = "cache_dir", "local_files_only", "token", "force_download"  # settings that finding a file on the hub needs
 
+class HubError(ValueError): "The hub could not be reached, or has no such model"
+
 def hub_commit(
     name: str,  # owner/name on the hub
     revision: str = None,  # branch, tag or commit; None: the default branch
@@ -176,7 +179,7 @@ def hub_commit(
     try: path = hf_hub_download(name, "config.json", revision=revision, **known)
     except Exception as e:
         at, reason = f" at revision {revision!r}" if revision else "", (str(e).splitlines() or [""])[0]
-        raise ValueError(f"{name!r} is neither a folder here nor a model that the hub could give{at}: {reason}") from e
+        raise HubError(f"{name!r} is neither a folder here nor a model that the hub could give{at}: {reason}") from e
     return re.search(r"snapshots/([0-9a-f]{40})/", Path(path).as_posix())[1]
 
 # %% ../nbs/11_judges.ipynb #82a74b90
@@ -524,6 +527,9 @@ class Panel(Judge):
     def release(self):
         for j in self.judges: j.release()
 
+    def check_apart(self, groups):
+        for j in self.judges: j.check_apart(groups)
+
     @property
     def about(self): return dict(judge="panel", judges=[j.about for j in self.judges])
 
@@ -662,6 +668,7 @@ class Strict(Judge):
         self.name, self.better = self.panel.name, self.panel.better | {metric: 1}
 
     def release(self): self.panel.release()
+    def check_apart(self, groups): self.panel.check_apart(groups)
 
     @property
     def about(self): return dict(judge="strict", tests=self.tests, metric=self.metric, parts=self.panel.about)
@@ -674,7 +681,8 @@ class Strict(Judge):
 class TrainedJudge(Judge):
     """The probability that a text scores above a threshold, by logistic regression on TF-IDF of words and letters.
 
-    It is not saved: from the same rows the same judge is fitted again in a second or two. Grows below: `fit`, `__call__`."""
+    It is not saved: from the same rows the same judge is fitted again in a second or two. Grows below: `fit`,
+    `__call__`."""
     def __init__(self,
         metric: str = "toxicity",  # what the probability is called
         decision: str = None,  # what its 0/1 decision is called; None: not given
