@@ -4,7 +4,133 @@
 
 # %% ../nbs/08_sites.ipynb #4c22792b
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
+from collections import Counter
+from dataclasses import asdict, dataclass
+import sys
+import numpy as np
+import torch
 import odesteer as ods
+from .data import ContrastTexts, check_reading, group_key
+from .density import DensityRatioBarrier, PolynomialCountSketch, held_out_values, quality
 
 # %% auto #0
-__all__ = []
+__all__ = ['rank_sites', 'some_texts', 'measure_site', 'Site', 'Sites', 'mean_sites']
+
+# %% ../nbs/08_sites.ipynb #98475eab
+def rank_sites(
+    model,  # a causal language model
+    tokenizer,  # its tokenizer
+    texts: ContrastTexts,  # wanted and unwanted texts with their groups
+    layers: list = None,  # blocks; None: all
+    readings=("last", "mean"),  # some of READINGS (page 04); "all" takes memory
+    folds: int = 5,  # of groups, in each of which a barrier from the others is tried
+    seed: int = 0,  # of folds and sketch
+    shuffle: int = None,  # seed of a shuffle of the labels: a placebo
+    limit: int = 400,  # texts at most, drawn by group
+    batch_size: int = 32,
+    max_length: int = None,  # tokens of a text at most
+) -> Sites:  # best first
+    "The places of a model by how well a barrier there tells held-out texts apart: one pass over the texts reads all"
+    for reading in readings: check_reading(reading)
+    texts = some_texts(texts, limit, seed)
+    how = dict(positions=tuple(readings), batch_size=batch_size, max_length=max_length, progress=sys.stderr.isatty())
+    acts = ods.collect_activations(model, tokenizer, texts.pos + texts.neg, layers, **how)
+    groups = np.unique([group_key(g) for g in [*texts.pos_groups, *texts.neg_groups]], return_inverse=True)[1]
+    y = np.repeat([1, 0], [len(texts.pos), len(texts.neg)])
+    if shuffle is not None: y = np.random.default_rng(shuffle).permutation(y)
+    found = [measure_site(a, y, groups, layer, reading, folds, seed)
+             for reading, by_layer in acts.items() for layer, a in by_layer.items()]
+    return Sites(sorted(found, key=lambda s: s.log_loss))
+
+# %% ../nbs/08_sites.ipynb #2c4e8342
+def some_texts(
+    texts: ContrastTexts,
+    limit: int,  # texts at most, nearly: None for all
+    seed: int = 0,  # of the draw
+) -> ContrastTexts:
+    "Texts of groups drawn at random, so many that there are about as many as wanted"
+    sides = [(texts.pos, texts.pos_groups), (texts.neg, texts.neg_groups)]
+    sizes = Counter(group_key(g) for _, groups in sides for g in groups)
+    if limit is None or sum(sizes.values()) <= limit: return texts
+    drawn = np.random.default_rng(seed).permutation(sorted(sizes))
+    kept = set(drawn[np.cumsum([sizes[g] for g in drawn]) <= limit])
+    pos, neg = ([(t, g) for t, g in zip(side, groups) if group_key(g) in kept] for side, groups in sides)
+    return ContrastTexts([t for t, _ in pos], [t for t, _ in neg], [g for _, g in pos], [g for _, g in neg])
+
+# %% ../nbs/08_sites.ipynb #93992e12
+#: penalties of the barrier that are tried at each site; the one with the least held-out log-loss counts
+_PENALTIES = 1., 100., 1e4
+
+def measure_site(
+    acts,  # activations of the texts, (N, d); or a list of (n_tokens, d)
+    y,  # labels, 1 wanted and 0 unwanted, (N,)
+    groups,  # ids of the texts, (N,): texts of one group are held out together
+    layer: int = None, reading: str = "last",  # to be noted
+    folds: int = 5, seed: int = 0,  # as of `rank_sites`
+    width: int = 2000,  # of the sketch
+) -> Site:
+    "How well a barrier on these activations tells apart texts that it was not fitted on, and how large they are"
+    if isinstance(acts, list):
+        sizes = [len(a) for a in acts]
+        acts, y, groups = torch.cat(acts), np.repeat(y, sizes), np.repeat(groups, sizes)
+    order = np.argsort(-np.asarray(y), kind="stable")
+    y, groups, X = np.asarray(y)[order], np.asarray(groups)[order], acts[torch.as_tensor(order)]
+    barriers = [DensityRatioBarrier(PolynomialCountSketch(width), C=C) for C in _PENALTIES]
+    pos, neg = X[y == 1], X[y == 0]
+    found = [quality(*h) for h in held_out_values(barriers, pos, neg, groups, folds, seed)]
+    best = min(range(len(found)), key=lambda i: found[i].log_loss)
+    power = X.double().square().mean(0)
+    return Site(layer, reading, found[best].auc, found[best].log_loss, _PENALTIES[best],
+                X.norm(dim=1).median().item(), (X - X.mean(0)).norm(dim=1).median().item(),
+                (power.max() / power.sum()).item())
+
+# %% ../nbs/08_sites.ipynb #62c1a8ca
+@dataclass(frozen=True)
+class Site:
+    "A place in a model, and what can be read there"
+    layer: int  # block
+    reading: str  # where in the answers, one of READINGS
+    auc: float  # held-out: chance that a wanted text scores above an unwanted one
+    log_loss: float  # held-out, nats; .693 is a coin
+    C: float  # inverse penalty of the barrier with the least log-loss
+    norm: float  # median
+    spread: float  # median distance to the mean
+    largest: float  # share of the squared norm in the largest coordinate
+
+class Sites(list):
+    "Sites, best first; prints as a table"
+    def rows(self) -> list:
+        "Sites as dicts, numbers with four digits"
+        return [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in asdict(s).items()} for s in self]
+
+    def at(self, layer, reading) -> Site:
+        "The site of a layer and reading"
+        return next(s for s in self if (s.layer, s.reading) == (layer, reading))
+
+    def best(self,
+        most: int = 3,
+        apart: int = None,  # blocks between two of one reading; None: a tenth of those that were read
+    ) -> Sites:
+        "The best sites, without near neighbours of better ones: neighbouring blocks hold nearly the same"
+        if apart is None: apart = max(1, len({s.layer for s in self}) // 10)
+        kept = Sites()
+        for s in self:
+            near = any(s.reading == k.reading and abs(s.layer - k.layer) < apart for k in kept)
+            if not near: kept.append(s)
+        return Sites(kept[:most])
+
+    def __repr__(self):
+        head = f"{'layer':>5} {'reading':9}{'AUC':>6}{'log-loss':>10}{'C':>8}{'norm':>9}{'spread':>9}{'largest':>9}"
+        return "\n".join([head, *(f"{s.layer:5} {s.reading:9}{s.auc:6.3f}{s.log_loss:10.3f}{s.C:8g}{s.norm:9.4g}"
+                                  f"{s.spread:9.4g}{s.largest:9.0%}" for s in self)])
+
+def mean_sites(
+    several: list,  # of `Sites` of the same places, such as one for each fold
+) -> Sites:
+    "Site by site the mean of the numbers"
+    if len(several) == 1: return several[0]
+    out = []
+    for s in several[0]:
+        rows = [asdict(x.at(s.layer, s.reading)) for x in several]
+        out.append(Site(s.layer, s.reading, **{k: float(np.mean([r[k] for r in rows])) for k in list(rows[0])[2:]}))
+    return Sites(sorted(out, key=lambda s: s.log_loss))
