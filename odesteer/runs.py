@@ -130,6 +130,12 @@ def config(self: Bench,
                 arm=arm, method=method, params=params, layer=layer, strength=strength, split=split, seed=seed,
                 decoding=self.task.decoding, batch_size=self.batch_size, **unusual)
 
+@patch
+def _unusual_reading(self: Bench, method) -> dict:
+    "The place of reading where a steered arm has one that is not the usual one"
+    usual = self.task.reading == "last" or not load_class(method).needs_layer
+    return {} if usual else {"reading": self.task.reading}
+
 def run_key(config: dict) -> str:
     "The name of a run or choice: a hash of its config, 16 hex digits; the order of its fields does not matter"
     return digest(json.dumps(config, sort_keys=True))
@@ -184,12 +190,6 @@ def read_at(self: Bench,
     other.task = replace(self.task, reading=reading)
     other._acts = self._readings.setdefault(reading, {})
     return other
-
-@patch
-def _unusual_reading(self: Bench, method) -> dict:
-    "The place of reading where a steered arm has one that is not the usual one"
-    usual = self.task.reading == "last" or not load_class(method).needs_layer
-    return {} if usual else {"reading": self.task.reading}
 
 # %% ../nbs/16_runs.ipynb #12cda1ce
 @patch
