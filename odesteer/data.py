@@ -17,8 +17,8 @@ from .models import READINGS
 # %% auto #0
 __all__ = ['READERS', 'QUESTION_ANSWER', 'USUAL', 'LABELS', 'CUES', 'SAMPLING', 'Prompt', 'ContrastTexts', 'group_of',
            'group_key', 'digest', 'read_rows', 'write_jsonl', 'Pairs', 'load_pairs', 'cell', 'cue_auc', 'PairsReport',
-           'check_pairs', 'load_prompts', 'prompt_text', 'fit_on', 'token_rows', 'fit_steerer', 'check_reading',
-           'sample', 'sample_batch']
+           'check_pairs', 'load_prompts', 'prompt_text', 'fit_on', 'token_rows', 'fit_steerer', 'texts_to_read',
+           'check_reading', 'sample', 'sample_batch']
 
 # %% ../nbs/05_data.ipynb #36988248
 @dataclass(frozen=True)
@@ -479,10 +479,24 @@ def fit_steerer(
     how = dict(batch_size=batch_size, progress=sys.stderr.isatty())
     if not load_class(method).needs_layer:
         return ods.make_steerer(method, **params).fit(model, tokenizer, texts.pos, texts.neg, **how)
-    acts = ods.collect_activations(model, tokenizer, texts.pos + texts.neg, [layer], reading, **how)[layer]
+    acts = ods.collect_activations(model, tokenizer, texts_to_read(texts, [reading]), [layer], reading, **how)[layer]
     steerer = fit_on(acts, texts, method, **params)
     steerer.about.update(ods.describe_site(model, tokenizer, layer, reading, example=texts.pos[0]))
     return steerer
+
+def texts_to_read(
+    texts: ContrastTexts,
+    readings,  # where they will be read
+    split=None,  # text -> (prompt, answer)
+) -> list:  # wanted texts, then unwanted ones
+    "Texts as `collect_activations` takes them: for a mean or all tokens of answers, without their prompts where known"
+    both = [*texts.pos, *texts.neg]
+    if not {"mean", "all"} & set(readings): return both
+    if split is not None: return [split(t) for t in both]
+    template = getattr(texts, "template", "")
+    if "{question}" not in template or not template.endswith("{answer}"): return both
+    prompts = [t[:-len(a)].rstrip() for t, a in zip(both, [*texts.pos_answers, *texts.neg_answers])]
+    return [(p, t[len(p):]) for p, t in zip(prompts, both)]  # a space before an answer belongs to its first token
 
 def check_reading(reading, method=None) -> str:
     "A place of reading; a ValueError where there is none of that name, or a controller is to read elsewhere"

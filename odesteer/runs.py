@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 import odesteer as ods
 from .control import effort as measure_effort
-from .data import digest, fit_on, group_of, sample_batch, write_jsonl
+from .data import digest, fit_on, group_of, sample_batch, texts_to_read, write_jsonl
 from .euler import load_class, write_atomic
 from .judges import kl_to_unsteered
 from .micro import AXES
@@ -169,8 +169,9 @@ def read_layers(self: Bench,
 # %% ../nbs/16_runs.ipynb #6fb3621f
 @patch
 def _read(self: Bench, fold, layers):
-    texts = self.task.folds[fold].texts
-    self._acts.setdefault(fold, {}).update(self._collect(texts.pos + texts.neg, layers, positions=self.task.reading))
+    reading = self.task.reading
+    texts = texts_to_read(self.task.folds[fold].texts, [reading], self.task.split)
+    self._acts.setdefault(fold, {}).update(self._collect(texts, layers, positions=reading))
 
 @patch
 def _collect(self: Bench, texts, layers, **how) -> dict:

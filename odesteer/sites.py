@@ -5,18 +5,21 @@
 # %% ../nbs/08_sites.ipynb #4c22792b
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
 from collections import Counter
-from dataclasses import asdict, dataclass
-import sys
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+import json, sys
 import numpy as np
 import torch
 import odesteer as ods
-from .data import ContrastTexts, check_reading, group_key
+from .data import ContrastTexts, check_reading, digest, group_key, texts_to_read
 from .density import DensityRatioBarrier, PolynomialCountSketch, held_out_values, quality
+from .euler import write_atomic
+from .models import fingerprint, text_config
 
 # %% auto #0
-__all__ = ['rank_sites', 'some_texts', 'measure_site', 'Site', 'Sites', 'mean_sites']
+__all__ = ['rank_sites', 'some_texts', 'measure_site', 'Site', 'Sites', 'mean_sites', 'ranking', 'add_ranking', 'read_rankings']
 
-# %% ../nbs/08_sites.ipynb #98475eab
+# %% ../nbs/08_sites.ipynb #0f16c834
 def rank_sites(
     model,  # a causal language model
     tokenizer,  # its tokenizer
@@ -29,12 +32,13 @@ def rank_sites(
     limit: int = 400,  # texts at most, drawn by group
     batch_size: int = 32,
     max_length: int = None,  # tokens of a text at most
+    split=None,  # text -> (prompt, answer), where texts are not such pairs: for the readings of whole answers
 ) -> Sites:  # best first
     "The places of a model by how well a barrier there tells held-out texts apart: one pass over the texts reads all"
     for reading in readings: check_reading(reading)
     texts = some_texts(texts, limit, seed)
     how = dict(positions=tuple(readings), batch_size=batch_size, max_length=max_length, progress=sys.stderr.isatty())
-    acts = ods.collect_activations(model, tokenizer, texts.pos + texts.neg, layers, **how)
+    acts = ods.collect_activations(model, tokenizer, texts_to_read(texts, readings, split), layers, **how)
     groups = np.unique([group_key(g) for g in [*texts.pos_groups, *texts.neg_groups]], return_inverse=True)[1]
     y = np.repeat([1, 0], [len(texts.pos), len(texts.neg)])
     if shuffle is not None: y = np.random.default_rng(shuffle).permutation(y)
@@ -42,22 +46,25 @@ def rank_sites(
              for reading, by_layer in acts.items() for layer, a in by_layer.items()]
     return Sites(sorted(found, key=lambda s: s.log_loss))
 
-# %% ../nbs/08_sites.ipynb #2c4e8342
+# %% ../nbs/08_sites.ipynb #e2a5db3b
 def some_texts(
     texts: ContrastTexts,
     limit: int,  # texts at most, nearly: None for all
     seed: int = 0,  # of the draw
 ) -> ContrastTexts:
     "Texts of groups drawn at random, so many that there are about as many as wanted"
-    sides = [(texts.pos, texts.pos_groups), (texts.neg, texts.neg_groups)]
-    sizes = Counter(group_key(g) for _, groups in sides for g in groups)
+    sizes = Counter(group_key(g) for g in [*texts.pos_groups, *texts.neg_groups])
     if limit is None or sum(sizes.values()) <= limit: return texts
     drawn = np.random.default_rng(seed).permutation(sorted(sizes))
     kept = set(drawn[np.cumsum([sizes[g] for g in drawn]) <= limit])
-    pos, neg = ([(t, g) for t, g in zip(side, groups) if group_key(g) in kept] for side, groups in sides)
-    return ContrastTexts([t for t, _ in pos], [t for t, _ in neg], [g for _, g in pos], [g for _, g in neg])
+    cut = {}
+    for side, groups in (("pos", texts.pos_groups), ("neg", texts.neg_groups)):
+        rows = [i for i, g in enumerate(groups) if group_key(g) in kept]
+        lists = [f.name for f in fields(texts) if f.name.startswith(side) and getattr(texts, f.name)]
+        cut |= {name: [getattr(texts, name)[i] for i in rows] for name in lists}
+    return replace(texts, **cut)
 
-# %% ../nbs/08_sites.ipynb #93992e12
+# %% ../nbs/08_sites.ipynb #738e3a21
 #: penalties of the barrier that are tried at each site; the one with the least held-out log-loss counts
 _PENALTIES = 1., 100., 1e4
 
@@ -84,7 +91,7 @@ def measure_site(
                 X.norm(dim=1).median().item(), (X - X.mean(0)).norm(dim=1).median().item(),
                 (power.max() / power.sum()).item())
 
-# %% ../nbs/08_sites.ipynb #62c1a8ca
+# %% ../nbs/08_sites.ipynb #81b7d118
 @dataclass(frozen=True)
 class Site:
     "A place in a model, and what can be read there"
@@ -134,3 +141,35 @@ def mean_sites(
         rows = [asdict(x.at(s.layer, s.reading)) for x in several]
         out.append(Site(s.layer, s.reading, **{k: float(np.mean([r[k] for r in rows])) for k in list(rows[0])[2:]}))
     return Sites(sorted(out, key=lambda s: s.log_loss))
+
+# %% ../nbs/08_sites.ipynb #d69fcb0a
+def ranking(
+    sites: Sites,
+    model, name: str,  # the model, and how it was called
+    texts: ContrastTexts, label: str,  # the texts, and what they are called
+    **how,  # arguments of `rank_sites`
+) -> dict:
+    "A ranking with everything that it depends on, numbers only: no text is in it"
+    import transformers
+    config = text_config(model)
+    about = dict(name=name, blocks=config.num_hidden_layers, width=config.hidden_size, sha256=fingerprint(model)[:16],
+                 dtype=str(model.dtype).removeprefix("torch."))
+    counts = dict(name=label, wanted=len(texts.pos), unwanted=len(texts.neg), sha256=digest(texts.pos, texts.neg))
+    versions = dict(odesteer=ods.__version__, torch=torch.__version__, transformers=transformers.__version__)
+    return dict(model=about, texts=counts, how=how, versions=versions, sites=sites.rows())
+
+def add_ranking(
+    path,  # JSON file, made where there is none
+    record: dict,  # of `ranking`
+):
+    "Put a ranking into a file, in the place of one of the same model, texts and settings"
+    path, same = Path(path), lambda r: all(r[k] == record[k] for k in ("model", "texts", "how"))
+    kept = [r for r in read_rankings(path) if not same(r)] if path.exists() else []
+    write_atomic(path, json.dumps([*kept, record], indent=1) + "\n")
+
+def read_rankings(
+    path=None,  # JSON file of `odesteer sites --out`; None: the rankings that come with the library
+) -> list:  # of dicts as `ranking` makes them, with `Sites`
+    "Rankings from a file"
+    path = Path(__file__).parent/"assets"/"sites.json" if path is None else Path(path)
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -205,7 +205,8 @@ def ranked_sites(
     config = dict(data=bench.task.data, model=bench.about, max_length=bench.task.max_length, readings=list(readings))
     path = bench.out/"sites"/f"{run_key(config)}.json"
     if not path.exists():
-        how = dict(readings=readings, batch_size=bench.batch_size, max_length=bench.task.max_length)
+        how = dict(readings=readings, batch_size=bench.batch_size, max_length=bench.task.max_length,
+                   split=bench.task.split)
         found = [rank_sites(bench.model, bench.tokenizer, fold.texts, **how) for fold in bench.task.folds]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps({"config": config, "sites": mean_sites(found).rows()}))
