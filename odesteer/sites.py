@@ -19,13 +19,13 @@ from .models import fingerprint, text_config
 # %% auto #0
 __all__ = ['rank_sites', 'some_texts', 'measure_site', 'Site', 'Sites', 'mean_sites', 'ranking', 'add_ranking', 'read_rankings']
 
-# %% ../nbs/08_sites.ipynb #0f16c834
+# %% ../nbs/08_sites.ipynb #7140627a
 def rank_sites(
     model,  # a causal language model
     tokenizer,  # its tokenizer
     texts: ContrastTexts,  # wanted and unwanted texts with their groups
     layers: list = None,  # blocks; None: all
-    readings=("last", "mean"),  # some of READINGS (page 04); "all" takes memory
+    readings=("last", "mean"),  # some of READINGS (page 04) but "all": a text has one activation here
     folds: int = 5,  # of groups, in each of which a barrier from the others is tried
     seed: int = 0,  # of folds and sketch
     shuffle: int = None,  # seed of a shuffle of the labels: a placebo
@@ -36,6 +36,7 @@ def rank_sites(
 ) -> Sites:  # best first
     "The places of a model by how well a barrier there tells held-out texts apart: one pass over the texts reads all"
     for reading in readings: check_reading(reading)
+    if "all" in readings: raise ValueError("a ranking takes one activation of each text: leave out the reading 'all'")
     texts = some_texts(texts, limit, seed)
     how = dict(positions=tuple(readings), batch_size=batch_size, max_length=max_length, progress=sys.stderr.isatty())
     acts = ods.collect_activations(model, tokenizer, texts_to_read(texts, readings, split), layers, **how)
@@ -46,7 +47,7 @@ def rank_sites(
              for reading, by_layer in acts.items() for layer, a in by_layer.items()]
     return Sites(sorted(found, key=lambda s: s.log_loss))
 
-# %% ../nbs/08_sites.ipynb #e2a5db3b
+# %% ../nbs/08_sites.ipynb #16c1d20c
 def some_texts(
     texts: ContrastTexts,
     limit: int,  # texts at most, nearly: None for all
@@ -64,12 +65,12 @@ def some_texts(
         cut |= {name: [getattr(texts, name)[i] for i in rows] for name in lists}
     return replace(texts, **cut)
 
-# %% ../nbs/08_sites.ipynb #738e3a21
+# %% ../nbs/08_sites.ipynb #d2af5839
 #: penalties of the barrier that are tried at each site; the one with the least held-out log-loss counts
 _PENALTIES = 1., 100., 1e4
 
 def measure_site(
-    acts,  # activations of the texts, (N, d); or a list of (n_tokens, d)
+    acts: torch.Tensor,  # activations of the texts, (N, d)
     y,  # labels, 1 wanted and 0 unwanted, (N,)
     groups,  # ids of the texts, (N,): texts of one group are held out together
     layer: int = None, reading: str = "last",  # to be noted
@@ -77,9 +78,6 @@ def measure_site(
     width: int = 2000,  # of the sketch
 ) -> Site:
     "How well a barrier on these activations tells apart texts that it was not fitted on, and how large they are"
-    if isinstance(acts, list):
-        sizes = [len(a) for a in acts]
-        acts, y, groups = torch.cat(acts), np.repeat(y, sizes), np.repeat(groups, sizes)
     order = np.argsort(-np.asarray(y), kind="stable")
     y, groups, X = np.asarray(y)[order], np.asarray(groups)[order], acts[torch.as_tensor(order)]
     barriers = [DensityRatioBarrier(PolynomialCountSketch(width), C=C) for C in _PENALTIES]
@@ -91,7 +89,7 @@ def measure_site(
                 X.norm(dim=1).median().item(), (X - X.mean(0)).norm(dim=1).median().item(),
                 (power.max() / power.sum()).item())
 
-# %% ../nbs/08_sites.ipynb #81b7d118
+# %% ../nbs/08_sites.ipynb #29dd8c0a
 @dataclass(frozen=True)
 class Site:
     "A place in a model, and what can be read there"
@@ -142,7 +140,7 @@ def mean_sites(
         out.append(Site(s.layer, s.reading, **{k: float(np.mean([r[k] for r in rows])) for k in list(rows[0])[2:]}))
     return Sites(sorted(out, key=lambda s: s.log_loss))
 
-# %% ../nbs/08_sites.ipynb #d69fcb0a
+# %% ../nbs/08_sites.ipynb #459fa11b
 def ranking(
     sites: Sites,
     model, name: str,  # the model, and how it was called

@@ -100,6 +100,8 @@ class Search:
             raise ValueError(f"layers must be a list of blocks, None or 'ranked', got {self.layers!r}")
         if self.most < 1: raise ValueError(f"most must be 1 or more, got {self.most!r}")
         for reading in self.readings or []: check_reading(reading)
+        if self.layers == "ranked" and "all" in (self.readings or []):
+            raise ValueError("a ranking takes one activation of each text: leave out the reading 'all'")
         if self.rule not in ("stop", "best"): raise ValueError(f"rule must be 'stop' or 'best', got {self.rule!r}")
         if not self.allow >= 0: raise ValueError(f"allow must be 0 or more, got {self.allow!r}")
         if self.refine < 0: raise ValueError(f"refine must be 0 or more rounds, got {self.refine!r}")
