@@ -8,10 +8,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-import argparse, inspect, json, re
+import argparse, inspect, json, re, tempfile
 import numpy as np
 import torch
 import odesteer as ods
+from .costs import plan_costs
 from .euler import load_class
 from .judges import Panel, hub_commit, load_judge
 from .micro import AXES, Recipe
@@ -145,7 +146,21 @@ def _option(read, default=None): return field(default=default, metadata={"read":
 
 # %% ../nbs/26_plans.ipynb #c518f22e
 @dataclass
-class BenchOptions:
+class _Running:
+    "Where and how long a comparison runs, and on which model"
+    out: str = _option(_text, "runs")  # folder of the runs
+    plan_only: bool = _option(_flag, False)  # count and time what is asked for, and run nothing
+    minutes: float = _option(positive_number, float("inf"))  # no run is begun later
+    part: tuple = _option(_part, (1, 1))  # this machine's share of the work
+    batch_size: int = _option(whole_number, 64)
+    model: str = _option(_text)
+    revision: str = _option(_text)
+    device: str = _option(_text)
+    dtype: str = _option(_text, "auto")
+
+# %% ../nbs/26_plans.ipynb #7ad5527e
+@dataclass
+class BenchOptions(_Running):
     "What `odesteer bench` is asked to do; made by `bench_options`"
     tasks: list = _option(_tasks, ("micro",))  # names; or files that say what to do
     methods: list = _option(_unless("all", comma_list))  # None: all
@@ -167,14 +182,6 @@ class BenchOptions:
     judge: str = _option(_text)  # None: the task's
     lm_eval: str = _option(_text)  # guardrail tasks
     lm_eval_path: str = _option(_text)  # folder with task files
-    out: str = _option(_text, "runs")  # folder of the runs
-    minutes: float = _option(positive_number, float("inf"))  # no run is begun later
-    part: tuple = _option(_part, (1, 1))  # this machine's share of the work
-    batch_size: int = _option(whole_number, 64)
-    model: str = _option(_text)
-    revision: str = _option(_text)
-    device: str = _option(_text)
-    dtype: str = _option(_text, "auto")
 
 # %% ../nbs/26_plans.ipynb #7acaad1e
 def bench_options(
@@ -321,6 +328,7 @@ def run_bench(o: BenchOptions):  # exit code 3: the time is used up
     "Every method on every task: choose on validation, report on test; interrupted or stopped, the same command goes on"
     files = [t for t in o.tasks if t.endswith(".json") or (Path(t)/"config.json").is_file()]
     if files: return _bench_files(o, files)
+    if o.plan_only: return _print_costs(o)
     plan, make = bench_plan(o)
     try:
         with one_thread() if make is micro_bench else nullcontext(): run_plan(plan, make, o.out, o.minutes)
@@ -341,6 +349,12 @@ def _plan_options(path, plan) -> BenchOptions:
     return bench_options(plan)
 
 # %% ../nbs/26_plans.ipynb #d7c8c090
+def _print_costs(o: BenchOptions):
+    "What would be run, and how long it would take; nothing is written"
+    with tempfile.TemporaryDirectory() as cache:  # of judges
+        plan, make = bench_plan(replace(o, out=cache))
+        with one_thread() if make is micro_bench else nullcontext(): plan_costs(plan, make, o.out)
+
 def _bench_files(o: BenchOptions, files):
     "Runs from their configs, or the comparison that a plan describes"
     if len(files) < len(o.tasks):
@@ -357,6 +371,7 @@ def _bench_files(o: BenchOptions, files):
     for f in files: print(_run_again(f, o))
     print(f"done: odesteer report {o.out}")
 
+# %% ../nbs/26_plans.ipynb #85e10a26
 def _run_again(path, o: BenchOptions) -> Run:
     "The run of a config"
     config = read_config(path)
