@@ -5,7 +5,7 @@
 # %% ../nbs/25_costs.ipynb #c05a0005
 from __future__ import annotations
 from collections import Counter
-from contextlib import nullcontext, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple

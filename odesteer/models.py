@@ -184,9 +184,9 @@ def _as_text(tokenizer, text, i) -> tuple:
     # a chat that ends with an answer stops at the last token of that answer:
     # what a template puts behind it says nothing about the answer
     ends = dict(continue_final_message=True) if text[-1]["role"] == "assistant" else dict(add_generation_prompt=True)
-    from jinja2 import TemplateError
     try: return tokenizer.apply_chat_template(list(text), tokenize=False, **ends), False
-    except TemplateError as e:
+    except Exception as e:
+        if not type(e).__module__.startswith("jinja2"): raise
         roles = ", ".join(str(m.get("role")) for m in text)
         raise ValueError(f"text {i} ({str(text[-1].get('content'))[:60]!r}; roles {roles}) is a chat that the "
                          f"tokenizer's template refuses: {e}") from None

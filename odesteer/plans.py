@@ -146,21 +146,7 @@ def _option(read, default=None): return field(default=default, metadata={"read":
 
 # %% ../nbs/26_plans.ipynb #c518f22e
 @dataclass
-class _Running:
-    "Where and how long a comparison runs, and on which model"
-    out: str = _option(_text, "runs")  # folder of the runs
-    plan_only: bool = _option(_flag, False)  # count and time what is asked for, and run nothing
-    minutes: float = _option(positive_number, float("inf"))  # no run is begun later
-    part: tuple = _option(_part, (1, 1))  # this machine's share of the work
-    batch_size: int = _option(whole_number, 64)
-    model: str = _option(_text)
-    revision: str = _option(_text)
-    device: str = _option(_text)
-    dtype: str = _option(_text, "auto")
-
-# %% ../nbs/26_plans.ipynb #7ad5527e
-@dataclass
-class BenchOptions(_Running):
+class BenchOptions:
     "What `odesteer bench` is asked to do; made by `bench_options`"
     tasks: list = _option(_tasks, ("micro",))  # names; or files that say what to do
     methods: list = _option(_unless("all", comma_list))  # None: all
@@ -182,6 +168,15 @@ class BenchOptions(_Running):
     judge: str = _option(_text)  # None: the task's
     lm_eval: str = _option(_text)  # guardrail tasks
     lm_eval_path: str = _option(_text)  # folder with task files
+    out: str = _option(_text, "runs")  # folder of the runs
+    plan_only: bool = _option(_flag, False)  # count and time what is asked for, and run nothing
+    minutes: float = _option(positive_number, float("inf"))  # no run is begun later
+    part: tuple = _option(_part, (1, 1))  # this machine's share of the work
+    batch_size: int = _option(whole_number, 64)
+    model: str = _option(_text)
+    revision: str = _option(_text)
+    device: str = _option(_text)
+    dtype: str = _option(_text, "auto")
 
 # %% ../nbs/26_plans.ipynb #7acaad1e
 def bench_options(

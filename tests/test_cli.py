@@ -718,6 +718,39 @@ def test_guardrail_tasks_of_lm_eval(files, tiny, capsys, monkeypatch):
     assert [float(r["score"]) for r in rows] == pytest.approx([sum(plain)/12, sum(steered)/12], abs=1e-4) and float(rows[1]["change"]) == pytest.approx((sum(steered) - sum(plain))/12, abs=1e-4)
 
 
+# ---- what a plan costs
+
+def test_plan_only_counts_and_writes_nothing(files, capsys):
+    for line in (["micro-truth", "--methods", "caa,odesteer", "--layers", "1", "--shares", ".2,.4", "--seeds", "1"], ["micro-toxicity", "--quick", "--methods", "caa", "--plan-only"]):
+        before = {p for p in files.rglob("*")}
+        assert main(["bench", *line, "--plan-only"]) == 0
+        out = capsys.readouterr().out
+        assert {p for p in files.rglob("*")} == before
+        for words in ("120 validation and 200 test prompts", "caa", "in all", "tokens", "tokens a second without", "not counted: fitting"): assert words in out
+    assert "the comparison of speed" in out and "odesteer (n_components=2000)" not in out
+
+
+def test_plan_only_counts_real_tasks_files_and_presets(files, tiny, capsys):
+    rows = [{"Question": f"Is {i} odd?", "Best Answer": "It is.", "Best Incorrect Answer": "Never.", "Correct Answers": f"It is.; Yes, {i}.", "Incorrect Answers": "Never.; No."} for i in range(24)]
+    with open("t.csv", "w", newline="") as f: w = csv.DictWriter(f, rows[0]); w.writeheader(); w.writerows(rows)
+    line = ["bench", "truthfulqa-binary", "--model", str(tiny), "--data", "t.csv", "--methods", "caa", "--layers", "1", "--T", "1,2", "--seeds", "1", "--allow", "2"]
+    assert main([*line, "--plan-only"]) == 0
+    out = capsys.readouterr().out
+    assert "tokens    0" in out and "questions a second without" in out and not list(files.glob("runs*"))
+    assert main(line) == 0 and main([*line, "--plan-only"]) == 0 and "nothing is left to do" in capsys.readouterr().out
+    (files/"plan.json").write_text(json.dumps(dict(tasks=["truthfulqa-binary"], model=str(tiny), data=["t.csv"], methods=["caa", "iti"], layers=1, T=[1, 2], seeds=1, allow=2)))
+    assert main(["bench", "plan.json", "--plan-only"]) == 0
+    out = capsys.readouterr().out
+    assert "iti" in out and "caa" not in out.replace("(caa)", "")  # done already
+    preset = ["bench", "--preset", "alqr-llama-3.2-1b", "truthfulqa", "--model", str(tiny), "--data", "t.csv", "--limit", "4", "--plan-only"]
+    from .test_judges import LLAMA, truth
+    truth().save_pretrained("judge"); LLAMA.save_pretrained("judge")
+    capsys.readouterr()
+    assert main([*preset, "--judge", "truth=judge+info=judge"]) == 0
+    out = capsys.readouterr().out
+    assert "alqr (" in out and "spid (" in out and "answers of" not in out and not (files/"runs"/"judged").exists()
+
+
 # ---- labels
 
 def test_formats_give_the_same_pairs(files):

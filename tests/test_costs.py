@@ -1,22 +1,15 @@
 "What a plan costs: bounds that hold whatever the runs say, and nothing written"
-import json
-import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import odesteer as ods
-from odesteer.cli import main
 from odesteer.costs import Rehearsal, measure_pace, plan_cost, rehearse
-from odesteer.data import group_of
-from odesteer.euler import load_class
-from odesteer.runs import Run, read_run, run_key
-from odesteer.sweeps import ABLATIONS, QUICK, Plan, Search, micro_bench, run_plan
-from odesteer.tasks import REAL_TASKS
+from odesteer.runs import Run, run_key
+from odesteer.sweeps import Plan, Search, run_plan
 
 from .benches import bench, contents
-from .test_cli import files, tiny  # noqa: F401
 
 UNIT = "truth",
 
@@ -137,37 +130,3 @@ def bench_with(real, **decoding):
     other = copy.copy(real)
     other.task = replace(real.task, decoding=real.task.decoding | decoding)
     return other
-
-
-# ---- the command
-
-def test_the_command_counts_and_writes_nothing(files, capsys):
-    for line in (["micro-truth", "--methods", "caa,odesteer", "--layers", "1", "--shares", ".2,.4", "--seeds", "1"], ["micro-toxicity", "--quick", "--methods", "caa", "--plan-only"]):
-        before = {p for p in files.rglob("*")}
-        assert main(["bench", *line, "--plan-only"]) == 0
-        out = capsys.readouterr().out
-        assert {p for p in files.rglob("*")} == before
-        for words in ("120 validation and 200 test prompts", "caa", "in all", "tokens", "tokens a second without", "not counted: fitting"): assert words in out
-    assert "the comparison of speed" in out and "odesteer (n_components=2000)" not in out
-
-
-def test_the_command_counts_real_tasks_files_and_presets(files, tiny, capsys):
-    import csv
-    rows = [{"Question": f"Is {i} odd?", "Best Answer": "It is.", "Best Incorrect Answer": "Never.", "Correct Answers": f"It is.; Yes, {i}.", "Incorrect Answers": "Never.; No."} for i in range(24)]
-    with open("t.csv", "w", newline="") as f: w = csv.DictWriter(f, rows[0]); w.writeheader(); w.writerows(rows)
-    line = ["bench", "truthfulqa-binary", "--model", str(tiny), "--data", "t.csv", "--methods", "caa", "--layers", "1", "--T", "1,2", "--seeds", "1", "--allow", "2"]
-    assert main([*line, "--plan-only"]) == 0
-    out = capsys.readouterr().out
-    assert "tokens    0" in out and "questions a second without" in out and not list(files.glob("runs*"))
-    assert main(line) == 0 and main([*line, "--plan-only"]) == 0 and "nothing is left to do" in capsys.readouterr().out
-    (files/"plan.json").write_text(json.dumps(dict(tasks=["truthfulqa-binary"], model=str(tiny), data=["t.csv"], methods=["caa", "iti"], layers=1, T=[1, 2], seeds=1, allow=2)))
-    assert main(["bench", "plan.json", "--plan-only"]) == 0
-    out = capsys.readouterr().out
-    assert "iti" in out and "caa" not in out.replace("(caa)", "")  # done already
-    preset = ["bench", "--preset", "alqr-llama-3.2-1b", "truthfulqa", "--model", str(tiny), "--data", "t.csv", "--limit", "4", "--plan-only"]
-    from .test_judges import LLAMA, truth
-    truth().save_pretrained("judge"); LLAMA.save_pretrained("judge")
-    capsys.readouterr()
-    assert main([*preset, "--judge", "truth=judge+info=judge"]) == 0
-    out = capsys.readouterr().out
-    assert "alqr (" in out and "spid (" in out and "answers of" not in out and not (files/"runs"/"judged").exists()
