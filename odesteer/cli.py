@@ -680,7 +680,8 @@ _TASKS_HELP = ("micro (all its axes), " + ", ".join(f"micro-{a}" for a in AXES) 
 
 _BENCH_HELP = {  # option -> (what stands for its value, help); no value: a flag
     "methods": (None, "names with commas between (default all: " + ", ".join(
-        m for kind in ("steerer", "controller", "placebo") for m in ods.steerer_names(kind)) + ")"),
+        m for kind in ("steerer", "controller", "placebo") for m in ods.steerer_names(kind))
+        + "); with other settings odesteer:metric=covariance:steps=3"),
     "T": ("X,...", "times to try (default auto: shares of the median activation norm)"),
     "shares": ("X,...", "the shares to try"),
     "layers": ("N,...", "layers to try (default auto: all of a small model, eight of a large one)"),

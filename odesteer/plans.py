@@ -21,7 +21,7 @@ from .report import guardrail_table
 from .results import guardrail_rows
 from .runs import Bench, Paused, Run, log, read_config, rerun
 from .sweeps import ABLATIONS, FULL, MICRO_PARAMS, PRESETS, QUICK, Plan, Search
-from .sweeps import micro_bench, preset_plan, run_plan, show_preset
+from .sweeps import micro_bench, preset_plan, run_plan, show_preset, variant
 from .tasks import REAL_TASKS
 
 # %% auto #0
@@ -203,8 +203,7 @@ def bench_plan(
     "What the options ask for, checked before any model is loaded"
     if o.preset: return _preset_plan(o)
     names = [m for kind in ("steerer", "controller", "placebo") for m in ods.steerer_names(kind)]
-    for m in o.methods or []:
-        if m not in names: raise ValueError(f"there is no method {m!r}; choose from {', '.join(names)}")
+    for m in o.methods or []: _check_variant(m, names)
     check_names(o.ablations or [], ABLATIONS, "ablation")
     micro = [t for t in o.tasks if t.startswith("micro")]
     if micro and len(micro) < len(o.tasks):
@@ -216,6 +215,13 @@ def bench_plan(
     if o.lm_eval: plan = replace(plan, lm_eval=dict(tasks=o.lm_eval, include_path=o.lm_eval_path, limit=o.limit))
     if o.ablations: plan = replace(plan, studies="all" if o.ablations == ["all"] else o.ablations)
     return _micro_plan(o, plan, micro) if micro else _real_plan(o, plan)
+
+# %% ../nbs/26_plans.ipynb #4c19ccfe
+def _check_variant(name, names):
+    method, params = variant(name)
+    if method not in names: raise ValueError(f"there is no method {method!r}; choose from {', '.join(names)}")
+    try: ods.make_steerer(method, **params)
+    except (TypeError, ValueError) as e: raise ValueError(f"--methods {name}: {e}") from None
 
 def _search(o: BenchOptions, usual: Search) -> Search:
     "The usual search but for what was said"
