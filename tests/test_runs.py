@@ -56,6 +56,9 @@ def test_every_setting_that_matters_changes_the_key(lm, tmp_path):
 def test_hyper_parameters_in_one_form():
     assert canonical_params("odesteer", {"steps": 10, "gamma": .5, "seed": 0}) == {"gamma": .5}
     assert canonical_params("caa", {"seed": 3}) == {} and canonical_params("random", {"seed": 3}) == {"seed": 3}
+    for method in "odesteer", "step-odesteer":  # parameters that came later leave old runs their keys
+        assert canonical_params(method, {"coordinates": "raw", "calibrate": False}) == {}
+        assert canonical_params(method, {"coordinates": "centred", "calibrate": True}) == {"calibrate": True, "coordinates": "centred"}
     with pytest.raises(TypeError, match="caa has no hyper-parameter steps; it has none"): canonical_params("caa", {"steps": 3})
 
 
