@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .barrier import ScoreBarrier, ascent
+from .data import token_rows
 from .euler import (Contrast, Edit, Steerer, contrast, in_full_precision, logistic_regression, make_steerer,
                             steerer_names)
 from .ode import integrate
@@ -179,7 +180,8 @@ def shuffle_labels(
     data: Contrast,  # from `contrast`: activations, and what is known about their rows
     seed=0,  # of the shuffle
 ) -> Contrast:  # as many wanted and unwanted rows as before, with what is known about them
-    "The same rows with labels exchanged: within a pair, else within a question, else among all rows."
+    "The same rows with labels exchanged: within a pair, else within a question, else among all rows (or responses)."
+    if (whole := _by_response(data)) is not None: return _by_token(shuffle_labels(whole, seed))
     rng, n, N = np.random.default_rng(seed), len(data.pos), len(data.X)
     y, pairs = np.arange(N) < n, _row_pairs(data)
     if pairs is not None: block = _components(pairs + [0, n], N)
@@ -192,6 +194,29 @@ def shuffle_labels(
     return _relabel(data, deal, pairs, rng)
 
 # %% ../nbs/09_baselines.ipynb #938d571b
+def _by_response(data):
+    "Where every token of the responses is a row (`token_rows`): the same with a row for each response; else None"
+    sizes = [len(s) for s in data.sequences or []]
+    first = np.cumsum([0, *sizes])
+    if first[-1] != len(data.X) or len(sizes) == len(data.X) or len(data.pos) not in first: return None
+    n = int(np.searchsorted(first, len(data.pos)))  # wanted responses
+    known = dict(sequences=data.sequences, rewards=data.rewards)
+    if data.groups is not None: known["groups"] = data.groups[first[:-1]]
+    if data.pairs is not None:
+        owner = np.repeat(np.arange(len(sizes)), sizes)
+        pairs = np.stack([owner[data.pairs[:, 0]], owner[data.pairs[:, 1] + len(data.pos)] - n], 1)
+        known["pairs"], rows = np.unique(pairs, axis=0, return_index=True)
+        if data.source is not None and len(data.source) == len(pairs): known["source"] = data.source[rows]
+    X = torch.stack([torch.as_tensor(s).to(data.X).mean(0) for s in data.sequences])
+    return contrast(X[:n], X[n:], **known)
+
+def _by_token(data):
+    "A row for each response becomes one for each of its tokens again"
+    n = len(data.pos)
+    groups = np.arange(len(data.X)) if data.groups is None else data.groups
+    pos, neg, known = token_rows(data.sequences[:n], data.sequences[n:], groups, data.pairs, data.source)
+    return contrast(pos, neg, **known | {"rewards": data.rewards})
+
 def _row_pairs(data):
     "The pairs of rows that must stay pairs: those given, else row i with row i where the questions agree."
     n = len(data.pos)
@@ -599,8 +624,9 @@ def _tokens(data):
     owner, after = torch.arange(len(seqs)).repeat_interleave(lengths), torch.arange(1, int(lengths.sum()) + 1)
     after[lengths.cumsum(0) - 1] = -1
     groups = data.groups
-    if groups is None or len(groups) != len(seqs): groups = np.arange(len(seqs))
-    return torch.cat(seqs), data.rewards[owner.to(device)], after.to(device), groups[owner.numpy()]
+    if groups is None or len(groups) not in (len(seqs), len(owner)): groups = np.arange(len(seqs))
+    if len(groups) != len(owner): groups = groups[owner.numpy()]  # else they are those of the tokens
+    return torch.cat(seqs), data.rewards[owner.to(device)], after.to(device), groups
 
 def _responses(data):
     "The sequences as tensors, each with its reward, or one clear error."

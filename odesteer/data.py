@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 import csv, hashlib, json, math, re, sys
 import numpy as np
+import torch
 import odesteer as ods
 from .euler import load_class, write_atomic
+from .models import READINGS
 
 # %% auto #0
 __all__ = ['READERS', 'QUESTION_ANSWER', 'USUAL', 'LABELS', 'CUES', 'SAMPLING', 'Prompt', 'ContrastTexts', 'group_of',
            'group_key', 'digest', 'read_rows', 'write_jsonl', 'Pairs', 'load_pairs', 'cell', 'prompt_text', 'cue_auc',
-           'PairsReport', 'check_pairs', 'load_prompts', 'fit_on', 'fit_steerer', 'sample', 'sample_batch']
+           'PairsReport', 'check_pairs', 'load_prompts', 'fit_on', 'token_rows', 'fit_steerer', 'texts_to_read',
+           'check_reading', 'sample', 'sample_batch']
 
 # %% ../nbs/05_data.ipynb #36988248
 @dataclass(frozen=True)
@@ -518,7 +521,7 @@ def load_prompts(
 
 # %% ../nbs/05_data.ipynb #15c5e387
 def fit_on(
-    acts,  # activations of the wanted texts, then of the unwanted ones, (N+ + N-, d)
+    acts,  # activations of the wanted texts, then of the unwanted ones, (N+ + N-, d); or a list of (n_tokens, d)
     texts: ContrastTexts,
     method: str,  # one of `ods.steerer_names(None)` that acts on one block
     source=None,  # activations at the last prompt token of the wanted texts, (N+, d), for methods that want them
@@ -531,7 +534,24 @@ def fit_on(
     pairs = _same_question(groups[:n], groups[n:])
     known = dict(groups=groups, pairs=pairs)
     if source is not None and pairs is not None: known["source"] = source[pairs[:, 0]]
-    return ods.make_steerer(method, **params).fit(acts[:n], acts[n:], **known)
+    if isinstance(acts, list): pos, neg, known = token_rows(acts[:n], acts[n:], **known)
+    else: pos, neg = acts[:n], acts[n:]
+    return ods.make_steerer(method, **params).fit(pos, neg, **known)
+
+def token_rows(
+    pos: list, neg: list,  # activations of each text, (n_tokens, d)
+    groups, pairs=None, source=None,  # of the texts, as of `contrast`
+) -> tuple:  # pos (M+, d), neg (M-, d), and what is known about these rows
+    "Every token a row: it keeps its text's group, the k-th tokens of a pair are a pair, whole texts are sequences"
+    sizes = [len(a) for a in (*pos, *neg)]
+    known = dict(groups=np.repeat(groups, sizes), sequences=[*pos, *neg], rewards=[1.]*len(pos) + [0.]*len(neg))
+    if pairs is not None:
+        first = [np.cumsum([0, *map(len, side)]) for side in (pos, neg)]
+        shared = [min(len(pos[i]), len(neg[j])) for i, j in pairs]
+        known["pairs"] = np.concatenate([np.arange(m)[:, None] + [first[0][i], first[1][j]]
+                                         for (i, j), m in zip(pairs, shared)])
+        if source is not None: known["source"] = source.repeat_interleave(torch.tensor(shared), 0)
+    return torch.cat(pos), torch.cat(neg), known
 
 def _same_question(pos_groups, neg_groups):
     "Rows (i, j) of wanted and unwanted texts of one group, each used once; None if no group has both"
@@ -548,16 +568,39 @@ def fit_steerer(
     method: str = "odesteer",  # one of `ods.steerer_names(None)`
     layer: int = 1,  # block whose output is read, and later edited; a controller reads and edits all of them
     batch_size: int = 32,
+    reading: str = "last",  # where in the answers: one of READINGS (page 04); a controller reads the last token
     **params,  # hyper-parameters of the method
 ):  # the fitted steerer or controller
-    "Fit a method of any kind on contrastive texts, at their last token"
+    "Fit a method of any kind on contrastive texts; ValueError for a controller that is told where to read"
+    check_reading(reading, method)
     how = dict(batch_size=batch_size, progress=sys.stderr.isatty())
     if not load_class(method).needs_layer:
         return ods.make_steerer(method, **params).fit(model, tokenizer, texts.pos, texts.neg, **how)
-    acts = ods.collect_activations(model, tokenizer, texts.pos + texts.neg, layers=[layer], **how)[layer]
+    acts = ods.collect_activations(model, tokenizer, texts_to_read(texts, [reading]), [layer], reading, **how)[layer]
     steerer = fit_on(acts, texts, method, **params)
-    steerer.about.update(ods.describe_site(model, tokenizer, layer, example=texts.pos[0]))
+    steerer.about.update(ods.describe_site(model, tokenizer, layer, reading, example=texts.pos[0]))
     return steerer
+
+def texts_to_read(
+    texts: ContrastTexts,
+    readings,  # where they will be read
+    split=None,  # text -> (prompt, answer)
+) -> list:  # wanted texts, then unwanted ones
+    "Texts as `collect_activations` takes them: for a mean or all tokens of answers, without their prompts where known"
+    both = [*texts.pos, *texts.neg]
+    if not {"mean", "all"} & set(readings): return both
+    if split is not None: return [split(t) for t in both]
+    template = getattr(texts, "template", "")
+    if "{question}" not in template or not template.endswith("{answer}"): return both
+    prompts = [t[:-len(a)].rstrip() for t, a in zip(both, [*texts.pos_answers, *texts.neg_answers])]
+    return [(p, t[len(p):]) for p, t in zip(prompts, both)]  # a space before an answer belongs to its first token
+
+def check_reading(reading, method=None) -> str:
+    "A place of reading; a ValueError where there is none of that name, or a controller is to read elsewhere"
+    if reading not in READINGS: raise ValueError(f"reading must be one of {', '.join(READINGS)}; got {reading!r}")
+    if reading != "last" and method and not load_class(method).needs_layer:
+        raise ValueError(f"{method} acts on all blocks and reads them at the last token itself: leave out the reading")
+    return reading
 
 # %% ../nbs/05_data.ipynb #23cd5056
 SAMPLING = dict(do_sample=True, temperature=.7, top_p=.9, top_k=0)  # top_k=0: older transformers cut to 50 tokens

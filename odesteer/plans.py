@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import odesteer as ods
 from .costs import plan_costs
+from .data import check_reading
 from .euler import load_class
 from .judges import Panel, load_judge
 from .micro import AXES, Recipe
@@ -142,6 +143,12 @@ def _task_options(value) -> dict:
     texts = value if isinstance(value, list) else [value]
     return assignments(texts, "--option", "NAME=VALUE, such as protocol=alqr")
 
+def _layers(value):
+    "Numbers of blocks; None for auto; or the word ranked"
+    return value if value == "ranked" else _unless("auto", _numbers("--layers", int))(value)
+
+def _readings(value) -> list: return [check_reading(r) for r in comma_list(value)]
+
 def _option(read, default=None): return field(default=default, metadata={"read": read})
 
 # %% ../nbs/26_plans.ipynb #c518f22e
@@ -153,7 +160,8 @@ class BenchOptions:
     T: list = _option(_unless("auto", _numbers("--T")))  # times to try
     spreads: list = _option(_numbers("--spreads"))  # multiples of the spread to try
     shares: list = _option(_numbers("--shares"))  # shares of the median norm to try
-    layers: list = _option(_unless("auto", _numbers("--layers", int)))  # None: `auto_layers`
+    layers: object = _option(_layers)  # None: `auto_layers`; or "ranked"
+    reading: list = _option(_readings)  # where texts may be read; None: where the task says
     seeds: int = _option(whole_number)  # None: those of the plan, 3
     allow: float = _option(positive_number, .15)  # what a guardrail may lose
     ablations: list = _option(comma_list)  # names of studies, or "all" among them
@@ -226,7 +234,8 @@ def _check_variant(name, names):
 
 def _search(o: BenchOptions, usual: Search) -> Search:
     "The usual search but for what was said"
-    search = replace(usual, allow=o.allow, seeds=o.seeds or usual.seeds, layers=o.layers or usual.layers)
+    search = replace(usual, allow=o.allow, seeds=o.seeds or usual.seeds, layers=o.layers or usual.layers,
+                     readings=o.reading or usual.readings)
     grids = {"T": o.T, "spread": o.spreads, "share": o.shares}
     given = {unit: grid for unit, grid in grids.items() if grid}
     if len(given) > 1: raise ValueError("give one grid of strengths: one of --spreads, --shares and --T")
@@ -249,7 +258,7 @@ def _micro_plan(o: BenchOptions, plan, tasks) -> tuple:
 
 def _with_layers(plan, count) -> Plan:
     "The plan with its layers counted from 0, if there are so many"
-    if not plan.search.layers: return plan
+    if not plan.search.layers or plan.search.layers == "ranked": return plan
     n = count()
     return replace(plan, search=replace(plan.search, layers=[check_layer(k, n) for k in plan.search.layers]))
 
@@ -284,7 +293,7 @@ def _bench_maker(o: BenchOptions, preset):
 
 # %% ../nbs/26_plans.ipynb #2b42bd40
 #: options that a preset fixes
-_FIXED = "T", "spreads", "shares", "layers", "methods", "quick", "full", "ablations", "params"
+_FIXED = "T", "spreads", "shares", "layers", "reading", "methods", "quick", "full", "ablations", "params"
 
 def _preset_plan(o: BenchOptions) -> tuple:
     "What a published table did, and nothing else"

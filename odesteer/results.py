@@ -232,7 +232,8 @@ def _enter_choice(units, choice):
     c = choice["config"]
     for unit in units:
         if all(c.get(k, v) == v for k, v in unit.shared.items()):
-            unit.choices.setdefault(_arm_name({"arm": "steer", **c}, unit.arms), []).append(choice)
+            arm = {"arm": "steer", **c, "reading": choice.get("reading", "last")}
+            unit.choices.setdefault(_arm_name(arm, unit.arms), []).append(choice)
 
 # %% ../nbs/18_results.ipynb #001f390a
 def _width(choice):
@@ -244,6 +245,7 @@ def _arm_name(config, arms) -> str:
     "Name of a run's arm; a steered one is entered in `arms`"
     if config["arm"] != "steer": return {"none": "unsteered"}.get(config["arm"], config["arm"])
     own = own_params(config["method"], config["params"])
+    if config.get("reading", "last") != "last": own["reading"] = config["reading"]  # of the texts it was fitted on
     name = arm_label(config["method"], own)
     arms[name] = config["method"], own
     return name
@@ -588,13 +590,21 @@ def study_runs(self: Unit, study: str) -> dict:  # label of an arm -> place -> t
     coarse, own = ABLATIONS[study].coarse, ABLATIONS[study].own
     params, out = {m: self.arms[arm][1] for m, arm in self.mains().items()}, {}
     for a in ablation_arms(study, params):
-        arm = arm_label(a.method, a.params)
+        arm = self._study_arm(a, params["odesteer"].get("reading"), own)
         where = self._study_layer(a.method, arm, layer, own)
         out[a.label] = {place(json.loads(point.strength)): runs for point, runs in self.points.items()
                         if (point.split, point.arm, point.layer) == ("test", arm, where)}
         best = self.chosen(arm, None if own else where, coarse)
         if best: out[a.label]["best"] = best
     return out
+
+@patch
+def _study_arm(self: Unit, a, reading, own) -> str:
+    "The name of an arm of a study, fitted where ODESteer is; in a study that says so, where its own choice is"
+    def plain(arm): return self.arms[arm][0], {k: v for k, v in self.arms[arm][1].items() if k != "reading"}
+    swept = [arm for arm in self.choices if plain(arm) == (a.method, a.params)] if own else []
+    if swept: return swept[0]
+    return arm_label(a.method, a.params | ({"reading": reading} if reading and needs_layer(a.method) else {}))
 
 @patch
 def _study_layer(self: Unit, method, arm, layer, own):

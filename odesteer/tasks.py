@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 import inspect, math
 import numpy as np
-from .data import SAMPLING, ContrastTexts, Prompt, cell, digest, group_key, group_of, read_rows
+from .data import SAMPLING, ContrastTexts, Prompt, cell, check_reading, digest, group_key, group_of, read_rows
 from .judges import BETTER, ModelSource, load_judge, perplexity, text_metrics, with_template
 from .statistics import toxicity_metrics
 
@@ -62,6 +62,7 @@ class Task:
     samples: int = 1  # answers per prompt
     shift: int = 0  # added to the seed on validation, where both splits ask the same and would draw the same answers
     positions: str = "last"  # tokens that are steered; "all": those of the prompt too
+    reading: str = "last"  # where texts are read to fit on, one of READINGS (page 04); controllers read the last token
     split: callable = None  # text -> (prompt, answer), for methods that read a prompt's end; None: texts are such pairs
     max_length: int = None  # texts to fit on are read up to this many tokens, losing the beginning of their prompt
     note: callable = lambda prompt: ""  # what a reader should know about a prompt
@@ -69,6 +70,7 @@ class Task:
     def __post_init__(self):
         if self.primary not in self.better:
             raise ValueError(f"say in better= whether more of {self.primary!r} is better (+1) or less (-1)")
+        check_reading(self.reading)
         if self.data is None: return
         for fold in self.folds: fold.check()
 

@@ -939,7 +939,7 @@ def test_bad_texts(llama, texts, message):
 
 def test_other_bad_input(llama, tok):
     with pytest.raises(ValueError, match="site must be 'output' or 'input' of the blocks; got 'both'"): collect_activations(llama, tok, ["x"], site="both")
-    with pytest.raises(ValueError, match="positions must be 'last', 'prompt', 'mean', 'all' or an index; got 'first'"): collect_activations(llama, tok, ["x"], positions="first", progress=False)
+    with pytest.raises(ValueError, match="positions must be 'last', 'mean', 'template', 'all', 'prompt' or an index; got 'first'"): collect_activations(llama, tok, ["x"], positions="first", progress=False)
     with pytest.raises(ValueError, match="text 1 has 2 tokens, so it has none at position 3"): collect_activations(llama, tok, ["xyz", "x"], positions=3, progress=False)
     with pytest.raises(ValueError, match="2 prompts but 1 continuations"): score_continuations(llama, tok, ["a", "b"], ["c"])
     plain = tiny_tokenizer()

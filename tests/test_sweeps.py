@@ -17,7 +17,7 @@ from odesteer.euler import load_class
 from odesteer.report import main_table, strength_figure
 from odesteer.results import find_runs, gather
 from odesteer.runs import Paused, Run
-from odesteer.sweeps import ABLATIONS, FULL, MICRO_PARAMS, QUICK, Plan, Search, ablation_arms, auto_layers, benchmark, compare_speed, micro_bench, plan_steps, run_plan, stop_rule, strength_grid, sweep
+from odesteer.sweeps import ABLATIONS, FULL, MICRO_PARAMS, QUICK, Plan, Search, Trial, ablation_arms, auto_layers, benchmark, compare_speed, micro_bench, plan_steps, run_plan, stop_rule, strength_grid, sweep
 from odesteer.sweeps import _closer
 
 from .benches import bench, contents, fake, small
@@ -89,7 +89,7 @@ def test_a_sweep_takes_the_layer_with_the_best_metric_at_its_stop(lm, tmp_path, 
     monkeypatch.setattr(b, "run", run, raising=False)
     search = Search([0, 1], (.1, .2))
     choice = sweep(b, "caa", search)
-    assert (choice.layer, choice.strength) == (1, {"share": .2}) and (0, {"share": .2}, .9) in choice.trials
+    assert (choice.layer, choice.strength) == (1, {"share": .2}) and Trial(0, {"share": .2}, .9) in choice.trials
     assert sweep(b, "caa", search) == choice
     assert sweep(b, "caa", Search([0], (.1, .2), rule="best", refine=0)).strength == {"share": .2}
 
