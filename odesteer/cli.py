@@ -239,8 +239,10 @@ def _warn_overlap(pairs, prompts):
 def _place(layer) -> str: return "all blocks" if layer is None else f"layer {layer}"
 
 def _last_message(prompt) -> str:
-    "The text of a prompt; of a chat, what was said last"
-    return prompt.text if isinstance(prompt.text, str) else prompt.text[-1]["content"]
+    "The text of a prompt; of a chat, what was said last, after dots where more was said before"
+    if isinstance(prompt.text, str): return prompt.text
+    last, turns = prompt.text[-1]["content"], sum(m["role"] == "user" for m in prompt.text)
+    return f"... {last}" if turns > 1 else last
 
 # %% ../nbs/27_cli.ipynb #53b211b9
 def _demo(o):
@@ -306,7 +308,8 @@ def _own_demo(o, params, runs) -> tuple:
         raise ValueError("--choose needs a judge; the micro model has one, your texts do not: "
                          "look at the right-hand figure and give --spread or --T")
     pairs = _read_pairs(o)
-    prompts, layer = load_prompts(o.prompts, o.prompt or o.question, pairs.template), _layer_of(o)
+    prompts = load_prompts(o.prompts, o.prompt or o.question, pairs.template, pairs.system)
+    layer = _layer_of(o)
     _warn_overlap(pairs, prompts)
     model, tokenizer = load_model(o.model, o.revision, o.device, o.dtype)
     task = _drawn(user_task(model, tokenizer, pairs, prompts, max_new_tokens=50), o)
@@ -366,7 +369,7 @@ def _write_demo(demo: Demo, rise, steerer, seed, out: Path):
     how = dict(positions=bench.task.reading, example=fold.texts.pos[0])
     site = {} if layer is None else ods.describe_site(bench.model, bench.tokenizer, layer, **how)
     template = getattr(fold.texts, "template", QUESTION_ANSWER)  # the micro world asks in this form too
-    steerer.about = site | steerer.about | {"template": template}
+    steerer.about = site | steerer.about | _form(template, getattr(fold.texts, "system", None))
     steerer.save_pretrained(out/"steerer")
     columns = {"prompt": [_last_message(p) for p in fold.test]}
     columns |= {"unsteered" if arm == "plain" else arm: demo.answers(run) for arm, run in demo.arms.items()}
@@ -385,11 +388,15 @@ def _fit(o):
     model, tokenizer = load_model(o.model, o.revision, o.device, o.dtype)
     steerer = fit_steerer(model, tokenizer, pairs, o.method, layer, o.batch_size, o.reading, **params)
     n_groups = len(set(pairs.groups))
-    steerer.about.update(template=pairs.template, pairs=str(o.pairs), groups=n_groups)
+    steerer.about.update(_form(pairs.template, pairs.system), pairs=str(o.pairs), groups=n_groups)
     steerer.save_pretrained(out)
     norm = "" if layer is None else f", {steerer._facts()}"
     print(f"{o.method} fitted on {len(pairs.pos)} wanted and {len(pairs.neg)} unwanted texts in {n_groups} groups; "
           f"{_place(layer)}{norm}; saved in {o.out}/")
+
+def _form(template, system) -> dict:
+    "What a card must say so that prompts are asked as the texts were"
+    return {"template": template} | ({"system": system} if system else {})
 
 def _strength_for(o, steerer) -> dict:
     "The strength that was given, in a unit that the steerer knows, or its default"
@@ -409,7 +416,8 @@ def _generate(o):
     "A fitted steerer and prompts in, a JSONL of answers out"
     _check_folder_of(o.out)
     steerer = ods.load_steerer(o.steerer)
-    prompts = load_prompts(o.prompts, o.prompt, steerer.about.get("template", "{answer}"))
+    system = steerer.about.get("system") if o.system is None else o.system
+    prompts = load_prompts(o.prompts, o.prompt, steerer.about.get("template", "{answer}"), system)
     name, revision = _model_of(o, steerer)
     strength, layer = _strength_for(o, steerer), _layer_for(o, steerer, name, revision)
     log(f"{len(prompts)} prompts, {Path(name).name}, {_place(layer)}, {_strength_in_words(strength)}, seed {o.seed}")
@@ -510,7 +518,8 @@ def _read_pairs(o):
     if columns and len(columns) != 2:
         raise ValueError(f"--columns {o.columns}: name two columns, WANTED,UNWANTED or TEXT,LABEL")
     template = o.template and o.template.replace("\\n", "\n")
-    return load_pairs(o.pairs, columns, o.question, o.group, o.sep, template, config=o.config, split=o.split)
+    source = dict(config=o.config, split=o.split)
+    return load_pairs(o.pairs, columns, o.question, o.group, o.sep, template, o.system, **source)
 
 # %% ../nbs/27_cli.ipynb #aa7f5706
 def _bench(o): return run_bench(bench_options(vars(o)))
@@ -576,15 +585,21 @@ def _pair_options(c, required=False):
     c.add_argument("--pairs", required=required, metavar="FILE", help="wanted and unwanted texts: " + _FILE)
     _column_options(c)
 
+def _system_option(c, default):
+    c.add_argument("--system", metavar="TEXT", help=f"message that chats begin with (default {default})")
+
 def _column_options(c):
     columns = "WANTED,UNWANTED or TEXT,LABEL (default: usual names such as pos,neg or text,label)"
     template = ("text that the model reads, with {question} and {answer}, or 'chat' "
-                "(default 'Q: {question}\\nA: {answer}' if there is a question)")
+                "(default 'Q: {question}\\nA: {answer}' if there is a question; of chats 'chat')")
+    question = ("column of the question (default: question, Question or prompt, if there is one; '': none); "
+                "texts about one question form a group")
     c.add_argument("--columns", metavar="A,B", help=columns)
-    c.add_argument("--question", metavar="COLUMN", help="column of the question; texts about one question form a group")
+    c.add_argument("--question", metavar="COLUMN", help=question)
     c.add_argument("--group", metavar="COLUMN", help="column of group ids, where the question is not the group")
     c.add_argument("--sep", help="splits a cell into several answers, such as ';'")
     c.add_argument("--template", help=template)
+    _system_option(c, "none")
     c.add_argument("--config", help="configuration of a data set")
     c.add_argument("--split", default="train", help="split of a data set (default train)")
 
@@ -607,7 +622,7 @@ def _strength_options(c, *units):
 def _prompt_options(c, required=False):
     files = "prompts: a .txt with one a line, or a file of the kinds above"
     c.add_argument("--prompts", required=required, metavar="FILE", help=files)
-    c.add_argument("--prompt", metavar="COLUMN", help="column of the prompts")
+    c.add_argument("--prompt", metavar="COLUMN", help="column of the prompts, texts or chats")
 
 def _sampling_options(c, new_tokens=None):
     length = "length of the answers (default 50; 32 for the micro model)"
@@ -625,7 +640,8 @@ _EXAMPLES = {
     "fit": ("odesteer fit --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --columns pos,neg --layer 6 "
             "--out steerer",
             'odesteer fit --model MODEL --pairs TruthfulQA.csv --columns "Correct Answers,Incorrect Answers" --sep ";" '
-            "--question Question --out steerer"),
+            "--question Question --out steerer",
+            'odesteer fit --model MODEL --pairs chats.jsonl --system "Answer in one sentence." --out steerer'),
     "sites": ("odesteer sites --model smollm2 --pairs pairs.jsonl",
               "odesteer sites --model MODEL --pairs chats.csv --question Question --template chat "
               "--reading last,mean,template --out sites.json",
@@ -634,7 +650,7 @@ _EXAMPLES = {
                  "odesteer generate --steerer steerer --prompts questions.csv --prompt Question --both"),
     "check-pairs": ("odesteer check-pairs pairs.jsonl",
                     "odesteer check-pairs comments.csv --columns text,label --group thread"),
-    "bench": ("odesteer bench micro --quick",
+    "bench": ("odesteer bench micro --quick", "odesteer bench micro --quick --plan-only",
               "odesteer bench micro-truth --methods all --T auto --layers auto --seeds 3 --out runs/",
               "odesteer bench truthfulqa --model meta-llama/Llama-3.2-1B --methods caa,odesteer",
               "odesteer bench refusal --model MODEL --data harmful.csv,harmless.jsonl --methods alqr,caa",
@@ -711,6 +727,7 @@ def _generate_options(c):
     c.add_argument("--layer", type=int, help="block to steer (default: the one it was fitted at)")
     _model_options(c)
     _prompt_options(c, required=True)
+    _system_option(c, "that of the pairs that were fitted on")
     _strength_options(c, "T", "spread", "share", "nats", "until")
     _sampling_options(c, new_tokens=50)
 
@@ -734,7 +751,8 @@ _TASKS_HELP = ("micro (all its axes), " + ", ".join(f"micro-{a}" for a in AXES) 
 
 _BENCH_HELP = {  # option -> (what stands for its value, help); no value: a flag
     "methods": (None, "names with commas between (default all: " + ", ".join(
-        m for kind in ("steerer", "controller", "placebo") for m in ods.steerer_names(kind)) + ")"),
+        m for kind in ("steerer", "controller", "placebo") for m in ods.steerer_names(kind))
+        + "); with other settings odesteer:metric=covariance:steps=3"),
     "T": ("X,...", "times to try (default auto: multiples of the spread)"),
     "spreads": ("X,...", "multiples of the spread to try; useful strengths are near 1"),
     "shares": ("X,...", "shares of the median norm to try"),
@@ -763,6 +781,7 @@ _BENCH_HELP |= {  # where it comes from, how it is judged, where it goes
                          "method at its choice"),
     "lm_eval_path": ("DIR", "folder with task files of your own"),
     "out": (None, f"folder of the runs (default {BenchOptions.out})"),
+    "plan_only": ("", "say what would be run and how long it would take, after ten seconds of work; run nothing"),
     "minutes": ("X", "stop after this time; the same command goes on"),
     "part": ("I/N", "this machine's share of the work"),
     "batch_size": ("N", None),
