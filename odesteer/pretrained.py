@@ -137,6 +137,7 @@ def read_gguf(
 
 # %% ../nbs/07_pretrained.ipynb #d0ce8fd4
 def _needs(what, *packages):
+    "A ValueError where a package is missing"
     missing = [p for p in packages if find_spec(p) is None]
     if missing: raise ModelError(f"{what} cannot be read without {' and '.join(missing)}: "
                                  f"pip install {' '.join(missing)}")
@@ -171,12 +172,8 @@ def _dequantised(head: GGUF) -> tuple:  # model, tokenizer
     return model, tokenizer
 
 def _set_tokens(tokenizer, head):
-    "The special tokens that the file names, which some versions of transformers guess; others guess much more"
-    import transformers
+    "The special tokens that the file names, which some versions of transformers guess"
     tokens = head.about["tokenizer.ggml.tokens"]
-    if len(tokenizer) > len(tokens):
-        raise ModelError(f"transformers {transformers.__version__} misreads the tokenizer of {head.path.name}: "
-                         "pip install -U transformers")
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         i = head.about.get(f"tokenizer.ggml.{key}_token_id")
         if i is not None: setattr(tokenizer, f"{name}_token", tokens[i])
@@ -382,6 +379,9 @@ def _load_gguf(name, path, revision, device, dtype) -> tuple:
 
 def _dequantise(name, path, folder, elsewhere) -> Path:
     "The folder where the weights are now"
+    import transformers
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 8):  # older ones misread tokenizers
+        raise ModelError(f"{path.name} needs transformers 5.8 or later: pip install -U transformers")
     _needs(path.name, "gguf", "accelerate")
     head = read_gguf(path)
     _check_whole(head)
