@@ -380,11 +380,11 @@ def _load_gguf(name, path, revision, device, dtype) -> tuple:
 def _dequantise(name, path, folder, elsewhere) -> Path:
     "The folder where the weights are now"
     import transformers
-    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 8):  # older ones misread tokenizers
-        raise ModelError(f"{path.name} needs transformers 5.8 or later: pip install -U transformers")
     _needs(path.name, "gguf", "accelerate")
     head = read_gguf(path)
     _check_whole(head)
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 8):  # older ones misread tokenizers
+        raise ModelError(f"{path.name} needs transformers 5.8 or later: pip install -U transformers")
     _check_memory(name, head.size, torch.float32, "cpu", "dequantising")
     _say(f"dequantising {path.name}, once, into {folder}")
     with _quietly(): parts = _dequantised(head)
