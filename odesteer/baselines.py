@@ -565,7 +565,7 @@ class REControl(TrainedSteerer):
     def _field(self, x): return self.steps * self.eta * self.barrier.grad(x)
     def _flow(self, x, T): return integrate(self._field, x, T, self.steps)
     def _climb(self, *_):
-        raise ValueError("REControl takes a fixed number of steps and has no barrier to stop at: use T= or share=, or "
+        raise ValueError("REControl takes a fixed number of steps and has no barrier to stop at: use T= or spread=, or "
                          "ODESteer(barrier=steerer.barrier), which stops where the value reaches a level")
 
 # %% ../nbs/09_baselines.ipynb #3f4c032d
@@ -722,22 +722,23 @@ def steer(self: TruthFlow,
     a: Tensor,  # activations, (..., d)
     T=None,  # time: a number, or one per row
     *,
-    share=None,  # instead of T: the distance as a share of the median norm of the fitted activations
+    spread=None,  # instead of T: the distance as a multiple of the spread of the fitted activations
+    share=None,  # instead of T: the distance as a share of their median norm
     nats=None,  # as for every steerer; an error here, as there is no barrier to stop at
     until=None,  # likewise
     source=None,  # states of the queries, broadcast to `a`: correct these, not each activation by itself
 ) -> Tensor:  # (..., d), dtype and device of `a`
     "Add `T` times the correction of the activation's own state, or of its query's."
-    strength = dict(T=T, share=share, nats=nats, until=until)
+    strength = dict(T=T, spread=spread, share=share, nats=nats, until=until)
     if source is None: return Steerer.steer(self, a, **strength)
     return self._add(a, self.correction(source), **strength)
 
 # %% ../nbs/09_baselines.ipynb #a8ea72c6
 @patch
 @in_full_precision
-def _add(self: TruthFlow, a, correction, T=None, share=None, nats=None, until=None):
+def _add(self: TruthFlow, a, correction, **strength):
     a, x, me = self._ready(a)
-    T = me._time(x, T, share, nats, until)
+    T, nats, until = me._time(x, **strength), strength.get("nats"), strength.get("until")
     if nats is not None or until is not None: return me._climb(x, T, nats, until, a)
     steered = (x + T[..., None] * correction.to(x)).to(a.dtype)
     return torch.where((T != 0)[..., None], steered, a)
@@ -746,7 +747,7 @@ def _add(self: TruthFlow, a, correction, T=None, share=None, nats=None, until=No
 def edits(self: TruthFlow,
     model,  # the model to be steered (unused: a steerer looks at one layer only)
     layer,  # 0-based decoder block
-    strength,  # number, one per row, or a dict of units such as {"share": 0.3}
+    strength,  # number, one per row, or a dict of units such as {"spread": 1.}
 ) -> dict:  # {layer: Edit}
     "What to do at the layer's output; after `fit(source=)`, all of an answer gets the last prompt token's correction."
     unit, _, limits = self._unit(strength)

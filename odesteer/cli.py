@@ -99,8 +99,6 @@ def barrier_rise(
     with torch.no_grad(): return certificate(barrier, path, tol=1e-5)
 
 # %% ../nbs/27_cli.ipynb #5ec902eb
-_UNITS = {"T": "time T", "share": "strength, share of the median norm"}
-
 def demo_figure(
     path,  # PNG to write
     demo: Demo,
@@ -115,19 +113,18 @@ def demo_figure(
     with plots.style():
         fig = Figure(figsize=(8, 3.2), layout="constrained", dpi=110)
         left, right = fig.subplots(1, 2)
-        if rise is not None: _plot_rise(left, rise, unit, value, color)
+        if rise is not None: _plot_rise(left, rise, load_class(method).strength_names[unit], value, color)
         else:
             left.set_axis_off()
             left.text(.5, .5, f"{method} climbs no barrier", ha="center")
         n = _plot_curve(right, demo, color)
         right.axvline(value, color="black", ls=":", lw=1)
-        cls = load_class(method)
-        right.set(xlabel=_UNITS[unit] if cls.needs_layer else cls.strength_name, ylabel=demo.bench.task.primary,
+        right.set(xlabel=f"strength, {load_class(method).strength_names[unit]}", ylabel=demo.bench.task.primary,
                   title=f"validation, n={n}; dotted: strength used")
         fig.savefig(path)
 
 # %% ../nbs/27_cli.ipynb #d3844e7e
-def _plot_rise(ax, rise, unit, value, color):
+def _plot_rise(ax, rise, strength, value, color):
     "h of some activations along the way, and its median"
     from odesteer import plots
     h, t = rise.h.float(), np.linspace(0, value, len(rise.h))
@@ -136,7 +133,7 @@ def _plot_rise(ax, rise, unit, value, color):
     ax.axhline(0, color="black", ls="--", lw=1)
     plots.direct_label(ax, value, h[-1].median().item(), "median", color)
     title = f"h rises for {rise.share_risen:.0%} of {h.shape[1]} activations"
-    ax.set(xlabel=_UNITS[unit], ylabel="barrier h", title=title)
+    ax.set(xlabel=f"strength, {strength}", ylabel="barrier h", title=title)
 
 def _plot_curve(ax, demo, color) -> int:  # number of prompts
     "The primary metric on validation prompts against strength, with its interval"
@@ -273,7 +270,7 @@ def _own_demo(o, params, runs) -> tuple:
     "The same for a model of your own; texts are read before the model"
     if o.choose:
         raise ValueError("--choose needs a judge; the micro model has one, your texts do not: "
-                         "look at the right-hand figure and give --share or --T")
+                         "look at the right-hand figure and give --spread or --T")
     pairs = _read_pairs(o)
     prompts, layer = load_prompts(o.prompts, o.prompt or o.question, pairs.template), _layer_of(o)
     _warn_overlap(pairs, prompts)
@@ -348,7 +345,7 @@ def _fit(o):
     n_groups = len(set(pairs.groups))
     steerer.about.update(template=pairs.template, pairs=str(o.pairs), groups=n_groups)
     steerer.save_pretrained(out)
-    norm = "" if layer is None else f", median norm {steerer.median_norm_:.3g}"
+    norm = "" if layer is None else f", {steerer._facts()}"
     print(f"{o.method} fitted on {len(pairs.pos)} wanted and {len(pairs.neg)} unwanted texts in {n_groups} groups; "
           f"{_place(layer)}{norm}; saved in {o.out}/")
 
@@ -357,12 +354,13 @@ def _strength_for(o, steerer) -> dict:
     strength = _strength_of(o) or steerer.default_strength
     if set(strength) <= set(steerer.strength_units): return strength
     _refuse_set_point(steerer, steerer.card["method"], "give --T")
-    raise ValueError(f"{type(steerer).__name__} has no barrier to stop at: give --T or --share")
+    if "spread" in strength: steerer.resolve(strength)  # says why it knows no spread
+    raise ValueError(f"{type(steerer).__name__} has no barrier to stop at: give --spread or --T")
 
 def _refuse_set_point(steerer, method, advice):
     "A ValueError where a strength is counted in nothing but T"
     if "share" in steerer.strength_units: return
-    raise ValueError(f"the strength of {method} is a {steerer.strength_name}: {advice}")
+    raise ValueError(f"the strength of {method} is a {steerer.strength_names['T']}: {advice}")
 
 # %% ../nbs/27_cli.ipynb #57584678
 def _generate(o):
@@ -415,7 +413,7 @@ def _check_pairs(o):
 # %% ../nbs/27_cli.ipynb #39c2e9ed
 def _strength_of(o) -> dict:
     "The one unit of strength that was given, or nothing"
-    units = "T", "share", "nats", "until"
+    units = "T", "spread", "share", "nats", "until"
     given = {unit: value for unit in units if (value := getattr(o, unit, None)) is not None}
     if len(given) > 1: raise ValueError(f"give one strength, not {' and '.join('--' + unit for unit in given)}")
     return given
@@ -442,7 +440,7 @@ def _method_params(o) -> dict:
         raise ValueError(f"there is no method {o.method!r}; choose one of {', '.join(METHODS)}")
     try: steerer = ods.make_steerer(o.method, **params)
     except TypeError as e: raise ValueError(f"--set: {e}") from None
-    if "share" in _strength_of(o): _refuse_set_point(steerer, o.method, "give --T, not --share")
+    for unit in _strength_of(o).keys() - {"T"}: _refuse_set_point(steerer, o.method, f"give --T, not --{unit}")
     return params
 
 # %% ../nbs/27_cli.ipynb #2cf11320
@@ -516,10 +514,10 @@ def main(
 _FILE = "JSONL, JSON, CSV, TSV or parquet file, a folder saved by datasets, or the name of a data set"
 
 def _model_options(c, required=False):
-    c.add_argument("--model", required=required, help="folder or hub id of a causal language model")
+    c.add_argument("--model", required=required, help="smollm2, a folder, a .gguf file, a LoRA folder or a hub id")
     c.add_argument("--revision", help="branch, tag or commit of the model on the hub")
     c.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
-    c.add_argument("--dtype", default="auto", help="such as bfloat16 (default: as saved)")
+    c.add_argument("--dtype", default="auto", help="such as bfloat16 (default: what the processor is fast in)")
 
 def _pair_options(c, required=False):
     c.add_argument("--pairs", required=required, metavar="FILE", help="wanted and unwanted texts: " + _FILE)
@@ -546,9 +544,8 @@ def _method_options(c):
     c.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=param)
 
 def _strength_options(c, *units):
-    explain = dict(T="time", share="share of the median activation norm", nats="log-odds to add",
-                   until="barrier value to stop at")
-    for unit in units: c.add_argument(f"--{unit}", type=float, metavar="X", help=f"strength as {explain[unit]}")
+    for unit in units:
+        c.add_argument(f"--{unit}", type=float, metavar="X", help=f"strength as {ods.Steerer.strength_names[unit]}")
 
 def _prompt_options(c, required=False):
     files = "prompts: a .txt with one a line, or a file of the kinds above"
@@ -567,12 +564,12 @@ def _sampling_options(c, new_tokens=None):
 # %% ../nbs/27_cli.ipynb #214cf97b
 _EXAMPLES = {
     "demo": ("odesteer demo", "odesteer demo --axis toxicity --method caa", "odesteer demo --method alqr --T 2",
-             "odesteer demo --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --prompts prompts.txt --share 0.3"),
+             "odesteer demo --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --prompts prompts.txt --spread 1"),
     "fit": ("odesteer fit --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --columns pos,neg --layer 6 "
             "--out steerer",
             'odesteer fit --model MODEL --pairs TruthfulQA.csv --columns "Correct Answers,Incorrect Answers" --sep ";" '
             "--question Question --out steerer"),
-    "generate": ("odesteer generate --steerer steerer --prompts prompts.txt --share 0.3 --out answers.jsonl",
+    "generate": ("odesteer generate --steerer steerer --prompts prompts.txt --spread 1 --out answers.jsonl",
                  "odesteer generate --steerer steerer --prompts questions.csv --prompt Question --both"),
     "check-pairs": ("odesteer check-pairs pairs.jsonl",
                     "odesteer check-pairs comments.csv --columns text,label --group thread"),
@@ -617,7 +614,7 @@ def _demo_options(c):
     _model_options(c)
     _pair_options(c)
     _method_options(c)
-    _strength_options(c, "T", "share")
+    _strength_options(c, "T", "spread", "share")
     _prompt_options(c)
     _sampling_options(c)
 
@@ -640,7 +637,7 @@ def _generate_options(c):
     c.add_argument("--layer", type=int, help="block to steer (default: the one it was fitted at)")
     _model_options(c)
     _prompt_options(c, required=True)
-    _strength_options(c, "T", "share", "nats", "until")
+    _strength_options(c, "T", "spread", "share", "nats", "until")
     _sampling_options(c, new_tokens=50)
 
 def _report_options(c):
@@ -664,8 +661,9 @@ _TASKS_HELP = ("micro (all its axes), " + ", ".join(f"micro-{a}" for a in AXES) 
 _BENCH_HELP = {  # option -> (what stands for its value, help); no value: a flag
     "methods": (None, "names with commas between (default all: " + ", ".join(
         m for kind in ("steerer", "controller", "placebo") for m in ods.steerer_names(kind)) + ")"),
-    "T": ("X,...", "times to try (default auto: shares of the median activation norm)"),
-    "shares": ("X,...", "the shares to try"),
+    "T": ("X,...", "times to try (default auto: multiples of the spread)"),
+    "spreads": ("X,...", "multiples of the spread to try; useful strengths are near 1"),
+    "shares": ("X,...", "shares of the median norm to try"),
     "layers": ("N,...", "layers to try (default auto: all of a small model, eight of a large one)"),
     "seeds": ("N", "seeds of the test runs (default 3)"),
     "allow": ("X", f"what a guardrail may lose (default {BenchOptions.allow})"),

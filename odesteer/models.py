@@ -769,7 +769,7 @@ def steering(
     positions="last",  # "last" prompt token and all later ones; "all": prompt tokens too; or (batch,) prompt lengths
     blocks: str = None,  # dotted name of the list of blocks, if the search for it fails
     history="steered",  # "unsteered": of each pass only the last token is steered; needs generation without a cache
-    **units,  # instead of strength: share=, nats= or until=, as in `Steerer.steer`
+    **units,  # instead of strength: spread=, share=, nats= or until=, as in `Steerer.steer`
 ) -> Steering:
     "Steer a model, until the `with` block ends or `.remove()` is called"
     model = unwrapped(model)
@@ -871,8 +871,8 @@ def _strength(parts, strength, units):
         return units if strength is None else {"T": strength, **units}
     if strength is not None: return strength
     if all(part.unit == "fraction" for _, part in parts): return 1.0  # the published map
-    raise ValueError("say how far to steer: strength= (or T=), share= of the median norm, "
-                     "nats= of log-odds, or until= a barrier value")
+    raise ValueError("say how far to steer: spread= (of the fitted activations; 1 is usual), strength= (or T=), "
+                     "share= of the median norm, nats= of log-odds, or until= a barrier value")
 
 # %% ../nbs/04_models.ipynb #a690da26
 def generate_text(

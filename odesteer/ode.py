@@ -351,11 +351,12 @@ def trajectory(self: ODESteer,
     a: Tensor,  # activations, (..., d); errors as in `steer`
     T=None,  # time, a number or one per row
     *,
-    share=None,  # instead of T: displacement as a share of the median norm of the fitted activations
+    spread=None,  # instead of T: displacement as a multiple of the spread of the fitted activations
+    share=None,  # instead of T: displacement as a share of their median norm
 ) -> Tensor:  # (steps + 1, ..., d), float32 or better
     "Every state on the way."
     a, x, me = self._ready(a)
-    return me._flow(x, me._time(x, T, share, None, None), path=True)
+    return me._flow(x, me._time(x, T=T, spread=spread, share=share), path=True)
 
 # %% ../nbs/03_ode.ipynb #525b6125
 class StepODESteer(ODESteer):
@@ -456,20 +457,22 @@ def stop_at(self: ODESteer,
     a: Tensor,  # activations, (..., d); errors as in `steer`
     until=None,  # barrier value to reach, a number or one per row; rows already above it stay
     nats=None,  # or log-odds to add; negative takes away; ValueError unless one of the two is given
-    T=None, share=None,  # with until=: the longest way allowed; default `max_T`
+    T=None, spread=None, share=None,  # with until=: the longest way allowed; default `max_T`
 ) -> Stopped:  # float32 or better
     "Walk to a barrier level and say how it went, row by row."
     if (until is None) == (nats is None):
         raise ValueError("give the level as until= (a barrier value) or as nats= (log-odds to add)")
     a, x, me = self._ready(a)
     me._doubt(stacklevel=4)
-    return me._stop(x, me._time(x, T, share, nats, until), nats, until)
+    cap = me._time(x, T=T, spread=spread, share=share, nats=nats, until=until)
+    return me._stop(x, cap, nats, until)
 
 @patch
-def _time(self: ODESteer, x, T, share, nats, until):
-    if until is not None and any(isinstance(v, (int, float)) and v < 0 for v in (T, share)):
+def _time(self: ODESteer, x, **units):
+    caps = (units.get(k) for k in ("T", "spread", "share"))
+    if units.get("until") is not None and any(isinstance(v, (int, float)) and v < 0 for v in caps):
         raise ValueError("the longest way to a barrier level cannot be negative")
-    return Steerer._time(self, x, T, share, nats, until)
+    return Steerer._time(self, x, **units)
 
 # %% ../nbs/03_ode.ipynb #stop0002
 @patch

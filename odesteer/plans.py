@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import odesteer as ods
 from .euler import load_class
-from .judges import Panel, hub_commit, load_judge
+from .judges import Panel, load_judge
 from .micro import AXES, Recipe
-from .pretrained import count_layers, load_model
+from .pretrained import NAMED, count_layers, hub_origin, load_model
 from .report import guardrail_table
 from .results import guardrail_rows
 from .runs import Bench, Paused, Run, log, read_config, rerun
@@ -150,6 +150,7 @@ class BenchOptions:
     tasks: list = _option(_tasks, ("micro",))  # names; or files that say what to do
     methods: list = _option(_unless("all", comma_list))  # None: all
     T: list = _option(_unless("auto", _numbers("--T")))  # times to try
+    spreads: list = _option(_numbers("--spreads"))  # multiples of the spread to try
     shares: list = _option(_numbers("--shares"))  # shares of the median norm to try
     layers: list = _option(_unless("auto", _numbers("--layers", int)))  # None: `auto_layers`
     seeds: int = _option(whole_number)  # None: those of the plan, 3
@@ -218,9 +219,11 @@ def bench_plan(
 def _search(o: BenchOptions, usual: Search) -> Search:
     "The usual search but for what was said"
     search = replace(usual, allow=o.allow, seeds=o.seeds or usual.seeds, layers=o.layers or usual.layers)
-    if o.T: search = replace(search, strengths=[{"T": x} for x in sorted(o.T)])
-    if o.shares: search = replace(search, strengths=[{"share": x} for x in sorted(o.shares)])
-    return search
+    grids = {"T": o.T, "spread": o.spreads, "share": o.shares}
+    given = {unit: grid for unit, grid in grids.items() if grid}
+    if len(given) > 1: raise ValueError("give one grid of strengths: one of --spreads, --shares and --T")
+    if not given: return search
+    return replace(search, strengths=[{unit: x} for unit, grid in given.items() for x in sorted(grid)])
 
 # %% ../nbs/26_plans.ipynb #3ab93b12
 def _micro_plan(o: BenchOptions, plan, tasks) -> tuple:
@@ -247,7 +250,7 @@ def _real_plan(o: BenchOptions, plan, preset={}) -> tuple:
     "Units of tasks on your model: the name of the task"
     check_names(o.tasks, REAL_TASKS, "task")
     if not o.model:
-        raise ValueError(f"{o.tasks[0]} needs --model, a folder or hub id of a causal language model; "
+        raise ValueError(f"{o.tasks[0]} needs --model, such as smollm2, a folder or a hub id; "
                          "without one, run micro")
     if o.judge and "truthfulqa-binary" in o.tasks:
         raise ValueError("truthfulqa-binary needs no judge: its answers are letters; leave out --judge")
@@ -260,21 +263,20 @@ def _real_plan(o: BenchOptions, plan, preset={}) -> tuple:
 def _bench_maker(o: BenchOptions, preset):
     "How the name of a task becomes a `Bench`; the model is loaded once, for the first of them"
     @cache
-    def loaded():
-        model, tokenizer = load_model(o.model, o.revision, o.device, o.dtype)
-        return model, tokenizer, None if Path(o.model).is_dir() else hub_commit(o.model, o.revision)
+    def loaded(): return load_model(o.model, o.revision, o.device, o.dtype)
     def make(name, out, **kwargs):
-        model, tokenizer, commit = loaded()
+        model, tokenizer = loaded()
         options = preset.get("tasks", {}).get(name, {})
         task = REAL_TASKS[name](**options | _sources_of(name, o, preset), limit=o.limit)
         task = replace(task, decoding=task.decoding | preset.get("decoding", {}).get(name, {}))
+        hub, commit = hub_origin(model)
         return Bench(model, tokenizer, task, out, batch_size=preset.get("batch_size") or o.batch_size,
-                     revision=commit, hub=commit and o.model, **kwargs)
+                     revision=commit, hub=hub, **kwargs)
     return make
 
 # %% ../nbs/26_plans.ipynb #2b42bd40
 #: options that a preset fixes
-_FIXED = "T", "shares", "layers", "methods", "quick", "full", "ablations", "params"
+_FIXED = "T", "spreads", "shares", "layers", "methods", "quick", "full", "ablations", "params"
 
 def _preset_plan(o: BenchOptions) -> tuple:
     "What a published table did, and nothing else"
@@ -364,7 +366,8 @@ def _run_again(path, o: BenchOptions) -> Run:
     if re.fullmatch(r"micro-\w+-\d+", about["name"]):
         with one_thread(): return rerun(config, o.out)
     if task == "your texts": raise ValueError(f"{path} is of a demonstration: run odesteer demo again with its files")
-    name, revision = (o.model, o.revision) if o.model else (about.get("hub"), about.get("revision"))
+    known = about.get("hub") or (about["name"] if about["name"] in NAMED else None)
+    name, revision = (o.model, o.revision) if o.model else (known, about.get("revision"))
     if not name:
         raise ValueError(f"{path} was made with the model {about['name']}, which came from a folder: give --model")
     dtype = about.get("dtype", "auto") if o.dtype == "auto" else o.dtype

@@ -4,7 +4,7 @@
 
 # %% ../nbs/19_report.ipynb #d77967e2
 from __future__ import annotations
-from collections import defaultdict
+from collections import Counter, defaultdict
 from csv import DictReader, writer
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +14,9 @@ from typing import NamedTuple
 import io, json, re
 import numpy as np
 from fastcore.basics import patch
-from .euler import load_class, write_atomic
-from .results import (DERIVED, PLACEBOS, Interval, MetricRow, as_results, curve_unit, gather, place)
+from .euler import Fitted, load_class, write_atomic
+from .results import (DERIVED, PLACEBOS, Interval, MetricRow, as_results, curve_unit, gather, needs_layer,
+                              place)
 from .statistics import format_number, holm
 from .sweeps import ABLATIONS
 
@@ -149,9 +150,19 @@ def _layers(r):
     text = lambda c: "off" if c.strength is None else "all" if c.layer is None else str(c.layer)
     return "/".join(dict.fromkeys(text(c) for c in r["chosen"] if c)) or None
 
-def _strengths(r):
-    "The chosen strengths of a row, as text; shares without their name"
-    text = lambda c: "off" if c.strength is None else place(c.strength).replace("share ", "")
+# %% ../nbs/19_report.ipynb #600e9e8b
+def _usual_unit(scope) -> str:
+    "The unit in which most strengths of steerers were chosen"
+    steerers = [r for r in scope["rows"] if needs_layer(r["method"])]
+    chosen = Counter(unit for r in steerers for c in r["chosen"] if c and c.strength for unit in c.strength)
+    units = chosen or Counter(scope.get("units", {}).values())
+    return units.most_common(1)[0][0] if units else "share"
+
+def _words_of(scope) -> str: return Fitted.strength_names[_usual_unit(scope)]
+
+def _strengths(usual, r):
+    "The chosen strengths of a row, as text; those in the usual unit without its name"
+    text = lambda c: "off" if c.strength is None else place(c.strength).removeprefix(f"{usual} ")
     return "/".join(dict.fromkeys(text(c) for c in r["chosen"] if c)) or None
 
 # %% ../nbs/19_report.ipynb #e055a8be
@@ -167,7 +178,7 @@ def _main_columns(scope, rows) -> list:
     columns += [(m, partial(_mean_value, m)) for m in extra]
     if _has_effort(rows): columns.append(("effort", lambda r: r.get("effort")))
     speed = lambda r: r["speed"] and r["speed"].value
-    return columns + [("speed", speed), ("layer", _layers), ("strength", _strengths)]
+    return columns + [("speed", speed), ("layer", _layers), ("strength", partial(_strengths, _usual_unit(scope)))]
 
 def _main_note(scope):
     "What the columns of the main table mean"
@@ -176,7 +187,7 @@ def _main_note(scope):
     settings = [r["arm"] for r in ranked(scope) if r["arm"] != r["method"]]
     return (f"{scope['n']} answers about {scope['groups']} questions; in brackets 95 % intervals by question; "
             "change: paired difference to unsteered; made worse: share of answers; "
-            "strength: share of the median norm, of controllers the set-point (T); "
+            f"strength: {_words_of(scope)}, of controllers the set-point (T); "
             + (effort if _has_effort(scope["rows"]) else "")
             + "speed: of unsteered, " + ("measured side by side." if timed else "as it came.")
             + (f" Settings: {'; '.join(settings)}." if settings else ""))
@@ -488,7 +499,7 @@ def strength_figure(scope: dict):  # matplotlib figure
     rows = {r["arm"]: r for r in scope["rows"]}
     widest = defaultdict(float)  # unit -> largest strength of its panels
     for arm, points in curves.items():
-        unit = curve_unit(rows[arm]["method"])
+        unit = curve_unit(scope, rows[arm])
         widest[unit] = max(widest[unit], *(p.strength for p in points))
     columns = min(4 if len(curves) < 9 else 6, len(curves))
     lines = -(-len(curves) // columns)
@@ -496,26 +507,27 @@ def strength_figure(scope: dict):  # matplotlib figure
         fig, axes = plt.subplots(lines, columns, sharey=True, squeeze=False)
         for ax, (arm, points) in zip(axes.flat, curves.items()):
             if scope["unsteered"] is not None: ax.axhline(scope["unsteered"], color="#999999", ls="--", lw=.9, zorder=0)
-            _strength_panel(ax, rows[arm], points, widest)
+            _strength_panel(ax, scope, rows[arm], points, widest)
         for ax in axes.flat[len(curves):]: ax.set_visible(False)
-        controllers = "; of controllers the set-point" if "T" in widest else ""
-        fig.supxlabel(f"strength, share of the median norm (dotted: chosen){controllers}", fontsize=9)
+        plain = all(needs_layer(rows[arm]["method"]) for arm in curves)
+        controllers = "" if plain else "; of controllers the set-point"
+        fig.supxlabel(f"strength, {_words_of(scope)} (dotted: chosen){controllers}", fontsize=9)
         fig.supylabel(f"{scope['primary']}, validation", fontsize=9)
     return fig
 
 # %% ../nbs/19_report.ipynb #73aca4e5
-def _strength_panel(ax, row, points, widest):
+def _strength_panel(ax, scope, row, points, widest):
     "The curve of a method, and where it was stopped"
     from odesteer.plots import sweep_plot
-    method, unit = row["method"], curve_unit(row["method"])
-    if unit == "T":
+    method, unit, usual = row["method"], curve_unit(scope, row), _usual_unit(scope)
+    if not needs_layer(method):
         ax.set_xscale("log")
         ax.tick_params(which="minor", labelbottom=False)
-    else: ax.set_xlim(0, 1.06*widest["share"])
+    else: ax.set_xlim(0, 1.06*widest[unit])
     sweep_plot(ax, *np.array([(p.strength, *p.mean) for p in points], float).T, color=_color_of(method))
     strengths = {c.strength[unit] for c in row["chosen"] if c and c.strength and unit in c.strength}
     for s in strengths: ax.axvline(s, color="black", ls=":", lw=1)
-    axis = f", {load_class(method).strength_name}" if unit == "T" else ""
+    axis = "" if needs_layer(method) and unit == usual else f", {load_class(method).strength_names[unit]}"
     ax.set_title(method + axis + ("" if strengths else ": off"), fontsize=8.5)
 
 # %% ../nbs/19_report.ipynb #35ce6a7e

@@ -482,8 +482,15 @@ def needs_layer(arm: str) -> bool:
     "Whether a method acts at one block; what is no method (such as asking in the prompt) counts as one that does"
     return arm not in ods.REGISTRY or load_class(arm).needs_layer
 
-def curve_unit(method: str) -> str:
-    "The unit of the strengths that a method is swept over"
+def curve_unit(
+    scope: dict,  # one of results["scopes"]
+    row: dict,  # of its arm
+) -> str:
+    "The unit of the strengths on an arm's curve"
+    return scope.get("units", {}).get(row["arm"]) or _usual_unit(row["method"])
+
+def _usual_unit(method) -> str:
+    "The unit of a curve where results name none, as they did before there were spreads"
     return "share" if needs_layer(method) else "T"
 
 class CurvePoint(tuple):
@@ -505,16 +512,29 @@ def curve(self: Scope, arm: str) -> dict:  # layer as text, and "chosen" -> `Cur
     """Validation against strength, in each layer, and at each model's chosen layer
 
     Where no strength was safe, "chosen" is the layer in which most strengths were tried."""
-    unit = curve_unit(self.method(arm))
-    points = [k for u in self.units for k in sorted(k for k in u.points if (k.split, k.arm) == ("val", arm))]
+    unit, points = self.curve_unit(arm), self._tried(arm)
     layers = {str(k.layer): [k.layer]*len(self.units) for k in points}
     layers["chosen"] = [_curve_layer(u, arm) for u in self.units]
-    if unit == "T": layers.pop("None", None)  # a controller has no layers: its only curve is the chosen one
+    if not needs_layer(self.method(arm)): layers.pop("None", None)  # it has no layers, and one curve: the chosen one
     tried = [json.loads(k.strength) for k in points]
     strengths = sorted({s[unit] for s in tried if s.keys() == {unit}})
     curves = {name: [self._curve_point(arm, at, {unit: s}, name == "chosen") for s in strengths]
               for name, at in layers.items()}
     return {name: known for name, found in curves.items() if (known := [p for p in found if p])}
+
+# %% ../nbs/18_results.ipynb #22e104c7
+@patch
+def _tried(self: Scope, arm) -> list:  # of `Point`
+    "Where an arm was tried on validation"
+    return [k for u in self.units for k in sorted(k for k in u.points if (k.split, k.arm) == ("val", arm))]
+
+@patch
+def curve_unit(self: Scope, arm: str) -> str:
+    "The unit in which an arm's strength was chosen; where none was, the one in which most were tried"
+    chosen = [c["strength"] for u in self.units if (c := u.choice(arm)) and c["strength"]]
+    tried = [json.loads(k.strength) for k in self._tried(arm)]
+    counted = Counter(unit for s in chosen or tried if len(s) == 1 for unit in s)
+    return counted.most_common(1)[0][0] if counted else _usual_unit(self.method(arm))
 
 _UNTRIED = "untried"  # in place of a layer: the method was not tried on this model
 
@@ -543,7 +563,9 @@ def place(
 ) -> str:
     "A strength as text: where arms meet"
     if at == "best" or at is None: return "best"
-    if "level" in at: return f"level {at['level']:g} within share {at['share']:g}"
+    if "level" in at:
+        way = {unit: v for unit, v in at.items() if unit != "level"}  # the longest
+        return f"level {at['level']:g} within {place(way)}"
     return ", ".join(f"{k} {v:g}" for k, v in at.items())
 
 # %% ../nbs/18_results.ipynb #07dab6ba
@@ -605,7 +627,8 @@ def study(self: Scope, name: str) -> list:  # of `StudyRow`
     labels = [arm.label for arm in ABLATIONS[name].arms]
     reached = {label: set.intersection(*(set(r.get(label, {})) for r in runs)) for label in labels}  # in every unit
     rows = []
-    for kind in ABLATIONS[name].at:
+    kinds = [k for kind in ABLATIONS[name].at for k in (("share", "spread") if kind == "share" else (kind,))]
+    for kind in kinds:
         for places in _meetings(reached, kind):
             rivals = [p.partition(" within ")[2] or p for p in places]  # a level is compared with walking on
             here = [label for label in labels if set(places) <= reached[label]]
@@ -722,8 +745,11 @@ def _scope(scope, full) -> dict:
                groups=len(set(scope.groups())), n=len(scope.groups()), rows=rows)
     if not full: return out
     plain = scope.items([u.at("val", "unsteered") for u in scope.units], scope.primary, "val")
+    curves = {a: c for a in arms if (c := scope.curve(a))}
+    units = {a: unit for a in curves if (unit := scope.curve_unit(a)) != _usual_unit(scope.method(a))}
+    if units: out["units"] = units
     return out | dict(decoding=shared["decoding"], data=shared["data"], pairs=scope.pairs(rows), unsteered=_mean(plain),
-                      curves={a: c for a in arms if (c := scope.curve(a))},
+                      curves=curves,
                       studies={s: t for s in ABLATIONS if (t := scope.study(s))})
 
 def _arms_and_rows(scope, brief) -> tuple:

@@ -177,11 +177,11 @@ def steerer(self: Bench,
     key = digest(json.dumps([self.task.data, self.about, method, layer, params, fold], sort_keys=True))
     if key not in self._steerers:
         path = self.out/"steerers"/key
-        if (path/"card.json").exists(): self._steerers[key] = ods.load_steerer(path)
-        else:
-            fitted = self._fit_method(method, layer, params, fold)
-            fitted.save_pretrained(path)
-            self._steerers[key] = fitted
+        kept = ods.load_steerer(path) if (path/"card.json").exists() else None
+        if kept is None or (kept.needs_layer and "spread" not in kept.strength_units):  # none, or of an older version
+            kept = self._fit_method(method, layer, params, fold)
+            kept.save_pretrained(path)
+        self._steerers[key] = kept
     return self._steerers[key]
 
 @patch
@@ -211,12 +211,12 @@ def prompt_acts(self: Bench,
 @patch
 def strength(self: Bench,
     method: str, layer: int,
-    strength: dict,  # also {"angle": degrees}, {"level": quantile, "share": longest way} or {"effort": e}
+    strength: dict,  # also {"angle": degrees}, {"level": quantile, "spread": longest way} or {"effort": e}
     params={}, fold=0,
 ) -> dict:  # what `steering` takes
     "A strength in units of `steering`: angles, levels and efforts become times, barrier values, shares, set-points"
     if "effort" in strength: return self.at_effort(method, layer, strength["effort"], params, fold)
-    if set(strength) <= {"T", "share", "nats", "until"}: return strength
+    if set(strength) <= load_class(method).strength_names.keys(): return strength
     a, n = self.acts(fold, layer), len(self.task.folds[fold].texts.pos)
     return resolve_strength(strength, self.steerer(method, layer, params, fold), a[:n], a[n:])
 
@@ -498,14 +498,14 @@ def time_at_angle(
 
 # %% ../nbs/16_runs.ipynb #1c77e2d0
 def resolve_strength(
-    strength: dict,  # {"share": s}, {"angle": degrees} or {"level": quantile, "share": longest way}
+    strength: dict,  # {"spread": s}, {"angle": degrees} or {"level": quantile, "spread": longest way}
     steerer, pos, neg,  # fitted, and the activations (N, d) it was fitted on
 ) -> dict:  # what `steering` and `steer` take
     "A strength in units that the steerer knows"
     if "angle" in strength: return {"T": time_at_angle(steerer, neg, strength["angle"])}
     if "level" not in strength: return strength
     level = steerer.barrier.value(pos).quantile(strength["level"])
-    return {"until": level.item(), "share": strength["share"]}
+    return {"until": level.item(), **{unit: way for unit, way in strength.items() if unit != "level"}}
 
 # %% ../nbs/16_runs.ipynb #926a73b8
 def strength_at(

@@ -85,7 +85,7 @@ def _signed(gain, way) -> str:
 class Search:
     "How layer and strength are chosen on validation, and with which seeds the choice is tested"
     layers: list = None  # blocks to try, negative from the end; None: `auto_layers`. No matter to a controller
-    strengths: object = None  # ascending shares or dicts of one unit; None: the method's; or (task, method) -> these
+    strengths: object = None  # ascending dicts of one unit, or shares; None: the method's; or (task, method) -> these
     allow: float = .15  # a guardrail may lose this much
     refine: int = 1  # rounds of looking closer, half-way to the neighbours
     repeats: int = 2  # answers to each validation prompt in the layer taken; one in the others
@@ -116,13 +116,14 @@ def _check_grid(grid):
     units, values = {tuple(s) for s in _as_strengths(grid)}, [_value(s) for s in _as_strengths(grid)]
     ascending = all(a < b for a, b in zip(values, values[1:])) and all(map(math.isfinite, values))
     if len(units) != 1 or len(min(units)) != 1 or not ascending:
-        raise ValueError(f"strengths must be ascending numbers, or dicts of one unit such as {{'T': 2.}}, got {grid!r}")
+        raise ValueError("strengths must be ascending dicts of one unit such as {'spread': 1.}, or ascending shares, "
+                         f"got {grid!r}")
 
 def strength_grid(
     method: str,
-    strengths=None,  # shares, or dicts of one unit; None: the method's own
+    strengths=None,  # dicts of one unit such as {"spread": 1.}, or shares; None: the method's own
 ) -> list:
-    "Strengths as dicts of one unit; a controller knows no shares, and where it is given some it takes its own grid"
+    "Strengths as dicts of one unit; a controller knows T only, and where it is given another it takes its own grid"
     cls = load_class(method)
     own = [dict(s) for s in cls.strengths]
     if strengths is None: return own
@@ -402,19 +403,19 @@ class Arm(NamedTuple):
 def ablation_arms(
     study: str,  # a key of ABLATIONS
     params: dict = {},  # method -> hyper-parameters that its arms share; those of steerers are ODESteer's
-    shares: tuple = (.15, .3, .6),  # strengths of "share", of the median norm
+    shares: tuple = (.15, .3, .6),  # strengths at equal distance, as shares of the median norm
+    spreads: tuple = None,  # or as multiples of the spread
     angles: tuple = (5, 10, 20),  # of "angle", in degrees
     levels: tuple = (.1, .25, .5, .75, .9),  # of "level": quantiles of the barrier over wanted fitted activations
     efforts: tuple = (.05,),  # of "effort": what is added over the activation, mean over all blocks
 ) -> list:  # of `Arm`, the reference first
     "The arms of an ablation"
-    if study not in ABLATIONS:
-        raise ValueError(f"there is no ablation {study!r}: choose one of {', '.join(map(repr, ABLATIONS))}")
-    cap = {"share": max(shares)}
-    meet = {"share": [{"share": s} for s in shares], "angle": [{"angle": d} for d in angles], "best": ["best"],
+    if study not in ABLATIONS: raise ValueError(f"there is no ablation {study!r}: choose one of {list(ABLATIONS)}")
+    near = [{"spread": s} for s in spreads or ()] or [{"share": s} for s in shares]
+    cap = near[-1]
+    meet = {"share": near, "angle": [{"angle": d} for d in angles], "best": ["best"],
             "effort": [{"effort": e} for e in efforts], "level": [cap, *({"level": q} | cap for q in levels)]}
-    strengths = [s for at in ABLATIONS[study].at for s in meet[at]]
-    arms = {}
+    strengths, arms = [s for at in ABLATIONS[study].at for s in meet[at]], {}
     for label, method, changed in ABLATIONS[study].arms:
         own = own_params(method, _arm_params(method, changed, params))
         arms.setdefault(arm_label(method, own), Arm(study, label, method, own, not arms, strengths))
@@ -442,7 +443,8 @@ def ablate(
     coarse, own = ABLATIONS[study].coarse, ABLATIONS[study].own
     narrow = replace(search, refine=0, repeats=1) if coarse else search
     if not own: narrow = replace(narrow, layers=[main.layer])
-    for arm in ablation_arms(study, params):
+    in_spreads = "spread" in _strengths(bench, "odesteer", search)[0]
+    for arm in ablation_arms(study, params, spreads=(.4, .8, 1.6) if in_spreads else None):
         best = sweep(bench, arm.method, narrow, arm.params) if "best" in arm.strengths else main
         layer = best.layer if own and best.strength else main.layer
         if not load_class(arm.method).needs_layer: layer = None

@@ -103,6 +103,8 @@ def fails(capsys, *argv):
     ("demo --method magic", "no method 'magic'"),
     ("demo --layer 9", "no layer 9"),
     ("demo --T 1 --share 1", "give one strength, not --T and --share"),
+    ("demo --spread 1 --share 1", "give one strength, not --spread and --share"),
+    ("demo --method alqr --spread 1", "the strength of alqr is a set-point: give --T, not --spread"),
     ("demo --method alqr --layer 1", "alqr acts on all blocks: leave out --layer"),
     ("demo --method spid --share .3", "the strength of spid is a set-point: give --T"),
     ("fit --model MODEL --pairs pairs.jsonl --method alqr --layer 1 --out s", "alqr acts on all blocks: leave out --layer"),
@@ -151,7 +153,7 @@ def test_help_names_every_command_and_traceback_shows_the_place(files, capsys):
 
 # ---- the two halves with files in between
 
-@pytest.mark.parametrize("method, strength", [("caa", ["--T", "2"]), ("odesteer", ["--share", "0.5"])])
+@pytest.mark.parametrize("method, strength", [("caa", ["--T", "2"]), ("odesteer", ["--share", "0.5"]), ("iti", ["--spread", "9"])])
 def test_fit_then_generate(files, tiny, capsys, method, strength):
     extra = ["--set", "n_components=64", "--set", "steps=3"] if method == "odesteer" else []
     assert main(["fit", "--model", str(tiny), "--pairs", "pairs.csv", "--question", "q", "--method", method, "--layer", "-2", *extra, "--out", "s"]) == 0
@@ -227,6 +229,32 @@ def test_generate_answers_as_the_library_does(files, tiny):
     with ods.steering(model, steerer, layer=1, T=3.):
         expected = ods.generate_text(model, tokenizer, [f"How about {i}?" for i in range(9)], do_sample=False, max_new_tokens=5)
     assert [r["output"] for r in read_rows("a.jsonl")] == expected
+
+
+def test_generate_takes_one_spread_where_nothing_is_said(files, tiny, capsys):
+    main(["fit", "--model", str(tiny), "--pairs", "pairs.jsonl", "--method", "iti", "--layer", "1", "--out", "s"])
+    steerer = ods.load_steerer("s")
+    assert f"spread {steerer.spread_:.4g}" in capsys.readouterr().out
+    run = ["generate", "--steerer", "s", "--prompts", "prompts.txt", "--greedy", "--max-new-tokens", "5"]
+    for name, how in ("a", []), ("b", ["--spread", "1"]), ("c", ["--T", str(steerer.spread_.item())]): assert main([*run, *how, "--out", f"{name}.jsonl"]) == 0
+    assert read_rows("a.jsonl") == read_rows("b.jsonl") == read_rows("c.jsonl")
+    steerer.register_buffer("spread_", None)  # a folder from before there were spreads
+    steerer.save_pretrained("old")
+    capsys.readouterr()
+    assert "knows no spread" in fails(capsys, *run[:2], "old", *run[3:], "--spread", "1")
+    assert main([*run[:2], "old", *run[3:], "--out", "d.jsonl"]) == 0 and "share = 0.5" in capsys.readouterr().err
+
+
+def test_a_bench_in_spreads_is_made_again_from_a_config(files, tiny, capsys):
+    rows = [{"Question": f"Is {i} odd?", "Best Answer": "It is.", "Best Incorrect Answer": "Never.", "Correct Answers": f"It is.; Yes, {i}.", "Incorrect Answers": "Never.; No."} for i in range(24)]
+    with open("t.csv", "w", newline="") as f: w = csv.DictWriter(f, rows[0]); w.writeheader(); w.writerows(rows)
+    line = ["bench", "truthfulqa-binary", "--model", str(tiny), "--data", "t.csv", "--methods", "iti", "--layers", "1", "--spreads", "0.5,1", "--seeds", "1", "--allow", "2"]
+    assert main(line) == 0
+    made = {p.parent: json.loads(p.read_text()) for p in Path("runs").glob("*/config.json")}
+    assert {"spread": .5} in [c["strength"] for c in made.values()] and not any("share" in (c["strength"] or {}) for c in made.values())
+    first = next(p for p, c in made.items() if c["strength"] == {"spread": 1.})
+    assert main(["bench", str(first/"config.json"), "--data", "t.csv", "--model", str(tiny), "--out", "again"]) == 0
+    assert (Path("again")/first.name/"scores.json").read_text() == (first/"scores.json").read_text()
 
 
 def test_chat_format(files, tiny):
@@ -489,6 +517,8 @@ def test_options_are_the_same_from_a_shell_and_from_json(shell, plan):
     (dict(world="flat"), "argument --world: invalid choice: 'flat' (choose from speakers, experts)"),
     (dict(quick=1), "argument --quick: 1 is neither true nor false"),
     (dict(shares=[.2, "nan"]), "--shares 0.2,nan: write numbers with commas between, such as --shares 0.2,0.4"),
+    (dict(spreads=[1, "x"]), "--spreads 1,x: write numbers with commas between"),
+    (dict(spreads=[1.], shares=[.2]), "give one grid of strengths: one of --spreads, --shares and --T"),
     (dict(layers=[1.5]), "--layers 1.5: write numbers with commas between, such as --layers 8,13"),
     (dict(params=[1]), "--params 1: write it as JSON by method"),
     (dict(part=[3, 2]), "--part 3,2: write it as i/n"),

@@ -548,7 +548,8 @@ def test_handle_and_strength(llama):
 def test_units(llama):
     ode = fitted(method="ODESteer", n_components=64)
     before = block_output(llama)[:, -1]
-    for unit in (dict(share=.2), dict(nats=.5), dict(until=0., T=5.)):
+    rows = torch.linspace(.5, 1.5, len(before))
+    for unit in (dict(share=.2), dict(spread=.7), dict(spread=rows), dict(nats=.5), dict(until=0., T=5.), dict(until=0., spread=.5)):
         with steering(llama, ode, layer=LAYER, **unit): after = block_output(llama)[:, -1]
         torch.testing.assert_close(after, ode.steer(before, **unit))
 

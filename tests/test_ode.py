@@ -136,6 +136,8 @@ def test_per_row_strength_is_each_row_alone(steerer):
     assert torch.equal(together[0], NEW[0])
     torch.testing.assert_close(steerer.trajectory(NEW[:5], T)[-1], together)
     torch.testing.assert_close(steerer.trajectory(NEW[:5], share=.2)[-1], steerer.steer(NEW[:5], .2 * steerer.median_norm_.item()))
+    torch.testing.assert_close(steerer.trajectory(NEW[:5], spread=.5)[-1], steerer.steer(NEW[:5], .5 * steerer.spread_.item()))
+    torch.testing.assert_close(steerer.trajectory(NEW[:5], spread=T)[-1], steerer.steer(NEW[:5], spread=T))
 
 
 # --- solvers
@@ -340,12 +342,16 @@ def test_out_of_reach_stops_at_the_best_is_flagged_and_said_once():
     with pytest.warns(UserWarning, match="could not reach"): fitted(max_T=1e-3).steer(NEW, until=1e3)
 
 
-def test_the_cap_is_max_T_or_T_or_share(steerer):
+def test_the_cap_is_max_T_or_T_or_share_or_spread(steerer):
     far = dict(until=1e6)
-    for kw, cap in (dict(), steerer.median_norm_.item()), (dict(T=.5), .5), (dict(share=.1), .1 * steerer.median_norm_.item()):
+    for kw, cap in (dict(), steerer.median_norm_.item()), (dict(T=.5), .5), (dict(share=.1), .1 * steerer.median_norm_.item()), (dict(spread=.2), .2 * steerer.spread_.item()):
         assert steerer.stop_at(NEW, **far, **kw).T.max() <= cap * (1 + 1e-5)
+    with warnings.catch_warnings():  # that far is too far
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(steerer.steer(NEW, until=1., spread=.2), steerer.steer(NEW, until=1., T=.2 * steerer.spread_.item()))
     assert fitted(max_T=.7).stop_at(NEW, **far).T.max() <= .7 + 1e-5
-    with pytest.raises(ValueError, match="cannot be negative"): steerer.steer(NEW, until=0., T=-1.)
+    for unit in "T", "share", "spread":
+        with pytest.raises(ValueError, match="cannot be negative"): steerer.steer(NEW, until=0., **{unit: -1.})
 
 
 def right(a): return torch.ones_like(a)
@@ -498,7 +504,7 @@ def test_save_and_load_is_bit_identical(tmp_path, kw, cls):
     again = cls.from_pretrained(tmp_path/"s")
     assert type(again) is cls and again.params == s.params and again.chosen == s.chosen and again._wrong_scale() == s._wrong_scale()
     assert set(again.state_dict()) == set(s.state_dict())
-    for units in dict(T=2.), dict(share=-.1), dict(nats=.2), dict(until=0.): assert torch.equal(again.steer(NEW, **units), s.steer(NEW, **units))
+    for units in dict(T=2.), dict(share=-.1), dict(spread=.3), dict(nats=.2), dict(until=0.): assert torch.equal(again.steer(NEW, **units), s.steer(NEW, **units))
 
 
 def test_a_barrier_object_cannot_be_saved(tmp_path):

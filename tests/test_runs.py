@@ -1,4 +1,5 @@
 "Runs that survive anything: keys, what stands in a folder, kills, strengths that meet, flat memory"
+import copy
 import json
 import math
 import tracemalloc
@@ -118,6 +119,17 @@ def test_a_damaged_steerer_or_lost_file_is_made_again_or_named(lm, tmp_path):
     card, = tmp_path.glob("steerers/*/steerer.safetensors")
     card.write_bytes(b"x")
     with pytest.raises(ValueError, match="damaged"): bench(lm, tmp_path).steerer("caa", 1, {})
+
+
+def test_a_kept_steerer_of_an_older_version_is_fitted_again(lm, tmp_path):
+    fitted = bench(lm, tmp_path).steerer("caa", 1, {})
+    old = copy.deepcopy(fitted)
+    old.register_buffer("spread_", None)  # as it was saved before there were spreads
+    folder, = tmp_path.glob("steerers/*")
+    old.save_pretrained(folder)
+    assert "spread" not in ods.load_steerer(folder).strength_units
+    again = bench(lm, tmp_path).steerer("caa", 1, {})
+    assert torch.equal(again.spread_, fitted.spread_) and torch.equal(ods.load_steerer(folder).spread_, fitted.spread_)
 
 
 def test_what_was_judged_is_not_judged_again(lm, tmp_path, monkeypatch):
