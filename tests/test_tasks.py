@@ -196,7 +196,7 @@ def test_rows_without_the_columns_are_refused_with_a_remedy(tmp_path):
     with pytest.raises(ValueError, match="correct_answers, incorrect_answers"): tasks.truthfulqa(write(tmp_path/"a.jsonl", [{"question": "Why?", "answer": "so"}]), judge)
     with pytest.raises(ValueError, match="score_chosen, score_rejected"): tasks.ultrafeedback(write(tmp_path/"b.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}]), judge=judge)
     with pytest.raises(ValueError, match="prompt.toxicity"): tasks.realtoxicityprompts(write(tmp_path/"c.jsonl", [{"text": "a"}]), judge=judge, filter=None)
-    with pytest.raises(ValueError, match="wrong='first'"): tasks.truthfulqa_binary(write(tmp_path/"d.jsonl", hub_rows(questions(9))))
+    with pytest.raises(ValueError, match="leave out wrong='best'"): tasks.truthfulqa_binary(write(tmp_path/"d.jsonl", hub_rows(questions(9))), wrong="best")
 
 
 # --- the binary form
