@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .barrier import ScoreBarrier, ascent
+from .data import token_rows
 from .euler import (Contrast, Edit, Steerer, contrast, in_full_precision, logistic_regression, make_steerer,
                             steerer_names)
 from .ode import integrate
@@ -179,7 +180,8 @@ def shuffle_labels(
     data: Contrast,  # from `contrast`: activations, and what is known about their rows
     seed=0,  # of the shuffle
 ) -> Contrast:  # as many wanted and unwanted rows as before, with what is known about them
-    "The same rows with labels exchanged: within a pair, else within a question, else among all rows."
+    "The same rows with labels exchanged: within a pair, else within a question, else among all rows (or responses)."
+    if (whole := _by_response(data)) is not None: return _by_token(shuffle_labels(whole, seed))
     rng, n, N = np.random.default_rng(seed), len(data.pos), len(data.X)
     y, pairs = np.arange(N) < n, _row_pairs(data)
     if pairs is not None: block = _components(pairs + [0, n], N)
@@ -192,6 +194,29 @@ def shuffle_labels(
     return _relabel(data, deal, pairs, rng)
 
 # %% ../nbs/09_baselines.ipynb #938d571b
+def _by_response(data):
+    "Where every token of the responses is a row (`token_rows`): the same with a row for each response; else None"
+    sizes = [len(s) for s in data.sequences or []]
+    first = np.cumsum([0, *sizes])
+    if first[-1] != len(data.X) or len(sizes) == len(data.X) or len(data.pos) not in first: return None
+    n = int(np.searchsorted(first, len(data.pos)))  # wanted responses
+    known = dict(sequences=data.sequences, rewards=data.rewards)
+    if data.groups is not None: known["groups"] = data.groups[first[:-1]]
+    if data.pairs is not None:
+        owner = np.repeat(np.arange(len(sizes)), sizes)
+        pairs = np.stack([owner[data.pairs[:, 0]], owner[data.pairs[:, 1] + len(data.pos)] - n], 1)
+        known["pairs"], rows = np.unique(pairs, axis=0, return_index=True)
+        if data.source is not None and len(data.source) == len(pairs): known["source"] = data.source[rows]
+    X = torch.stack([torch.as_tensor(s).to(data.X).mean(0) for s in data.sequences])
+    return contrast(X[:n], X[n:], **known)
+
+def _by_token(data):
+    "A row for each response becomes one for each of its tokens again"
+    n = len(data.pos)
+    groups = np.arange(len(data.X)) if data.groups is None else data.groups
+    pos, neg, known = token_rows(data.sequences[:n], data.sequences[n:], groups, data.pairs, data.source)
+    return contrast(pos, neg, **known | {"rewards": data.rewards})
+
 def _row_pairs(data):
     "The pairs of rows that must stay pairs: those given, else row i with row i where the questions agree."
     n = len(data.pos)
@@ -565,7 +590,7 @@ class REControl(TrainedSteerer):
     def _field(self, x): return self.steps * self.eta * self.barrier.grad(x)
     def _flow(self, x, T): return integrate(self._field, x, T, self.steps)
     def _climb(self, *_):
-        raise ValueError("REControl takes a fixed number of steps and has no barrier to stop at: use T= or share=, or "
+        raise ValueError("REControl takes a fixed number of steps and has no barrier to stop at: use T= or spread=, or "
                          "ODESteer(barrier=steerer.barrier), which stops where the value reaches a level")
 
 # %% ../nbs/09_baselines.ipynb #3f4c032d
@@ -599,8 +624,9 @@ def _tokens(data):
     owner, after = torch.arange(len(seqs)).repeat_interleave(lengths), torch.arange(1, int(lengths.sum()) + 1)
     after[lengths.cumsum(0) - 1] = -1
     groups = data.groups
-    if groups is None or len(groups) != len(seqs): groups = np.arange(len(seqs))
-    return torch.cat(seqs), data.rewards[owner.to(device)], after.to(device), groups[owner.numpy()]
+    if groups is None or len(groups) not in (len(seqs), len(owner)): groups = np.arange(len(seqs))
+    if len(groups) != len(owner): groups = groups[owner.numpy()]  # else they are those of the tokens
+    return torch.cat(seqs), data.rewards[owner.to(device)], after.to(device), groups
 
 def _responses(data):
     "The sequences as tensors, each with its reward, or one clear error."
@@ -722,22 +748,23 @@ def steer(self: TruthFlow,
     a: Tensor,  # activations, (..., d)
     T=None,  # time: a number, or one per row
     *,
-    share=None,  # instead of T: the distance as a share of the median norm of the fitted activations
+    spread=None,  # instead of T: the distance as a multiple of the spread of the fitted activations
+    share=None,  # instead of T: the distance as a share of their median norm
     nats=None,  # as for every steerer; an error here, as there is no barrier to stop at
     until=None,  # likewise
     source=None,  # states of the queries, broadcast to `a`: correct these, not each activation by itself
 ) -> Tensor:  # (..., d), dtype and device of `a`
     "Add `T` times the correction of the activation's own state, or of its query's."
-    strength = dict(T=T, share=share, nats=nats, until=until)
+    strength = dict(T=T, spread=spread, share=share, nats=nats, until=until)
     if source is None: return Steerer.steer(self, a, **strength)
     return self._add(a, self.correction(source), **strength)
 
 # %% ../nbs/09_baselines.ipynb #a8ea72c6
 @patch
 @in_full_precision
-def _add(self: TruthFlow, a, correction, T=None, share=None, nats=None, until=None):
+def _add(self: TruthFlow, a, correction, **strength):
     a, x, me = self._ready(a)
-    T = me._time(x, T, share, nats, until)
+    T, nats, until = me._time(x, **strength), strength.get("nats"), strength.get("until")
     if nats is not None or until is not None: return me._climb(x, T, nats, until, a)
     steered = (x + T[..., None] * correction.to(x)).to(a.dtype)
     return torch.where((T != 0)[..., None], steered, a)
@@ -746,7 +773,7 @@ def _add(self: TruthFlow, a, correction, T=None, share=None, nats=None, until=No
 def edits(self: TruthFlow,
     model,  # the model to be steered (unused: a steerer looks at one layer only)
     layer,  # 0-based decoder block
-    strength,  # number, one per row, or a dict of units such as {"share": 0.3}
+    strength,  # number, one per row, or a dict of units such as {"spread": 1.}
 ) -> dict:  # {layer: Edit}
     "What to do at the layer's output; after `fit(source=)`, all of an answer gets the last prompt token's correction."
     unit, _, limits = self._unit(strength)

@@ -44,18 +44,20 @@ class ProbeOdds:
 
     def value(self, x): return (x.double() @ self.w).cpu().numpy()
 
-    def shift(self, steerer, share): return self.value(steerer.steer(self.x, share=share)) - self.value(self.x)
+    def shift(self, steerer, **strength): return self.value(steerer.steer(self.x, **strength)) - self.value(self.x)
 
     def off(self, steerer) -> dict:
         "What must stay as it was, and whether it did"
         before, kinds = self.x.clone(), [self.x.float(), self.x.bfloat16()]
-        same = all(torch.equal(steerer.steer(x, **{unit: 0}), x) for unit in ("T", "share") for x in kinds)
+        same = all(torch.equal(steerer.steer(x, **{unit: 0}), x) for unit in _distances(steerer) for x in kinds)
         return {"strength 0 changes no bit": same, "steering leaves its input alone": torch.equal(before, self.x)}
 
 # %% ../nbs/12_check.ipynb #bbf734ac
 def _auc(score, y):
     from sklearn.metrics import roc_auc_score
     return float(roc_auc_score(y, score))
+
+def _distances(steerer): return [unit for unit in ("T", "share", "spread") if unit in steerer.strength_units]
 
 # %% ../nbs/12_check.ipynb #3078585c
 class ModelOdds:
@@ -81,8 +83,8 @@ class ModelOdds:
         logp = score_continuations(self.model, self.tokenizer, *pairs, batch_size=self.batch_size).double().numpy()
         return np.bincount(self.item, self.weight * logp[self.rows])
 
-    def shift(self, steerer, share):
-        with steering(self.model, steerer, layer=self.layer, share=share): return self.odds() - self.plain
+    def shift(self, steerer, **strength):
+        with steering(self.model, steerer, layer=self.layer, **strength): return self.odds() - self.plain
 
 # %% ../nbs/12_check.ipynb #85fe6e06
 def _checked_pairs(texts, tokenizer):
@@ -112,7 +114,7 @@ def off(self: ModelOdds, steerer) -> dict:
     def logits():
         with evaluating(self.model): return self.model(**batch, use_cache=False).logits
     before, zero = logits(), []
-    for unit in ("T", "share"):
+    for unit in _distances(steerer):
         with steering(self.model, steerer, layer=self.layer, **{unit: 0.}): zero.append(logits())
     with steering(self.model, steerer, layer=self.layer, share=.1): logits()
     return {"strength 0 changes no bit of the logits": all(torch.equal(z, before) for z in zero),
@@ -131,7 +133,7 @@ def placebo_test(
     return float(stdtr(k - 1, (p.mean() - shift) / s)) if s > 0 else float(shift <= p.mean())
 
 # %% ../nbs/12_check.ipynb #4b2e7a9f
-def _placebos(odds, steerer, share, k, seed):
+def _placebos(odds, steerer, unit, value, k, seed):
     "kind -> mean shifts of k placebos that move as far as the steerer"
     d, even = odds.data, _evened(odds.data, seed)
     def refit(i):
@@ -139,8 +141,8 @@ def _placebos(odds, steerer, share, k, seed):
         fresh = type(steerer)(**steerer.params)
         return fresh.fit(mixed.pos, mixed.neg, groups=mixed.groups, pairs=mixed.pairs)
     def shift(placebo):
-        as_far = share * float(steerer.median_norm_ / placebo.median_norm_)
-        return odds.shift(placebo, as_far).mean()
+        length = {"spread": "spread_", "share": "median_norm_"}[unit]  # of its own data
+        return odds.shift(placebo, **{unit: value * float(getattr(steerer, length) / getattr(placebo, length))}).mean()
     random = (RandomDirection(seed=seed + i).fit(d.pos, d.neg) for i in range(k))
     return {"random directions": np.array([shift(p) for p in random]),
             "shuffled labels": np.array([shift(refit(i)) for i in range(k)])}
@@ -157,7 +159,8 @@ class SteererReport:
     "What `check_steerer` found"
     steerer: str
     measure: str  # whose log-odds
-    shares: list  # strengths, as shares of the median norm
+    unit: str  # of the strengths, "spread" or "share"
+    strengths: list  # rising
     dose: list  # Estimate of the mean shift in nats at each
     placebos: dict  # kind -> (k,) mean shifts at the last strength
     p: float  # probability that one more random direction does as well
@@ -167,27 +170,28 @@ class SteererReport:
     def ok(self): return all(passed is not False for passed, _ in self.findings)
 
     def __str__(self):
-        dose = [f"  share {s:<5g} {e.value:+8.3f} [{e.lo:+.3f}, {e.hi:+.3f}]" for s, e in zip(self.shares, self.dose)]
+        dose = [f"  {self.unit} {s:<5g} {e.value:+8.3f} [{e.lo:+.3f}, {e.hi:+.3f}]"
+                for s, e in zip(self.strengths, self.dose)]
         placebos = [f"  {kind:<18} mean {p.mean():+.3f}, sd {p.std(ddof=1):.3f}, largest {p.max():+.3f}"
                     for kind, p in self.placebos.items()]
         word = {True: "PASS", False: "FAIL", None: "LOOK"}
         found = [f"{word[passed]}: {text}" for passed, text in self.findings]
         n, groups = self.dose[0].n, self.dose[0].groups
         head = f"shift of the {self.measure}, nats (mean and 95 % interval over {n} items in {groups} groups)"
-        beside = f"placebos at share {self.shares[-1]:g}"
+        beside = f"placebos at {self.unit} {self.strengths[-1]:g}"
         return "\n".join([self.steerer, "", head, *dose, beside, *placebos, "", *found])
     __repr__ = __str__
 
 # %% ../nbs/12_check.ipynb #ca8399e4
-def _findings(shares, dose, steps, placebos, p, odds, off, finite):
+def _findings(at, dose, steps, placebos, p, odds, off, finite):
     "(passed, text) for each claim"
     top = dose[-1]
     if not finite: yield False, "steering gives NaN or infinity"
     rise = "rise" if top.lo > 0 else "do not clearly rise"
-    yield top.lo > 0, (f"at share {shares[-1]:g} the log-odds {rise}: "
+    yield top.lo > 0, (f"at {at[-1]} the log-odds {rise}: "
                        f"{top.value:+.3f} nats [{top.lo:+.3f}, {top.hi:+.3f}]")
     yield from _beside_placebos(top, placebos, p)
-    yield _with_strength(shares, steps)
+    yield _with_strength(at, steps)
     for claim, held in off.items(): yield held, claim if held else f"NOT TRUE: {claim}"
     if odds.auc is not None:
         good = odds.auc >= .6
@@ -204,13 +208,13 @@ def _beside_placebos(top, placebos, p):
                 f"one more of them would do as well with probability {p:.2g}")
     yield bool(beaten == k), f"beats {'all' if beaten == k else f'{beaten} of'} {k} refits on shuffled labels"
 
-def _with_strength(shares, steps):
+def _with_strength(at, steps):
     falls = [i for i, s in enumerate(steps) if s.hi < 0]
     flat = [i for i, s in enumerate(steps) if s.lo <= 0 <= s.hi]
-    def between(i): return f"from share {shares[i]:g} to {shares[i + 1]:g}"
+    def between(i): return f"from {at[i]} to {at[i + 1]}"
     if falls:
         change = f"{between(falls[0])} it changes by {steps[falls[0]].value:+.3f}"
-        return False, f"more strength, less shift: {change}; try smaller shares"
+        return False, f"more strength, less shift: {change}; try smaller strengths"
     how = f", though not clearly {between(flat[0])}" if flat else " at every step"
     return sum(s.value for s in steps) > 0, f"the shift grows with the strength{how}"
 
@@ -222,31 +226,34 @@ def check_steerer(
     groups=None,  # question of each row, positives first; with a model the prompt by default
     model=None, tokenizer=None,  # to ask the model itself
     layer: int = None,  # block to steer there; default: the one on the steerer's card
-    shares=(.1, .2, .3),  # strengths, as shares of the median norm, rising; placebos are tried at the last
+    spreads=(.25, .5, 1.),  # strengths as multiples of the spread; placebos are tried at the largest
+    shares=None,  # instead: strengths as shares of the median norm
     placebos: int = 8,  # of each kind; with fewer, chance is harder to rule out
     seed: int = 0,  # of splits and placebos
     batch_size: int = 32,
 ) -> SteererReport:
     "Does it move the log-odds more than placebos do, more with more strength, and not at all when off?"
     steerer._must_be_fitted()
-    shares = sorted(map(float, shares))
-    if len(shares) < 2 or shares[0] <= 0: raise ValueError(f"shares must be two or more positive numbers; got {shares}")
+    unit, given = ("spread", spreads) if shares is None else ("share", shares)
+    strengths = sorted(map(float, given))
+    if len(strengths) < 2 or strengths[0] <= 0:
+        raise ValueError(f"{unit}s must be two or more positive numbers; got {strengths}")
     layer = steerer.about.get("layer") if layer is None else layer
     if model is not None and layer is None:
         raise ValueError("say at which block to steer: layer= (this steerer's card names none)")
     if model is None: odds = ProbeOdds(pos, neg, groups, seed)
     else: odds = ModelOdds(pos, neg, groups, model, tokenizer, layer, batch_size)
-    return _report(steerer, odds, shares, placebos, seed)
+    return _report(steerer, odds, unit, strengths, placebos, seed)
 
 # %% ../nbs/12_check.ipynb #41a14d52
-def _report(steerer, odds, shares, placebos, seed) -> SteererReport:
-    shifts = np.array([odds.shift(steerer, s) for s in shares])
-    kinds = _placebos(odds, steerer, shares[-1], placebos, seed)
+def _report(steerer, odds, unit, strengths, placebos, seed) -> SteererReport:
+    shifts = np.array([odds.shift(steerer, **{unit: s}) for s in strengths])
+    kinds, at = _placebos(odds, steerer, unit, strengths[-1], placebos, seed), [f"{unit} {s:g}" for s in strengths]
     dose = [bootstrap_interval(x, odds.groups) for x in shifts]
     steps = [paired_difference(a, b, odds.groups) for a, b in zip(shifts, shifts[1:])]
     p = placebo_test(shifts[-1].mean(), kinds["random directions"])
-    findings = _findings(shares, dose, steps, kinds, p, odds, odds.off(steerer), np.isfinite(shifts).all())
-    return SteererReport(repr(steerer), odds.name, shares, dose, kinds, p, list(findings))
+    findings = _findings(at, dose, steps, kinds, p, odds, odds.off(steerer), np.isfinite(shifts).all())
+    return SteererReport(repr(steerer), odds.name, unit, strengths, dose, kinds, p, list(findings))
 
 # %% ../nbs/12_check.ipynb #dd7b28ac
 class HarnessModel:
@@ -343,7 +350,7 @@ def lm_eval_scores(
     model, tokenizer,
     tasks,  # names of lm-eval tasks, a list or "mmlu,arc_challenge"
     steerer=None, layer: int = None,  # of `steering`; None: unsteered
-    strength: dict = {},  # T=, share=, ... of `steering`
+    strength: dict = {},  # T=, spread=, ... of `steering`
     limit: int = None,  # questions per task
     include_path=None,  # folder with task files of your own
     num_fewshot: int = None,  # worked examples in each prompt; default: the task's

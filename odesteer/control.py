@@ -43,7 +43,7 @@ class Controller(Fitted):
     A method fills in `_fit` and `_control`. Grows on this page: `fit`, `edits`, `resolve`."""
     unit = "fraction"  # strength 1 is the method's own goal, such as the mean of the wanted texts
     needs_layer = False  # acts on all blocks
-    strength_units, strength_name = ("T",), "set-point"
+    strength_units, strength_names = ("T",), {"T": "set-point"}
     strengths = tuple({"T": x} for x in (.25, .5, 1., 2., 4., 8., 16., 32., 64.))  # the grid of a sweep, ascending
     several = False  # can it hold more than one set-point?
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PolynomialCountSketch', 'DensityRatioBarrier', 'route', 'logistic_newton', 'in_chunks', 'Streamed',
-           'IdentityFeatures', 'RandomFourierFeatures', 'Quality', 'quality', 'barrier_quality', 'grouped_folds',
-           'held_out_values', 'choose', 'SpectralBarrier']
+           'IdentityFeatures', 'RandomFourierFeatures', 'Quality', 'platt', 'quality', 'barrier_quality',
+           'grouped_folds', 'held_out_values', 'choose', 'SpectralBarrier']
 
 # %% ../nbs/02_density.ipynb #d9791aa0
 import copy
@@ -183,30 +183,56 @@ def quadratic_form(self: PolynomialCountSketch,
 class DensityRatioBarrier(Barrier):
     """`h(a) = log p+(a)/p-(a)`, by logistic regression on features of `a` (of `a / |a|` when `normalize`).
 
-    Grows on this page: `value`, `fit`, `predict_proba`, `density_ratio`, `grad`, `spectral`."""
+    Grows on this page: `value`, `fit`, `predict_proba`, `density_ratio`, `grad`, `fit_calibrated`, `spectral`."""
     def __init__(self,
         features,  # a feature map with `fit`, `forward` and `vjp`
         C=1.0,  # inverse ridge penalty: small C keeps the weights small
         normalize=True,  # put activations on the unit sphere first
         method="auto",  # the faster exact route through a sketch of degree 2, or "dense" or "fft"
+        coordinates="raw",  # of `a`, before the unit sphere: or "centred", "standardised" by the fitted activations
     ):
         super().__init__()
         if isinstance(C, bool) or not isinstance(C, (int, float)) or not 0 < C < math.inf:
             raise ValueError(f"C must be positive; got {C!r}: a finite number")
         if method not in ("auto", "dense", "fft"):
             raise ValueError(f"method must be 'auto', 'dense' or 'fft'; got {method!r}")
+        if coordinates not in ("raw", "centred", "standardised"):
+            raise ValueError(f"coordinates must be 'raw', 'centred' or 'standardised'; got {coordinates!r}")
         self.features, self.C, self.normalize, self.method = features, C, normalize, method
-        self._derived_tables = {}
+        self.coordinates, self._derived_tables = coordinates, {}
 
     def _unit(self, a):
         "What the features see, in float32 or better, and the norm that was divided out."
-        a = a.to(torch.promote_types(a.dtype, torch.float32))
+        a = self._relative(a.to(torch.promote_types(a.dtype, torch.float32)))
         r = a.norm(dim=-1, keepdim=True) + 1e-12 if self.normalize else torch.ones_like(a[..., :1])
         return a / r, r
 
     def phi(self, a):
         "The features that the barrier sees of activations, (..., d) -> (..., n)."
         return self.features(self._unit(a)[0])
+
+# %% ../nbs/02_density.ipynb #crd00002
+@patch
+def _relative(self: DensityRatioBarrier, a):
+    "Activations in the barrier's coordinates."
+    if self.coordinates == "raw": return a
+    if not hasattr(self, "shift_"): raise RuntimeError("this barrier is not fitted: call .fit(pos, neg) first")
+    if a.shape[-1] != len(self.shift_):
+        raise ValueError(f"this barrier was fitted on width {len(self.shift_)}; got shape {tuple(a.shape)}")
+    a = a - self.shift_.to(a.dtype)
+    return a * self.scale_.to(a.dtype) if self.coordinates == "standardised" else a
+
+@patch
+def _locate(self: DensityRatioBarrier, X, y):
+    "Take origin and scale of the coordinates from the activations of a fit, (N, d), and their labels, (N,)."
+    if self.coordinates == "raw": return
+    pos, neg = X[y == 1].double(), X[y == 0].double()
+    m = (pos.mean(0) + neg.mean(0)) / 2
+    self.register_buffer("shift_", m.to(X))
+    if self.coordinates == "centred": return
+    s = (((pos - m).square().mean(0) + (neg - m).square().mean(0)) / 2).sqrt()
+    varies = s > 1e-6 * m.abs()  # more than rounding
+    self.register_buffer("scale_", torch.where(varies, 1 / s, 0).to(X))
 
 # %% ../nbs/02_density.ipynb #val00002
 @patch
@@ -435,6 +461,7 @@ def fit(self: DensityRatioBarrier,
     if not (isinstance(memory, (int, float)) and memory >= 0):
         raise ValueError(f"memory must be a number of bytes, 0 or more; got {memory!r}")
     data = contrast(pos, neg)
+    self._locate(data.X, data.y)
     X, y = self._unit(data.X)[0], data.y
     self.features.fit(X, seed)
     n = self.features(X[:1]).shape[1]
@@ -442,6 +469,8 @@ def fit(self: DensityRatioBarrier,
     X, y = X.to(place), y.to(place)
     Z = in_chunks(phi, X) if len(X) * n * X.element_size() <= memory else Streamed(phi, X, n)
     w, b, log_prior, self.optimality_ = self._head(Z, y)  # the last: before weights are rounded to the data's precision
+    h = torch.cat([z.to(w) @ w for z in Z.split(_rows_at_once(w.device))]) + b + log_prior
+    self.in_sample_, self.held_out_ = (h[y == 1].cpu(), h[y == 0].cpu()), None  # values of the fitted rows
     for name, v in dict(coef_=w, intercept_=b, log_prior_=log_prior).items():
         self.register_buffer(name, v.to(data.pos))
     return self
@@ -531,10 +560,11 @@ def vjp(self: RandomFourierFeatures, x, w):
 def grad(self: DensityRatioBarrier,
     a: Tensor,  # activations, (..., d), any float dtype; RuntimeError before `fit`
 ) -> Tensor:  # (..., d), float32 or better
-    "`grad h(a)`, exact; orthogonal to `a` when `normalize`."
+    "`grad h(a)`, exact; orthogonal to `a` when `normalize`, in raw coordinates."
     u, r = self._unit(a)
     g = self._vjp(u, self._weights(a))
-    return (g - u * (u * g).sum(-1, keepdim=True)) / r if self.normalize else g
+    if self.normalize: g = (g - u * (u * g).sum(-1, keepdim=True)) / r
+    return g * self.scale_.to(g.dtype) if self.coordinates == "standardised" else g
 
 # %% ../nbs/02_density.ipynb #845b28d3
 @dataclass
@@ -545,10 +575,41 @@ class Quality:
     calibration_error: float  # mean distance between stated probability and observed share (ECE)
     stated: np.ndarray  # mean stated probability of the wanted class in each bin
     observed: np.ndarray  # share of wanted activations in each bin
+    counts: np.ndarray  # activations in each bin
+    slope: float  # multiple of `h`, with `intercept`, that tells the classes apart best: 1 if `h` is in nats
+    intercept: float
 
     def __repr__(self):
         loss, error = f"log-loss {self.log_loss:.3f} nats", f"calibration error {self.calibration_error:.3f}"
-        return f"Quality(AUC {self.auc:.3f}, {loss}, {error})"
+        return f"Quality(AUC {self.auc:.3f}, {loss}, {error}, slope {self.slope:.2f})"
+
+# %% ../nbs/02_density.ipynb #plt00002
+def _labelled(h_pos, h_neg):
+    "Barrier values of both classes, their labels, and weights by which classes count equally: float64, on the CPU."
+    h = torch.cat([h_pos, h_neg]).double().cpu()
+    y = torch.cat([torch.ones(len(h_pos)), torch.zeros(len(h_neg))]).double()
+    return h, y, (y / len(h_pos) + (1 - y) / len(h_neg)) / 2
+
+def platt(
+    h_pos: Tensor,  # barrier values of held-out wanted activations, (N+,)
+    h_neg: Tensor,  # and of unwanted ones, (N-,)
+) -> tuple:  # slope and intercept, numbers; a slope of 0 where all values are equal
+    "Logistic regression of the class on `h` alone: `slope * h + intercept` is in nats."
+    h, y, weight = _labelled(h_pos, h_neg)
+    n = torch.where(y == 1, len(h_pos), len(h_neg))
+    target, mean, size = (y * n + 1) / (n + 2), h.mean(), h.std(correction=0)
+    if not size > 0: return 0.0, 0.0
+    X, theta = torch.stack([(h - mean) / size, torch.ones_like(h)], 1), torch.zeros(2).double()
+    def loss(theta): return (weight * (nn.functional.softplus(X @ theta) - target * (X @ theta))).sum()
+    for _ in range(50):
+        p = (X @ theta).sigmoid()
+        g, bend = X.T @ (weight * (p - target)), (X.T * (weight * p * (1 - p))) @ X
+        step, t = torch.linalg.solve(bend + 1e-12 * torch.eye(2), g), 1.0
+        while loss(theta - t * step) > loss(theta) and t > 1e-6: t /= 2
+        theta = theta - t * step
+        if g.norm() < 1e-10: break
+    slope = (theta[0] / size).item()
+    return slope, theta[1].item() - slope * mean.item()
 
 # %% ../nbs/02_density.ipynb #1c0a4189
 def quality(
@@ -558,9 +619,8 @@ def quality(
 ) -> Quality:
     "AUC, log-loss and calibration of barrier values."
     from sklearn.metrics import roc_auc_score
-    h = torch.cat([h_pos, h_neg]).double().cpu()
-    y = torch.cat([torch.ones(len(h_pos)), torch.zeros(len(h_neg))]).double()
-    weight = (y / len(h_pos) + (1 - y) / len(h_neg)) / 2
+    h, y, weight = _labelled(h_pos, h_neg)
+    slope, intercept = platt(h_pos, h_neg)
     surprise = nn.functional.softplus(torch.where(y == 1, -h, h))
     edges = np.quantile(h, np.linspace(0, 1, bins + 1)[1:-1])
     place = torch.bucketize(h, torch.from_numpy(np.unique(edges)))
@@ -570,7 +630,8 @@ def quality(
     return Quality(
         auc=roc_auc_score(y, h), log_loss=(weight * surprise).sum().item(),
         calibration_error=(mass * (stated - observed).abs()).sum().item(),
-        stated=stated.numpy(), observed=observed.numpy())
+        stated=stated.numpy(), observed=observed.numpy(), counts=torch.bincount(place)[used].numpy(),
+        slope=slope, intercept=intercept)
 
 def barrier_quality(
     barrier: Barrier,
@@ -596,7 +657,7 @@ def grouped_folds(
     if least < folds:
         raise ValueError(
             f"{folds} folds need at least {folds} groups in each class; got {least}: "
-            "collect more, or give fixed numbers instead of 'cv'")
+            "collect more, or give fixed numbers instead of 'cv' and no calibrate=True")
     return list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(y, y, groups))
 
 # %% ../nbs/02_density.ipynb #3e81c052
@@ -611,6 +672,7 @@ def held_out_values(
     data, first = contrast(pos, neg, groups), barriers[0]
     h = torch.empty(len(barriers), len(data.X), dtype=torch.float64, device=data.X.device)
     for train, test in grouped_folds(data.y.cpu(), data.groups, folds, seed):
+        first._locate(data.X[train], data.y[train])
         first.features.fit(first._unit(data.X[train])[0], seed)
         Z = in_chunks(first.phi, data.X)
         if len(train) < min(Z.shape[1], 2048):
@@ -637,6 +699,27 @@ def choose(
         h = held_out_values([make(**p) for p in points], pos, neg, groups, folds, seed)
         tried += [(p, quality(*both)) for p, both in zip(points, h)]
     return min(tried, key=lambda t: t[1].log_loss)[0], tried
+
+# %% ../nbs/02_density.ipynb #cal00002
+@patch
+def fit_calibrated(self: DensityRatioBarrier,
+    pos, neg,  # activations (N+, d) and (N-, d), or all of them and 0/1 labels
+    groups=None,  # ids, positives first; rows of one group are held out together
+    folds=5,  # as in `grouped_folds`
+    seed=0,  # of folds and feature tables
+) -> DensityRatioBarrier:  # itself
+    "`fit`, and then `slope * h + intercept` for `h`, from held-out folds; `held_out_` are the values found there."
+    fold = copy.deepcopy(self)
+    fold.C = self.C * folds / (folds - 1)  # fewer rows, the same penalty per row: as flat as the whole fit
+    h = held_out_values([fold], pos, neg, groups, folds, seed)[0]
+    q = quality(*h)
+    slope, intercept = (q.slope, q.intercept) if q.slope > 0 else (1.0, 0.0)  # no factor mends a wrong order
+    self.fit(pos, neg, seed)
+    level = slope * (self.intercept_ + self.log_prior_) + intercept - self.log_prior_
+    for name, v in dict(coef_=slope * self.coef_, intercept_=level).items(): self.register_buffer(name, v)
+    self.in_sample_, self.held_out_ = ([slope * v + intercept for v in values] for values in (self.in_sample_, h))
+    self.calibration_ = dict(slope=slope, intercept=intercept, log_loss=q.log_loss)  # the last: before it
+    return self
 
 # %% ../nbs/02_density.ipynb #06967809
 def _diagonal(
@@ -665,14 +748,17 @@ class SpectralBarrier(Barrier):
 
     Grows on this page: `enter`, `leave`, and in coordinates `value`, `slope`, `grad`, `direction`, `rounding`."""
     def __init__(self,
-        barrier,  # fitted DensityRatioBarrier over a sketch of degree 2; ValueError for another degree
+        barrier,  # fitted DensityRatioBarrier over a sketch of degree 2; ValueError for another, or if standardised
         w,  # its weights, in the precision to work in
         rank=None,  # directions of the form to keep; default: as many as are needed to be exact
     ):
         super().__init__()
+        if barrier.coordinates == "standardised":
+            raise ValueError("standardised coordinates stretch lengths: no coordinates keep them and make h diagonal")
         Q, c, k = barrier.features.quadratic_form(w.double())
         l, V, c, rest, self.error = _diagonal(Q, c, rank)  # error: half the spread of the eigenvalues left out
         self.normalize, self.low_rank = barrier.normalize, rest is not None
+        self.register_buffer("shift", barrier.shift_.to(w) if barrier.coordinates == "centred" else None)
         if self.low_rank: l, c = torch.cat([l, rest[None]]), torch.cat([c, c.new_zeros(1)])  # the coordinate p
         size = torch.cat([l, c]).abs().max().clamp_min(1e-30)
         k = k + barrier.intercept_ + barrier.log_prior_
@@ -685,6 +771,7 @@ def enter(self: SpectralBarrier,
     a: Tensor,  # activations, (..., d)
 ) -> Tensor:  # (..., r)
     "Coordinates of activations."
+    a = self._relative(a)
     y = a @ self.V
     if not self.low_rank: return y
     tiny, whole = torch.finfo(a.dtype).eps**2, a.square().sum(-1, keepdim=True)
@@ -699,8 +786,14 @@ def leave(self: SpectralBarrier,
 ) -> Tensor:  # (..., d)
     "Activations back from their coordinates."
     if not self.low_rank: return a + (y - y0) @ self.V.T
-    factor = y[..., -1:] / y0[..., -1:]
-    return factor * a + (y - factor * y0)[..., :-1] @ self.V.T
+    factor, a = y[..., -1:] / y0[..., -1:], self._relative(a)
+    end = factor * a + (y - factor * y0)[..., :-1] @ self.V.T
+    return end if self.shift is None else end + self.shift
+
+@patch
+def _relative(self: SpectralBarrier, a):
+    "Activations as seen from the origin of the coordinates."
+    return a if self.shift is None else a - self.shift
 
 # %% ../nbs/02_density.ipynb #f216d2f2
 @patch
@@ -737,9 +830,11 @@ def direction(self: SpectralBarrier, y):
     return g / torch.linalg.vector_norm(g, dim=-1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
 
 @patch
-def rounding(self: SpectralBarrier, h):
-    "More than barrier values `h`, (...), differ between coordinates and activations, nats."
-    return 6 * torch.finfo(h.dtype).eps * (h.abs() + self.size + self.k.abs())
+def rounding(self: SpectralBarrier, h, y):
+    "More than barrier values `h`, (...), differ between coordinates `y`, (..., r), and activations, nats."
+    size = self.size
+    if self.shift is not None: size = size * (1 + self.shift.norm() / self._unit(y)[1][..., 0])
+    return 6 * torch.finfo(h.dtype).eps * (h.abs() + size + self.k.abs())
 
 @patch
 def spectral(self: DensityRatioBarrier,

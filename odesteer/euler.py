@@ -155,8 +155,9 @@ class Fitted(nn.Module):
     Grows on this page: `card`, `save_pretrained`, `from_pretrained`, `strength_units`, `default_strength`."""
     unit = "length"  # what T counts: "length" is a distance; with "fraction", T = 1 is the published map
     needs_layer = True  # acts on one block, which the user chooses; False: on all blocks, as a controller does
-    strength_name = "share of the median norm"  # what `strengths` count, for the axis of a figure
-    strengths = tuple({"share": s} for s in (.1, .2, .3, .45, .6, .8, 1., 1.3))  # the grid of a sweep, ascending
+    strength_names = {"T": "time T", "share": "share of the median norm", "spread": "multiple of the spread",
+                      "nats": "log-odds to add", "until": "barrier value to stop at"}  # unit -> words
+    strengths = tuple({"spread": s} for s in (.25, .4, .6, .85, 1.2, 1.7, 2.4))  # the grid of a sweep, ascending
 
     def __init__(self, **params):
         super().__init__()
@@ -195,9 +196,16 @@ def fit(self: Steerer,
     with full_precision(data.pos):
         self._fit(data)
         self._store(median_norm_=data.X.norm(dim=-1).median(), displacement_=self._displacement(data.neg))
+        self.register_buffer("spread_", _spread(data.X))
     self._fitted_on = dict(n_pos=len(data.pos), n_neg=len(data.neg), data_sha256=hash_tensors(data.pos, data.neg))
     self.width = data.pos.shape[1]
     return self
+
+# %% ../nbs/00_euler.ipynb #24e6d83f
+def _spread(X):
+    "Median distance of activations to their mean; None where they are all the same, up to rounding."
+    spread, norm = (X - X.mean(0)).norm(dim=-1).median(), X.norm(dim=-1).max()
+    return spread if spread > 8 * torch.finfo(X.dtype).eps * norm else None
 
 @patch
 def _displacement(self: Steerer, x):
@@ -248,7 +256,12 @@ def __repr__(self: Fitted):
     return f"{name}, fitted{rows} of width {self.width}, {self._facts()}"
 
 @patch
-def _facts(self: Steerer): return f"median norm {self.median_norm_:.4g}, unit {self.unit}"
+def _facts(self: Steerer):
+    spread = "" if self._no_spread() else f"spread {self.spread_:.4g}, "
+    return f"median norm {self.median_norm_:.4g}, {spread}unit {self.unit}"
+
+@patch
+def _no_spread(self: Steerer): return getattr(self, "spread_", None) is None
 
 # %% ../nbs/00_euler.ipynb #d5291bb2
 @patch
@@ -325,13 +338,14 @@ def steer(self: Steerer,
     a: Tensor,  # activations, (..., d), any float dtype
     T=None,  # strength: a number, or one per row; 0 is the identity, bit for bit; negative steers away
     *,
-    share=None,  # instead of T: displacement as a share of the median norm of the fitted activations
+    spread=None,  # instead of T: displacement as a multiple of the spread of the fitted activations; 1 is usual
+    share=None,  # instead of T: displacement as a share of their median norm
     nats=None,  # instead of T: log-odds to add (needs a barrier)
-    until=None,  # stop at this barrier value (needs a barrier); T or share then cap the time
+    until=None,  # stop at this barrier value (needs a barrier); T, spread or share then cap the time
 ) -> Tensor:  # (..., d), dtype and device of `a`
     "Move activations along the field for a time `T`; a ValueError unless exactly one unit of strength is given."
     a, x, me = self._ready(a)
-    T = me._time(x, T, share, nats, until)
+    T = me._time(x, T=T, spread=spread, share=share, nats=nats, until=until)
     if nats is not None or until is not None: return me._climb(x, T, nats, until, a)
     return torch.where((T != 0)[..., None], me._flow(x, T).to(a.dtype), a)
 
@@ -340,30 +354,42 @@ def steer(self: Steerer,
 def _given(self: Steerer, **units):
     "The units of strength that were given, checked; a published map needs none."
     given = {k: v for k, v in units.items() if v is not None}
-    if not given.keys() <= {"T", "share", "nats", "until"}:
-        raise ValueError(f"strength must be a number or some of T=, share=, nats=, until=; got {', '.join(given)}")
+    if not given.keys() <= self.strength_names.keys():
+        raise ValueError("strength must be a number or some of T=, spread=, share=, nats=, until=; "
+                         f"got {', '.join(given)}")
     if len(given.keys() - {"until"}) > 1 or {"nats", "until"} <= given.keys():
-        raise ValueError(f"give one unit of strength, not {' and '.join(given)}: "
-                         "T= (time), share= (of the median norm), "
-                         "or nats= (added log-odds); until= may be capped by T= or share=")
+        raise ValueError(f"give one unit of strength, not {' and '.join(given)}: T= (time), spread= (of the fitted "
+                         "activations), share= (of their median norm), or nats= (added log-odds); "
+                         "until= may be capped by T=, spread= or share=")
+    if "spread" in given and self._no_spread():
+        raise ValueError(f"this {type(self).__name__} knows no spread: it was saved by an older odesteer, or its "
+                         "activations were all the same; fit it again, or use T= or share=")
     if given: return given
     if self.unit == "fraction": return {"T": 1.0}
-    levels = "or share= of that norm"
-    if hasattr(self, "barrier"): levels = "share= of that norm, nats= of log-odds, or until= a barrier value"
-    raise ValueError("say how far to steer: T= (a distance; the median norm of the fitted activations is "
-                     f"{self.median_norm_:.4g}), {levels}")
+    raise ValueError(f"say how far to steer: {self._ways()}")
+
+
+# %% ../nbs/00_euler.ipynb #06b52125
+@patch
+def _ways(self: Steerer):
+    "How a strength can be given, for an error."
+    ways = ["T= (a distance)", f"share= (of {self.median_norm_:.4g}, the median norm of the fitted activations)"]
+    if not self._no_spread(): ways.insert(0, f"spread= (in units of {self.spread_:.4g}; 1 is usual)")
+    if hasattr(self, "barrier"): ways += ["nats= (added log-odds)", "until= (a barrier value)"]
+    return ", ".join(ways[:-1]) + f", or {ways[-1]}"
 
 @patch
-def _time(self: Steerer, x, T, share, nats, until):
+def _time(self: Steerer, x, **units):
     "The strength as a time for every row; None when only a barrier level limits it."
-    given = self._given(T=T, share=share, nats=nats, until=until)
-    if "share" in given: return per_row(share, x, "share") * self.median_norm_ / self.displacement_
+    given = self._given(**units)
+    for unit, length in ("spread", "spread_"), ("share", "median_norm_"):
+        if unit in given: return per_row(given[unit], x, unit) * getattr(self, length) / self.displacement_
     return per_row(given["T"], x) if "T" in given else None
 
 @patch
 def _climb(self: Steerer, x, T, nats, until, a):
     raise ValueError(f"{type(self).__name__} has no barrier to stop at: "
-                     "use T= or share=, or a steerer with a barrier such as ODESteer")
+                     "use T=, spread= or share=, or a steerer with a barrier such as ODESteer")
 
 # %% ../nbs/00_euler.ipynb #4d0d7110
 class CAA(Steerer):
@@ -622,7 +648,7 @@ class Edits(Protocol):
 def edits(self: Steerer,
     model,  # the model to be steered (unused: a steerer looks at one layer only)
     layer,  # 0-based decoder block
-    strength,  # number, one per row, or a dict of units such as {"share": 0.3}
+    strength,  # number, one per row, or a dict of units such as {"spread": 1.}
 ) -> dict:  # {layer: Edit}
     "What to do at the layer's output; the edit's `value` is the strength of each row in the unit given."
     unit, _, limits = self._unit(strength)
@@ -641,25 +667,27 @@ def _unit(self: Steerer, strength):
     "The unit whose value may change while steering, that value, and the rest."
     self._must_be_fitted()
     given = self._given(**(strength if isinstance(strength, dict) else {"T": strength}))
-    unit = next(k for k in ("until", "nats", "share", "T") if k in given)
+    unit = next(k for k in ("until", "nats", "spread", "share", "T") if k in given)
     return unit, given.pop(unit), given
 
 # %% ../nbs/00_euler.ipynb #b0ed7adf
 @patch(as_prop=True)
 def strength_units(self: Fitted) -> tuple:
-    "The units in which a strength can be given: T and share, and with a barrier also nats and until."
-    return ("T", "share") + ("nats", "until") * hasattr(self, "barrier")
+    "The units in which a strength can be given: T, share and spread, and with a barrier also nats and until."
+    spread = self.width is None or not self._no_spread()
+    return ("T", "share") + ("spread",) * spread + ("nats", "until") * hasattr(self, "barrier")
 
 @patch(as_prop=True)
 def default_strength(self: Fitted) -> dict:
-    "The strength when nothing was said: the published map where there is one, else half of the median norm."
-    return {"T": 1.} if self.unit == "fraction" else {"share": .5}
+    "The strength when nothing was said: the published map where there is one, else one spread."
+    if self.unit == "fraction": return {"T": 1.}
+    return {"spread": 1.} if "spread" in self.strength_units else {"share": .5}  # as it was before there were spreads
 
 # %% ../nbs/00_euler.ipynb #b1aac1f0
 @patch
 def check(self: Steerer,
     pos, neg,  # held-out activations; or (prompt, answer) pairs, with model= and tokenizer=
-    **kwargs,  # groups, layer, shares, placebos, seed, ...: see `check_steerer`
+    **kwargs,  # groups, layer, spreads, placebos, seed, ...: see `check_steerer`
 ):  # a report that prints as text; its `ok` is the verdict
     "Does it move the log-odds more than placebos do, more with more strength, and not at all when off?"
     return getattr(odesteer, "check_steerer")(self, pos, neg, **kwargs)

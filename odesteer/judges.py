@@ -15,13 +15,13 @@ from .data import group_key
 from .models import (
     Encoded, answer_starts, device_of, encode, evaluating, fingerprint, is_steered, length_batches, load_pretrained,
     pad_id, padded, score_continuations, text_config, token_ids, truncated, unwrapped)
+from .pretrained import HUB_SETTINGS, hub_commit
 
 # %% auto #0
 __all__ = ['BETTER', 'HARMFUL', 'JUDGES', 'MARKS', 'distinct_n', 'empty_rate', 'repetition_rate', 'text_metrics', 'perplexity',
-           'kl_to_unsteered', 'Judge', 'ExactJudge', 'HubError', 'hub_commit', 'ModelSource', 'ScoreCache',
-           'ModelJudge', 'question_of', 'YesNoJudge', 'ClassifierJudge', 'RewardJudge', 'with_template',
-           'ChatYesNoJudge', 'Panel', 'load_judge', 'capitals_share', 'french_share', 'personal_share', 'StyleJudge',
-           'FluentJudge', 'Strict', 'TrainedJudge']
+           'kl_to_unsteered', 'Judge', 'ExactJudge', 'ModelSource', 'ScoreCache', 'ModelJudge', 'question_of',
+           'YesNoJudge', 'ClassifierJudge', 'RewardJudge', 'with_template', 'ChatYesNoJudge', 'Panel', 'load_judge',
+           'capitals_share', 'french_share', 'personal_share', 'StyleJudge', 'FluentJudge', 'Strict', 'TrainedJudge']
 
 # %% ../nbs/11_judges.ipynb #563837bd
 def _ngrams(words, n): return list(zip(*(words[i:] for i in range(n))))
@@ -163,25 +163,6 @@ class ExactJudge(Judge):
 
     def __call__(self, prompts, answers): return self.world.judge(self.axis, prompts, answers)
 
-# %% ../nbs/11_judges.ipynb #c25ee320
-_HUB = "cache_dir", "local_files_only", "token", "force_download"  # settings that finding a file on the hub needs
-
-class HubError(ValueError): "The hub could not be reached, or has no such model"
-
-def hub_commit(
-    name: str,  # owner/name on the hub
-    revision: str = None,  # branch, tag or commit; None: the default branch
-    **hub,  # cache_dir, local_files_only, token
-) -> str:
-    "The commit that a revision stands for, read off the place where the hub's files are kept"
-    from huggingface_hub import hf_hub_download
-    known = {k: v for k, v in hub.items() if k in _HUB}
-    try: path = hf_hub_download(name, "config.json", revision=revision, **known)
-    except Exception as e:
-        at, reason = f" at revision {revision!r}" if revision else "", (str(e).splitlines() or [""])[0]
-        raise HubError(f"{name!r} is neither a folder here nor a model that the hub could give{at}: {reason}") from e
-    return re.search(r"snapshots/([0-9a-f]{40})/", Path(path).as_posix())[1]
-
 # %% ../nbs/11_judges.ipynb #82a74b90
 class ModelSource:
     """A model and its tokenizer, found out about and loaded when first needed.
@@ -234,7 +215,7 @@ def get(self: ModelSource) -> tuple:
     if "model" not in vars(self):
         import transformers
         at = dict(revision=self.identity["commit"]) if self.kind == "hub" else {}
-        hub = {k: v for k, v in self.load.items() if k in _HUB}
+        hub = {k: v for k, v in self.load.items() if k in HUB_SETTINGS}
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.given, **at, **hub)
         self.model = load_pretrained(self.given, self.auto, **at, **self.load)
     return self.model, self.tokenizer

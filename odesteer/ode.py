@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .barrier import AllOf, Barrier, ascent
 from .density import DensityRatioBarrier, IdentityFeatures, PolynomialCountSketch, RandomFourierFeatures
-from .density import choose, route
+from .density import choose, quality, route
 from .euler import Steerer, in_full_precision, per_row
 
 # %% ../nbs/03_ode.ipynb #c0a088a2
@@ -101,6 +101,7 @@ class ODESteer(Steerer):
     Grows on this page: `trajectory`, `stop_at`, `route`, and what `Steerer`'s `fit` and `steer` call: `_fit`, `_field`,
     `_flow` (a time), `_climb` (a barrier level), `_restore`."""
     _warned = False  # that rows did not reach their barrier level
+    _doubted = False  # that nats of this barrier mean little
     def __init__(self,
         n_components=8000,  # width of the feature map
         degree=2,  # of the polynomial kernel
@@ -118,6 +119,8 @@ class ODESteer(Steerer):
         barrier=None,  # a Barrier to climb instead of the density ratio fitted here
         method="auto",  # the fastest exact route, or "spectral", "dense" or "fft"
         rank=None,  # not exact: directions of the quadratic form to keep; `rank_error_` says what it costs
+        coordinates="raw",  # of activations in the barrier (published), or "centred" or "standardised"
+        calibrate=False,  # rescale h on held-out folds, so that nats are nats
         seed=0,  # of the feature tables
     ):
         super().__init__(**{k: v for k, v in locals().items() if k not in ("self", "__class__")})
@@ -129,6 +132,7 @@ def _validate(self: ODESteer):
     "One clear error for a hyper-parameter that cannot work."
     self._validate_choices()
     self._validate_numbers()
+    self._validate_barrier()
     if self.solver not in ADAPTIVE: _step_function(self.solver)
     elif self.retract:
         raise ValueError(f"retract needs a fixed-step solver ({', '.join(SOLVERS)}); got {self.solver!r}")
@@ -138,25 +142,40 @@ def _validate(self: ODESteer):
     if self.rank is not None and self.method not in ("auto", "spectral"):
         raise ValueError(f"rank= is for the spectral route; got method={self.method!r}")
     if self.barrier is None:  # else when its kind is known
-        self._must_have_route(self.features == "count-sketch", self.degree, self.normalize)
-    if isinstance(self.barrier, AllOf) and (self.metric != "euclidean" or self.retract):
+        self._must_have_route(self.features == "count-sketch", self.degree, self.normalize, self.coordinates)
+
+# %% ../nbs/03_ode.ipynb #valb0001
+@patch
+def _validate_barrier(self: ODESteer):
+    "One clear error for a barrier that is none, or for settings that a barrier which is given cannot take."
+    b = self.barrier
+    if not isinstance(b, (Barrier, type(None))):
+        raise TypeError(
+            f"barrier must be a Barrier; got {type(b).__name__}: "
+            "wrap a differentiable score in ScoreBarrier(score, threshold)")
+    if isinstance(b, AllOf) and (self.metric != "euclidean" or self.retract):
         raise ValueError(
             "AllOf raises every barrier along its own direction, which metric='covariance' and "
             "retract=True would turn: leave both at their defaults")
+    if b is not None and self.coordinates != "raw":
+        raise ValueError("a barrier that is given has its own coordinates: DensityRatioBarrier(..., coordinates=...)")
+    if b is not None and self.calibrate and not _is_unfitted(b):
+        raise ValueError(
+            "calibrate=True holds rows out while a density ratio is fitted: leave barrier= out, "
+            "or give a DensityRatioBarrier that is not fitted yet")
+
+def _is_unfitted(b): return isinstance(b, DensityRatioBarrier) and not hasattr(b, "coef_")
 
 # %% ../nbs/03_ode.ipynb #vali0002
 @patch
 def _validate_choices(self: ODESteer):
     methods = "auto", "spectral", "dense", "fft"
-    choices = dict(metric=("euclidean", "covariance"), features=("count-sketch", "rff", "linear"), method=methods)
+    choices = dict(metric=("euclidean", "covariance"), features=("count-sketch", "rff", "linear"), method=methods,
+                   coordinates=("raw", "centred", "standardised"), calibrate=(True, False))
     for name, allowed in choices.items():
         v = getattr(self, name)
         if v not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {v!r}")
-    if not isinstance(self.barrier, (Barrier, type(None))):
-        raise TypeError(
-            f"barrier must be a Barrier; got {type(self.barrier).__name__}: "
-            "wrap a differentiable score in ScoreBarrier(score, threshold)")
+            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {v!r}")
 
 @patch
 def _validate_numbers(self: ODESteer):
@@ -177,19 +196,26 @@ def _validate_numbers(self: ODESteer):
 
 # %% ../nbs/03_ode.ipynb #294e3b16
 @patch
-def _must_have_route(self: ODESteer, sketch, degree, normalize):
+def _must_have_route(self: ODESteer, sketch, degree, normalize, coordinates):
     "An error where the route asked for does not exist."
     wanted = self.method if self.rank is None else "rank"
     quadratic = sketch and degree == 2
-    rotates = self.metric == "euclidean" and (normalize or not self.retract)
+    rotates = self._rotates(normalize, coordinates)
     exists = {"auto": True, "fft": sketch, "dense": quadratic}.get(wanted, quadratic and rotates)
     if exists: return
     needs = {
         "fft": "features='count-sketch'",
         "dense": "features='count-sketch' with degree=2",
-    }.get(wanted, "features='count-sketch' with degree=2, metric='euclidean', and normalize=True if retract=True")
+    }.get(wanted, "features='count-sketch' with degree=2, metric='euclidean', coordinates='raw' or 'centred', and, "
+                  "with retract=True, normalize=True and coordinates='raw'")
     name = "rank=" if wanted == "rank" else f"method={wanted!r}"
     raise ValueError(f"{name} needs {needs}; method='auto' takes the fastest route there is")
+
+@patch
+def _rotates(self: ODESteer, normalize, coordinates):
+    "Whether lengths are the same where the form is diagonal, and with `retract` the sphere: about 0."
+    kept = ("raw",) if self.retract else ("raw", "centred")
+    return self.metric == "euclidean" and coordinates in kept and (normalize or not self.retract)
 
 # %% ../nbs/03_ode.ipynb #eabe5029
 _GRID = dict(C=[0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4], gamma=[0.1, 1.0, 10.0])  # what "cv" tries
@@ -202,23 +228,37 @@ def _new_barrier(self: ODESteer, C=None, gamma=None):
         phi = PolynomialCountSketch(self.n_components, self.degree, gamma, self.coef0)
     elif self.features == "rff": phi = RandomFourierFeatures(self.n_components)
     else: phi = IdentityFeatures()
-    return DensityRatioBarrier(phi, C, self.normalize, self.method if self.method in ("dense", "fft") else "auto")
+    method = self.method if self.method in ("dense", "fft") else "auto"
+    return DensityRatioBarrier(phi, C, self.normalize, method, self.coordinates)
 
 @patch
 def _fit(self: ODESteer, data):
     given, grid = self.params["barrier"], {k: v for k, v in _GRID.items() if self.params[k] == "cv"}
+    self.chosen, tried = {}, []
     if given is not None:
         self.barrier = copy.deepcopy(given).to(data.pos)  # a copy: the one given stays as it is
     else:
-        if grid:
-            self.chosen = choose(self._new_barrier, grid, data.pos, data.neg, data.groups, seed=self.seed)[0]
+        if grid: self.chosen, tried = choose(self._new_barrier, grid, data.pos, data.neg, data.groups, seed=self.seed)
         self.barrier = self._new_barrier()
-    if isinstance(self.barrier, DensityRatioBarrier) and not hasattr(self.barrier, "coef_"):
-        self.barrier.fit(data.pos, data.neg, seed=self.seed)
+    if _is_unfitted(self.barrier): self._fit_barrier(data, tried)
     self._choose_route(data)
     if isinstance(self.barrier, AllOf): self.barrier.must_agree(data.neg)
     if self.metric == "covariance": self._store(metric_=metric_root(data, self.power).to(data.pos))
-    self._warned = False
+    self._warned = self._doubted = False
+
+# %% ../nbs/03_ode.ipynb #fitb0002
+@patch
+def _fit_barrier(self: ODESteer, data, tried):
+    "Fit the density ratio, and note in `chosen` how good it is; `tried` is what `choose` has tried."
+    b, best = self.barrier, dict(self.chosen)
+    if self.calibrate: b.fit_calibrated(data.pos, data.neg, data.groups, seed=self.seed)
+    else: b.fit(data.pos, data.neg, seed=self.seed)
+    if self.calibrate:
+        rows, q = "held_out", quality(*b.held_out_)
+        self.chosen["calibration"] = dict(b.calibration_)
+    elif tried: rows, q = "held_out", next(q for point, q in tried if point == best)
+    else: rows, q = "in_sample", quality(*b.in_sample_)
+    self.chosen[rows] = dict(auc=q.auc, log_loss=q.log_loss, slope=q.slope)
 
 # %% ../nbs/03_ode.ipynb #5e3cce25
 @patch
@@ -226,7 +266,7 @@ def _choose_route(self: ODESteer, data):
     "Refuse a route that the barrier does not have; measure what `rank=` leaves out."
     b, phi = self.barrier, getattr(self.barrier, "features", None)
     sketched = isinstance(b, DensityRatioBarrier) and isinstance(phi, PolynomialCountSketch)
-    self._must_have_route(sketched, sketched and phi.degree, sketched and b.normalize)
+    self._must_have_route(sketched, sketched and phi.degree, sketched and b.normalize, sketched and b.coordinates)
     if sketched and self.method in ("dense", "fft"): b.method = self.method
     if self.rank is None: return
     way, x = b.spectral(self.rank), data.X
@@ -263,7 +303,7 @@ def _route(self: ODESteer, x, evaluations):
     if self.rank is not None: return "spectral"
     if self.method != "auto": return self.method
     if b.method != "auto": return b.method
-    rotates = self.metric == "euclidean" and (b.normalize or not self.retract)
+    rotates = self._rotates(b.normalize, b.coordinates)
     rows = x.shape[:-1].numel()
     how = route(phi.degree, x.shape[-1], phi.n_components, evaluations, x.device, rows, rotates)
     return "fft" if how == "spectral" and not b._has(("spectral", None), x) else how
@@ -311,11 +351,12 @@ def trajectory(self: ODESteer,
     a: Tensor,  # activations, (..., d); errors as in `steer`
     T=None,  # time, a number or one per row
     *,
-    share=None,  # instead of T: displacement as a share of the median norm of the fitted activations
+    spread=None,  # instead of T: displacement as a multiple of the spread of the fitted activations
+    share=None,  # instead of T: displacement as a share of their median norm
 ) -> Tensor:  # (steps + 1, ..., d), float32 or better
     "Every state on the way."
     a, x, me = self._ready(a)
-    return me._flow(x, me._time(x, T, share, None, None), path=True)
+    return me._flow(x, me._time(x, T=T, spread=spread, share=share), path=True)
 
 # %% ../nbs/03_ode.ipynb #525b6125
 class StepODESteer(ODESteer):
@@ -331,6 +372,8 @@ class StepODESteer(ODESteer):
         features="count-sketch",  # or "rff", "linear"
         normalize=True,  # features of a / |a|
         barrier=None,  # a Barrier to climb instead of the density ratio fitted here
+        coordinates="raw",  # of activations in the barrier (published), or "centred" or "standardised"
+        calibrate=False,  # rescale h on held-out folds, so that nats are nats
         seed=0,  # of the feature tables
     ):
         own = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -414,19 +457,22 @@ def stop_at(self: ODESteer,
     a: Tensor,  # activations, (..., d); errors as in `steer`
     until=None,  # barrier value to reach, a number or one per row; rows already above it stay
     nats=None,  # or log-odds to add; negative takes away; ValueError unless one of the two is given
-    T=None, share=None,  # with until=: the longest way allowed; default `max_T`
+    T=None, spread=None, share=None,  # with until=: the longest way allowed; default `max_T`
 ) -> Stopped:  # float32 or better
     "Walk to a barrier level and say how it went, row by row."
     if (until is None) == (nats is None):
         raise ValueError("give the level as until= (a barrier value) or as nats= (log-odds to add)")
     a, x, me = self._ready(a)
-    return me._stop(x, me._time(x, T, share, nats, until), nats, until)
+    me._doubt(stacklevel=4)
+    cap = me._time(x, T=T, spread=spread, share=share, nats=nats, until=until)
+    return me._stop(x, cap, nats, until)
 
 @patch
-def _time(self: ODESteer, x, T, share, nats, until):
-    if until is not None and any(isinstance(v, (int, float)) and v < 0 for v in (T, share)):
+def _time(self: ODESteer, x, **units):
+    caps = (units.get(k) for k in ("T", "spread", "share"))
+    if units.get("until") is not None and any(isinstance(v, (int, float)) and v < 0 for v in caps):
         raise ValueError("the longest way to a barrier level cannot be negative")
-    return Steerer._time(self, x, T, share, nats, until)
+    return Steerer._time(self, x, **units)
 
 # %% ../nbs/03_ode.ipynb #stop0002
 @patch
@@ -444,7 +490,7 @@ def _stop(self: ODESteer, x, cap, nats, until):
     if way is None: y, field, value = x, self._field, self.barrier.value
     else:
         y, field, value = way.enter(x), way.direction, way.value
-        goal = goal + way.rounding(level)  # no row may end below its level by the way back
+        goal = goal + way.rounding(level, y)  # no row may end below its level by the way back
     goal = torch.where(there, -torch.inf, goal)
     def f(z): return sign[..., None] * field(z)
     def rising(z): return sign * value(z)
@@ -453,10 +499,40 @@ def _stop(self: ODESteer, x, cap, nats, until):
     end, h = torch.where(there[..., None], x, end), torch.where(there, h, sign * stop.h)
     return Stopped(end, sign * stop.T, h, stop.reached)
 
+# %% ../nbs/03_ode.ipynb #dbt00002
+_COIN = 0.65  # log-loss, nats, that is hardly better than a coin's
+_MOST = dict(held_out=3.0, in_sample=10.0)  # slopes that are too far from 1
+
+@patch
+def _wrong_scale(self: ODESteer):
+    "Why nats of this barrier mean little, and what may help; None where nothing is known against them."
+    rows = next((k for k in ("held_out", "in_sample") if k in self.chosen), None)
+    if rows is None: return None
+    loss, slope = self.chosen[rows]["log_loss"], self.chosen[rows]["slope"]
+    most = _MOST[rows]
+    least = 1 / most if rows == "held_out" else 0
+    if least <= slope <= most and loss <= _COIN: return None
+    seen = "on held-out rows" if rows == "held_out" else "even on the rows it was fitted on (none were held out)"
+    steep_or_flat = 0 < slope < least or slope > most
+    if steep_or_flat: why = f"{slope:.2g} times this h would be right {seen}"
+    else: why = f"this h is hardly better than a coin {seen}: log-loss {loss:.2f}, a coin has 0.69"
+    own = self.params["barrier"] is None
+    mends = {"calibrate=True": steep_or_flat or rows == "in_sample", "C='cv'": own and self.params["C"] != "cv"}
+    mends = " or ".join(k for k, helps in mends.items() if helps)
+    return f"{why}; fit with {mends}" if mends else f"{why}; steer by T= or share="
+
+@patch
+def _doubt(self: ODESteer, stacklevel):
+    "Warn, once, where levels of h are asked for and its scale is arbitrary."
+    if torch.compiler.is_compiling() or self._doubted: return
+    self._doubted, why = True, self._wrong_scale()
+    if why: warnings.warn(f"nats= and until= count in h, but {why} (said once per steerer)", stacklevel=stacklevel)
+
 # %% ../nbs/03_ode.ipynb #f540143c
 @patch
 def _climb(self: ODESteer, x, cap, nats, until, a):
     "`steer` to a level: where `_stop` rests, in the dtype of `a`; a warning, once, when rows fell short."
+    self._doubt(stacklevel=5)
     stop = self._stop(x, cap, nats, until)
     looks = stop.reached.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU is not waited for
     if looks and not self._warned and not stop.reached.all():

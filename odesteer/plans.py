@@ -8,19 +8,21 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-import argparse, inspect, json, re
+import argparse, inspect, json, re, tempfile
 import numpy as np
 import torch
 import odesteer as ods
+from .costs import plan_costs
+from .data import check_reading
 from .euler import load_class
-from .judges import Panel, hub_commit, load_judge
+from .judges import Panel, load_judge
 from .micro import AXES, Recipe
-from .pretrained import count_layers, load_model
+from .pretrained import NAMED, count_layers, hub_origin, load_model
 from .report import guardrail_table
 from .results import guardrail_rows
 from .runs import Bench, Paused, Run, log, read_config, rerun
 from .sweeps import ABLATIONS, FULL, MICRO_PARAMS, PRESETS, QUICK, Plan, Search
-from .sweeps import micro_bench, preset_plan, run_plan, show_preset
+from .sweeps import micro_bench, preset_plan, run_plan, show_preset, variant
 from .tasks import REAL_TASKS
 
 # %% auto #0
@@ -141,6 +143,12 @@ def _task_options(value) -> dict:
     texts = value if isinstance(value, list) else [value]
     return assignments(texts, "--option", "NAME=VALUE, such as protocol=alqr")
 
+def _layers(value):
+    "Numbers of blocks; None for auto; or the word ranked"
+    return value if value == "ranked" else _unless("auto", _numbers("--layers", int))(value)
+
+def _readings(value) -> list: return [check_reading(r) for r in comma_list(value)]
+
 def _option(read, default=None): return field(default=default, metadata={"read": read})
 
 # %% ../nbs/26_plans.ipynb #c518f22e
@@ -150,8 +158,10 @@ class BenchOptions:
     tasks: list = _option(_tasks, ("micro",))  # names; or files that say what to do
     methods: list = _option(_unless("all", comma_list))  # None: all
     T: list = _option(_unless("auto", _numbers("--T")))  # times to try
+    spreads: list = _option(_numbers("--spreads"))  # multiples of the spread to try
     shares: list = _option(_numbers("--shares"))  # shares of the median norm to try
-    layers: list = _option(_unless("auto", _numbers("--layers", int)))  # None: `auto_layers`
+    layers: object = _option(_layers)  # None: `auto_layers`; or "ranked"
+    reading: list = _option(_readings)  # where texts may be read; None: where the task says
     seeds: int = _option(whole_number)  # None: those of the plan, 3
     allow: float = _option(positive_number, .15)  # what a guardrail may lose
     ablations: list = _option(comma_list)  # names of studies, or "all" among them
@@ -168,6 +178,7 @@ class BenchOptions:
     lm_eval: str = _option(_text)  # guardrail tasks
     lm_eval_path: str = _option(_text)  # folder with task files
     out: str = _option(_text, "runs")  # folder of the runs
+    plan_only: bool = _option(_flag, False)  # count and time what is asked for, and run nothing
     minutes: float = _option(positive_number, float("inf"))  # no run is begun later
     part: tuple = _option(_part, (1, 1))  # this machine's share of the work
     batch_size: int = _option(whole_number, 64)
@@ -201,8 +212,7 @@ def bench_plan(
     "What the options ask for, checked before any model is loaded"
     if o.preset: return _preset_plan(o)
     names = [m for kind in ("steerer", "controller", "placebo") for m in ods.steerer_names(kind)]
-    for m in o.methods or []:
-        if m not in names: raise ValueError(f"there is no method {m!r}; choose from {', '.join(names)}")
+    for m in o.methods or []: _check_variant(m, names)
     check_names(o.ablations or [], ABLATIONS, "ablation")
     micro = [t for t in o.tasks if t.startswith("micro")]
     if micro and len(micro) < len(o.tasks):
@@ -215,12 +225,22 @@ def bench_plan(
     if o.ablations: plan = replace(plan, studies="all" if o.ablations == ["all"] else o.ablations)
     return _micro_plan(o, plan, micro) if micro else _real_plan(o, plan)
 
+# %% ../nbs/26_plans.ipynb #4c19ccfe
+def _check_variant(name, names):
+    method, params = variant(name)
+    if method not in names: raise ValueError(f"there is no method {method!r}; choose from {', '.join(names)}")
+    try: ods.make_steerer(method, **params)
+    except (TypeError, ValueError) as e: raise ValueError(f"--methods {name}: {e}") from None
+
 def _search(o: BenchOptions, usual: Search) -> Search:
     "The usual search but for what was said"
-    search = replace(usual, allow=o.allow, seeds=o.seeds or usual.seeds, layers=o.layers or usual.layers)
-    if o.T: search = replace(search, strengths=[{"T": x} for x in sorted(o.T)])
-    if o.shares: search = replace(search, strengths=[{"share": x} for x in sorted(o.shares)])
-    return search
+    search = replace(usual, allow=o.allow, seeds=o.seeds or usual.seeds, layers=o.layers or usual.layers,
+                     readings=o.reading or usual.readings)
+    grids = {"T": o.T, "spread": o.spreads, "share": o.shares}
+    given = {unit: grid for unit, grid in grids.items() if grid}
+    if len(given) > 1: raise ValueError("give one grid of strengths: one of --spreads, --shares and --T")
+    if not given: return search
+    return replace(search, strengths=[{unit: x} for unit, grid in given.items() for x in sorted(grid)])
 
 # %% ../nbs/26_plans.ipynb #3ab93b12
 def _micro_plan(o: BenchOptions, plan, tasks) -> tuple:
@@ -238,7 +258,7 @@ def _micro_plan(o: BenchOptions, plan, tasks) -> tuple:
 
 def _with_layers(plan, count) -> Plan:
     "The plan with its layers counted from 0, if there are so many"
-    if not plan.search.layers: return plan
+    if not plan.search.layers or plan.search.layers == "ranked": return plan
     n = count()
     return replace(plan, search=replace(plan.search, layers=[check_layer(k, n) for k in plan.search.layers]))
 
@@ -247,7 +267,7 @@ def _real_plan(o: BenchOptions, plan, preset={}) -> tuple:
     "Units of tasks on your model: the name of the task"
     check_names(o.tasks, REAL_TASKS, "task")
     if not o.model:
-        raise ValueError(f"{o.tasks[0]} needs --model, a folder or hub id of a causal language model; "
+        raise ValueError(f"{o.tasks[0]} needs --model, such as smollm2, a folder or a hub id; "
                          "without one, run micro")
     if o.judge and "truthfulqa-binary" in o.tasks:
         raise ValueError("truthfulqa-binary needs no judge: its answers are letters; leave out --judge")
@@ -260,21 +280,20 @@ def _real_plan(o: BenchOptions, plan, preset={}) -> tuple:
 def _bench_maker(o: BenchOptions, preset):
     "How the name of a task becomes a `Bench`; the model is loaded once, for the first of them"
     @cache
-    def loaded():
-        model, tokenizer = load_model(o.model, o.revision, o.device, o.dtype)
-        return model, tokenizer, None if Path(o.model).is_dir() else hub_commit(o.model, o.revision)
+    def loaded(): return load_model(o.model, o.revision, o.device, o.dtype)
     def make(name, out, **kwargs):
-        model, tokenizer, commit = loaded()
+        model, tokenizer = loaded()
         options = preset.get("tasks", {}).get(name, {})
         task = REAL_TASKS[name](**options | _sources_of(name, o, preset), limit=o.limit, own=(model, tokenizer))
         task = replace(task, decoding=task.decoding | preset.get("decoding", {}).get(name, {}))
+        hub, commit = hub_origin(model)
         return Bench(model, tokenizer, task, out, batch_size=preset.get("batch_size") or o.batch_size,
-                     revision=commit, hub=commit and o.model, **kwargs)
+                     revision=commit, hub=hub, **kwargs)
     return make
 
 # %% ../nbs/26_plans.ipynb #2b42bd40
 #: options that a preset fixes
-_FIXED = "T", "shares", "layers", "methods", "quick", "full", "ablations", "params"
+_FIXED = "T", "spreads", "shares", "layers", "reading", "methods", "quick", "full", "ablations", "params"
 
 def _preset_plan(o: BenchOptions) -> tuple:
     "What a published table did, and nothing else"
@@ -322,6 +341,7 @@ def run_bench(o: BenchOptions):  # exit code 3: the time is used up
     "Every method on every task: choose on validation, report on test; interrupted or stopped, the same command goes on"
     files = [t for t in o.tasks if t.endswith(".json") or (Path(t)/"config.json").is_file()]
     if files: return _bench_files(o, files)
+    if o.plan_only: return _print_costs(o)
     plan, make = bench_plan(o)
     try:
         with one_thread() if make is micro_bench else nullcontext(): run_plan(plan, make, o.out, o.minutes)
@@ -342,6 +362,12 @@ def _plan_options(path, plan) -> BenchOptions:
     return bench_options(plan)
 
 # %% ../nbs/26_plans.ipynb #d7c8c090
+def _print_costs(o: BenchOptions):
+    "What would be run, and how long it would take; nothing is written"
+    with tempfile.TemporaryDirectory() as cache:  # of judges
+        plan, make = bench_plan(replace(o, out=cache))
+        with one_thread() if make is micro_bench else nullcontext(): plan_costs(plan, make, o.out)
+
 def _bench_files(o: BenchOptions, files):
     "Runs from their configs, or the comparison that a plan describes"
     if len(files) < len(o.tasks):
@@ -358,6 +384,7 @@ def _bench_files(o: BenchOptions, files):
     for f in files: print(_run_again(f, o))
     print(f"done: odesteer report {o.out}")
 
+# %% ../nbs/26_plans.ipynb #85e10a26
 def _run_again(path, o: BenchOptions) -> Run:
     "The run of a config"
     config = read_config(path)
@@ -365,7 +392,8 @@ def _run_again(path, o: BenchOptions) -> Run:
     if re.fullmatch(r"micro-\w+-\d+", about["name"]):
         with one_thread(): return rerun(config, o.out)
     if task == "your texts": raise ValueError(f"{path} is of a demonstration: run odesteer demo again with its files")
-    name, revision = (o.model, o.revision) if o.model else (about.get("hub"), about.get("revision"))
+    known = about.get("hub") or (about["name"] if about["name"] in NAMED else None)
+    name, revision = (o.model, o.revision) if o.model else (known, about.get("revision"))
     if not name:
         raise ValueError(f"{path} was made with the model {about['name']}, which came from a folder: give --model")
     dtype = about.get("dtype", "auto") if o.dtype == "auto" else o.dtype

@@ -4,24 +4,28 @@
 
 # %% ../nbs/07_pretrained.ipynb #b376eba1
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
-import hashlib, json, os, shutil, sys, tempfile
+import hashlib, io, json, os, re, shutil, struct, sys, tempfile, time
+import psutil
 import torch
+from safetensors import SafetensorError
 from .models import load_pretrained, no_progress_bars
 
 # %% auto #0
-__all__ = ['NAMED', 'Named', 'installed_file', 'load_model', 'count_layers']
+__all__ = ['NAMED', 'HUB_SETTINGS', 'Named', 'installed_file', 'ModelError', 'GGUF', 'read_gguf', 'cache_folder',
+           'native_bfloat16', 'free_memory', 'hub_commit', 'load_model', 'count_layers', 'hub_origin']
 
-# %% ../nbs/07_pretrained.ipynb #31aa83d0
+# %% ../nbs/07_pretrained.ipynb #3d5b8ecc
 @dataclass(frozen=True)
 class Named:
-    "A model that has a short name: the file that a wheel brings, or the same model on the hub"
+    "A model with a short name: the file that a wheel brings, or the same model on the hub"
     hub: str  # owner/name
-    package: str  # that holds the file
-    file: str  # in the folder of the package
+    package: str  # whose folder holds the file
+    file: str
     install: str  # command that installs the package
 
 #: models that `load_model` knows by a short name
@@ -32,145 +36,433 @@ NAMED = {
 
 def installed_file(
     name: str,  # one of `NAMED`
-) -> Path:  # None where the package is not installed
+) -> Path:  # None where its package is not installed
     "The weights that a package brings; the package itself is not imported"
     spec = find_spec(NAMED[name].package)
     found = [Path(at)/NAMED[name].file for at in spec.submodule_search_locations or []] if spec else []
     return next((p for p in found if p.is_file()), None)
 
-# %% ../nbs/07_pretrained.ipynb #d445d976
+# %% ../nbs/07_pretrained.ipynb #a42feae8
 def _locate(name, revision=None) -> tuple:
     "What kind of thing a name is: ('gguf', file), ('adapter', folder), ('folder', folder) or ('hub', id)"
-    name = str(name)
+    name, end = str(name), "file" if str(name).endswith(".gguf") else "folder"
     if name in NAMED:
-        file = installed_file(name) if revision is None else None
+        file = installed_file(name) if revision is None else None  # the file has no revisions
         return ("gguf", file) if file else ("hub", NAMED[name].hub)
     path = Path(name).expanduser()
     if path.is_dir(): return _locate_in(path)
-    if path.is_file():
-        if path.suffix == ".gguf": return "gguf", path
-        raise ValueError(f"{name} is a file of another kind: give a folder with a model, or a .gguf file")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
-        raise ValueError(f"no {'file' if name.endswith('.gguf') else 'folder'} {name}")
+    if path.is_file() and end == "file": return "gguf", path
+    if path.is_file(): raise ValueError(f"{name} is a file, but no .gguf file: give the folder of a model")
+    if end == "file" or name.startswith((".", "/", "~")) or name.count("/") > 1: raise ValueError(f"no {end} {name}")
     return "hub", name
 
 def _locate_in(folder) -> tuple:
-    "The model that a folder holds"
-    if (folder/"adapter_config.json").is_file() and not (folder/"config.json").is_file(): return "adapter", folder
-    weights = [p for end in ("safetensors", "bin") for p in folder.glob(f"*.{end}")]
-    files = [] if weights else sorted(folder.glob("*.gguf"))
-    if len(files) > 1: raise ValueError(f"{folder} holds {len(files)} models: name one, {', '.join(map(str, files))}")
+    "What kind of model a folder holds"
+    def holds(pattern): return sorted(folder.glob(pattern))
+    if holds("adapter_config.json") and not holds("config.json"): return "adapter", folder
+    files = holds("*.gguf") if not holds("*.safetensors") + holds("*.bin") else []
+    if len(files) > 1:
+        raise ModelError(f"{folder} holds {len(files)} .gguf files: name one of {', '.join(map(str, files))}")
     return ("gguf", files[0]) if files else ("folder", folder)
 
-# %% ../nbs/07_pretrained.ipynb #fc01b183
-def _cache_folder() -> Path:
-    "Where dequantised models are kept: $ODESTEER_CACHE, or beside what the hub's library keeps"
-    from huggingface_hub import constants
-    return Path(os.environ.get("ODESTEER_CACHE") or Path(constants.HF_HOME)/"odesteer")
+# %% ../nbs/07_pretrained.ipynb #4a051898
+class ModelError(ValueError): "Why a model cannot be loaded, in one line that says it all"
 
-def _say(text): print(f"odesteer: {text}", file=sys.stderr, flush=True)
+@dataclass(frozen=True)
+class GGUF:
+    "What stands at the head of a GGUF file"
+    path: Path
+    about: dict  # key -> value
+    tensors: dict  # name -> (shape, number of its type, where it begins in the data)
+    start: int  # of the data
 
-def _hash(path) -> str:
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    def __repr__(self):
+        return f"{self.path.name}: {self.kind}, {self.layers} blocks, {self.size:,} weights"
 
+    @property
+    def kind(self): return self.about["general.architecture"]
+
+    @property
+    def layers(self): return self.about[f"{self.kind}.block_count"]
+
+    @property
+    def size(self): return sum(prod(shape) for shape, *_ in self.tensors.values())
+
+# %% ../nbs/07_pretrained.ipynb #a4c4a2a9
+#: letters of `struct` for the numbers of a GGUF file; 8 is a text, 9 a list
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+def _unpack(f, form):
+    form = "<" + form  # little-endian, no gaps
+    return struct.unpack(form, f.read(struct.calcsize(form)))
+
+def _text(f): return f.read(*_unpack(f, "Q")).decode()
+
+def _value(f, kind):
+    if kind == 8: return _text(f)
+    if kind != 9: return _unpack(f, _NUMBERS[kind])[0]
+    kind, n = _unpack(f, "IQ")
+    return list(_unpack(f, f"{n}{_NUMBERS[kind]}")) if kind in _NUMBERS else [_value(f, kind) for _ in range(n)]
+
+def _read_head(path, f) -> GGUF:
+    version, n_tensors, n_keys = _unpack(f, "IQQ")
+    if version not in (2, 3): raise ModelError(f"{path} is GGUF of version {version}; versions 2 and 3 can be read")
+    about, tensors = {}, {}
+    for _ in range(n_keys):
+        key = _text(f)
+        about[key] = _value(f, *_unpack(f, "I"))
+    for _ in range(n_tensors):
+        name, (ndim,) = _text(f), _unpack(f, "I")
+        shape = _unpack(f, f"{ndim}Q")[::-1]  # the file names the fastest first
+        tensors[name] = shape, *_unpack(f, "IQ")
+    align = about.get("general.alignment", 32)
+    return GGUF(path, about, tensors, -(-f.tell() // align) * align)
+
+# %% ../nbs/07_pretrained.ipynb #7fd43277
+def read_gguf(
+    path,  # of a .gguf file
+) -> GGUF:
+    "The head of a GGUF file, without its weights; a ValueError where there is none"
+    path = Path(path)
+    with open(path, "rb") as f:
+        if f.read(4) != b"GGUF": raise ModelError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
+        try: head = _read_head(path, f)
+        except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError):
+            raise ModelError(f"{path} is damaged: its head cannot be read; fetch it again") from None
+    kind, parts = head.about.get("general.type", "model"), head.about.get("split.count", 1)
+    if parts > 1: raise ModelError(f"{path.name} is one of {parts} parts: join them with llama-gguf-split --merge")
+    if kind != "model" or f"{head.about.get('general.architecture')}.block_count" not in head.about:
+        raise ModelError(f"{path.name} does not hold a model" + f" but: {kind}"*(kind != "model"))
+    return head
+
+# %% ../nbs/07_pretrained.ipynb #d0ce8fd4
+def _needs(what, *packages):
+    missing = [p for p in packages if find_spec(p) is None]
+    if missing: raise ModelError(f"{what} cannot be read without {' and '.join(missing)}: "
+                                 f"pip install {' '.join(missing)}")
+
+def _check_whole(head: GGUF):
+    "A ValueError where weights are missing, or written in a way that is not known here"
+    from gguf.constants import GGML_QUANT_SIZES
+    if unknown := {kind for _, kind, _ in head.tensors.values()} - set(GGML_QUANT_SIZES):
+        raise ModelError(f"{head.path.name} has weights of a type ({min(unknown)}) unknown to the installed gguf")
+    def end(shape, kind, offset):
+        block, size = GGML_QUANT_SIZES[kind]
+        return head.start + offset + prod(shape)//block*size
+    wanted, there = max((end(*t) for t in head.tensors.values()), default=0), head.path.stat().st_size
+    if there < wanted: raise ModelError(f"{head.path} is cut short, {there:,} bytes of {wanted:,}: fetch it again")
+
+# %% ../nbs/07_pretrained.ipynb #c93fd067
 def _dequantised(path) -> tuple:  # model, tokenizer
-    "What transformers makes of a GGUF file, as ordinary weights in float32"
+    "What transformers makes of a GGUF file: ordinary weights in float32"
     import transformers
-    if not (find_spec("gguf") and find_spec("accelerate")):
-        raise ValueError(f"reading {path.name} needs two packages: pip install gguf accelerate")
     at = dict(gguf_file=path.name)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **at)
     config = transformers.AutoConfig.from_pretrained(path.parent, **at)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **at)
     # newer versions would keep the blocks packed where they have kernels for it
     if hasattr(transformers, "GgufConfig"): at["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, config=config, dtype=torch.float32, **at)
     vars(model.config).pop("quantization_config", None)
-    model.hf_quantizer = None  # what it holds is ordinary from here on, and can be saved
-    return model.eval(), tokenizer
+    model.hf_quantizer = None  # the weights are ordinary now, and can be saved
+    short = (d for d in (torch.bfloat16, torch.float16) if _exact(model.parameters(), d))
+    if d := next(short, None):
+        for p in model.parameters(): p.data = p.data.to(d)
+    return model, tokenizer
 
-# %% ../nbs/07_pretrained.ipynb #60ecf655
-def _whole(folder) -> bool:
-    "Is everything there that was written?"
-    try:
-        listed = json.loads((folder/"files.json").read_text(encoding="utf-8"))
-        return all(_same(folder/name, *known) for name, known in listed["files"].items())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError): return False
+def _exact(tensors, dtype) -> bool:
+    "Do these numbers survive in a shorter format?"
+    return all(torch.equal(t.to(dtype).float(), t) for t in tensors)
 
-def _same(path, size, changed, sha) -> bool:
-    at = path.stat()
-    return at.st_size == size and (at.st_mtime_ns == changed or _hash(path) == sha)
+def _trained_in(model) -> torch.dtype:
+    "The format that the vectors, which a GGUF file does not quantise, came from"
+    vectors = [p.data.float() for p in model.parameters() if p.ndim == 1]
+    return torch.bfloat16 if vectors and _exact(vectors, torch.bfloat16) else torch.float32
 
-def _list_files(folder):
-    "Write down what a folder holds"
-    def about(p): return p.stat().st_size, p.stat().st_mtime_ns, _hash(p)
-    files = {p.name: about(p) for p in sorted(folder.iterdir())}
-    (folder/"files.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+# %% ../nbs/07_pretrained.ipynb #9ebf4e7a
+@contextmanager
+def _quietly():
+    "No bars where nobody watches"
+    if sys.stderr.isatty(): yield
+    else:
+        with no_progress_bars(), redirect_stderr(io.StringIO()): yield  # gguf's bar listens to nobody
 
-def _kept(path) -> Path:
-    "The folder of what this file becomes; another version of transformers may read it otherwise"
+def _say(text): print(f"odesteer: {text}", file=sys.stderr, flush=True)
+
+# %% ../nbs/07_pretrained.ipynb #bc58b92d
+def cache_folder() -> Path:
+    "Where dequantised models are kept: $ODESTEER_CACHE, else `odesteer` beside what the hub's library keeps"
+    from huggingface_hub import constants
+    return Path(os.environ.get("ODESTEER_CACHE") or Path(constants.HF_HOME)/"odesteer")
+
+def _hash(path) -> str:
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+def _place(path) -> Path:
+    "The folder that a file is dequantised into: another content or another version of transformers has another"
     import transformers
-    return _cache_folder()/f"{path.stem}-{_hash(path)[:16]}-transformers-{transformers.__version__}"
+    return cache_folder()/f"{path.stem}-{_hash(path)[:16]}-transformers-{transformers.__version__}"
 
+def _write_contents(folder, **about):
+    "A list of what a folder holds, written last"
+    def state(p): return [p.stat().st_size, p.stat().st_mtime_ns, _hash(p)]
+    files = {p.name: state(p) for p in sorted(folder.iterdir())}
+    (folder/"contents.json").write_text(json.dumps(dict(files=files, **about), indent=1), encoding="utf-8")
+
+def _contents(folder) -> dict:
+    "What the list says, if every file is as it was; else nothing"
+    def same(path, size, changed, sha):
+        now = path.stat()
+        return now.st_size == size and (now.st_mtime_ns == changed or _hash(path) == sha)
+    try:
+        listed = json.loads((folder/"contents.json").read_text(encoding="utf-8"))
+        whole = listed["trained"] and all(same(folder/name, *was) for name, was in listed["files"].items())
+        return listed if whole else {}
+    except (OSError, ValueError, TypeError, KeyError): return {}
+
+# %% ../nbs/07_pretrained.ipynb #b39bbd60
 def _keep(folder, model, tokenizer):
-    "Write a model into a folder that is whole or not there, whoever else does the same"
+    "Write a folder that is whole or not there, whoever else writes it now"
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for old in folder.parent.glob(".part-*"):  # of a process that was killed
+        if time.time() - old.stat().st_mtime > 86400: shutil.rmtree(old, ignore_errors=True)
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
     try:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        _list_files(part)
-        if folder.exists() and not _whole(folder): shutil.rmtree(folder)
-        if not folder.exists(): os.rename(part, folder)
-    except OSError:
-        if not _whole(folder): raise  # another process was first
+        trained = str(_trained_in(model)).removeprefix("torch.")
+        with _quietly():
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+        for p in part.iterdir(): p.chmod(0o644)
+        _write_contents(part, trained=trained)
+        part.chmod(0o755)
+        _put(part, folder)
     finally: shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/07_pretrained.ipynb #ef4eb2e0
-def _load_gguf(path, device, dtype) -> tuple:
-    folder = _kept(path)
-    if not _whole(folder):
-        _say(f"dequantising {path.name}, once; it is kept in {folder}")
-        with nullcontext() if sys.stderr.isatty() else no_progress_bars(): _keep(folder, *_dequantised(path))
-    return _load_folder(folder, None, device, dtype)
+def _put(part, folder):
+    "Rename a folder to where nobody has put a whole one"
+    if folder.exists() and not _contents(folder): shutil.rmtree(folder, ignore_errors=True)
+    try: part.rename(folder)
+    except OSError:
+        if not _contents(folder): raise  # else another process was first
 
-def _load_folder(place, revision, device, dtype) -> tuple:
-    from transformers import AutoTokenizer
-    with nullcontext() if sys.stderr.isatty() else no_progress_bars():
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
+# %% ../nbs/07_pretrained.ipynb #cf6300c0
+def native_bfloat16(
+    device="cpu",  # or a GPU
+) -> bool:
+    "Does the processor multiply bfloat16 itself? Elsewhere it works too, slower than float32"
+    if torch.device(device).type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    if hasattr(torch.cpu, "get_capabilities"):
+        flags = {name for name, there in torch.cpu.get_capabilities().items() if there is True}
+    else:
+        info = Path("/proc/cpuinfo")
+        flags = set(info.read_text().split()) if info.exists() else set()
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"})
+
+def _settle_dtype(name, config, trained, size, device):  # torch.dtype, or "auto" where the config does not say
+    "What the processor is fast in, of the number formats that lose nothing"
+    if getattr(config, "dtype", None) is None: return "auto"
+    saved = _dtype_named(config.dtype)
+    if torch.bfloat16 not in (trained, saved): return saved
+    native, room = native_bfloat16(device), free_memory(device)
+    take = torch.bfloat16 if native or (room and room < 4*size) else torch.float32
+    if take != saved:
+        why = "which this processor computes natively" if native else "as this processor is slow in bfloat16"
+        other = "float32" if native else "bfloat16"
+        _say(f"{name} is taken in {str(take)[6:]}, {why} (--dtype {other} for the other)")
+    return take
+
+def _dtype_named(dtype) -> torch.dtype:
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+    if isinstance(found, torch.dtype): return found
+    raise ValueError(f"there is no dtype {dtype!r}: auto, float32, bfloat16 or float16")
+
+# %% ../nbs/07_pretrained.ipynb #e6240687
+def free_memory(
+    device="cpu",  # or a GPU
+) -> int:  # bytes; None for another kind of device
+    "Memory that a model may take; in a container, what its limit leaves"
+    kind = torch.device(device).type
+    if kind == "cuda": return torch.cuda.mem_get_info(torch.device(device))[0]
+    if kind != "cpu": return None
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group/f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = re.search(r"^inactive_file (\d+)", (group/"memory.stat").read_text(), re.M)
+        return min(free, max(0, limit - used + int(cached[1])))
+    except (OSError, ValueError, TypeError): return free  # no container, or none with a limit
+
+# %% ../nbs/07_pretrained.ipynb #509da865
+def _count_weights(config) -> int:
+    "The weights of a model, from its configuration alone; 0 where that cannot be told"
+    from transformers import AutoModelForCausalLM
+    if getattr(config, "quantization_config", None): return 0  # its weights are not of the size that the config names
+    try:
+        with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
+    except Exception: return 0  # loading will say why
+    return sum(p.numel() for p in model.parameters())
+
+# %% ../nbs/07_pretrained.ipynb #2fbe09bd
+def _check_memory(name, size, dtype, device, what="its weights"):
+    "A ValueError before a model is loaded that does not fit"
+    need, free = size*dtype.itemsize, free_memory(device)
+    if free is None or need <= free: return
+    ways = ["a smaller model"]
+    if torch.device(device).type == "cuda" and need <= free_memory("cpu"): ways.insert(0, "--device cpu")
+    if dtype.itemsize > 2 and need/2 <= free: ways.insert(0, "--dtype bfloat16")
+    where = "memory" if torch.device(device).type == "cpu" else "memory on the GPU"
+    raise ModelError(f"{name} needs {_gigabytes(need)} for {what} in {str(dtype)[6:]}, but {_gigabytes(free)} of "
+                     f"{where} is free: take {' or '.join(ways)}")
+
+def _gigabytes(n) -> str: return f"{n/1e9:,.0f} GB" if n > 1e10 else f"{n/1e9:.2g} GB"
+
+# %% ../nbs/07_pretrained.ipynb #5b549dfe
+#: settings of `from_pretrained` that finding a file on the hub needs
+HUB_SETTINGS = "cache_dir", "local_files_only", "token", "force_download"
+
+def hub_commit(
+    name: str,  # owner/name on the hub
+    revision: str = None,  # branch, tag or commit; None: the default branch
+    **hub,  # cache_dir, local_files_only, token
+) -> str:
+    "The commit that a revision stands for, read off the place where the hub's files are kept"
+    from huggingface_hub import hf_hub_download
+    known = {k: v for k, v in hub.items() if k in HUB_SETTINGS}
+    try: path = hf_hub_download(name, "config.json", revision=revision, **known)
+    except Exception as e:
+        at = f" at revision {revision!r}" if revision else ""
+        raise ValueError(f"{name!r} is neither a folder here nor a model that the hub could give{at}: "
+                         f"{_first_line(e)}") from e
+    return re.search(r"snapshots/([0-9a-f]{40})/", Path(path).as_posix())[1]
+
+def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
+# %% ../nbs/07_pretrained.ipynb #adedba9d
+def _load_hub(name, place, revision, device, dtype) -> tuple:
+    "A model of the hub: that of one commit, which it then names"
+    commit = hub_commit(place, revision)
+    model, tokenizer = _load_folder(name, place, commit, device, dtype)
+    model.config._commit_hash = commit  # newer versions of transformers do not say
+    return model, tokenizer
+
+def _load_folder(name, place, revision, device, dtype, trained=None) -> tuple:
+    "A folder or a model of the hub, by transformers"
+    from transformers import AutoConfig
+    config = AutoConfig.from_pretrained(place, revision=revision)
+    size = _count_weights(config)
+    if dtype == "auto" and size: dtype = _settle_dtype(name, config, trained, size, device)
+    if dtype != "auto" and size: _check_memory(name, size, dtype, device)
+    tokenizer = _tokenizer(place, revision)
     return load_pretrained(place, device=device, revision=revision, dtype=dtype), tokenizer
 
+def _tokenizer(place, revision=None):
+    from transformers import AutoTokenizer
+    with nullcontext() if sys.stderr.isatty() else no_progress_bars():
+        return AutoTokenizer.from_pretrained(place, revision=revision)
+
+# %% ../nbs/07_pretrained.ipynb #850a9b0e
+def _load_gguf(name, path, revision, device, dtype) -> tuple:
+    "A GGUF file, by way of a folder with its weights dequantised"
+    folder = _place(path)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as elsewhere:
+        if not _contents(folder): folder = _dequantise(name, path, folder, Path(elsewhere))
+        trained = _dtype_named(_contents(folder)["trained"])
+        return _load_folder(name, folder, None, device, dtype, trained)
+
+def _dequantise(name, path, folder, elsewhere) -> Path:
+    "The folder where the weights are now"
+    _needs(path.name, "gguf", "accelerate")
+    head = read_gguf(path)
+    _check_whole(head)
+    _check_memory(name, head.size, torch.float32, "cpu", "dequantising")
+    _say(f"dequantising {path.name}, once, into {folder}")
+    with _quietly(): parts = _dequantised(path)
+    try: _keep(folder, *parts)
+    except (OSError, SafetensorError) as e:
+        _say(f"it cannot be kept there ({_first_line(e)}) and is dequantised anew each time: "
+             "name a folder that can be written in $ODESTEER_CACHE")
+        folder = elsewhere/folder.name
+        _keep(folder, *parts)
+    return folder
+
+# %% ../nbs/07_pretrained.ipynb #94825e4f
+def _load_adapter(name, folder, revision, device, dtype) -> tuple:
+    "The model that an adapter was made for, with the adapter in its weights"
+    _needs(f"the adapter {name}", "peft")
+    import peft
+    base, at, learned = _base_of(folder)
+    try: model, tokenizer = load_model(base, at, device, dtype)
+    except ValueError as e: raise ModelError(f"the adapter {name} needs its model: {e}") from e
+    if learned.is_prompt_learning:
+        raise ModelError(f"the adapter {name} ({learned.peft_type.value}) adds a prompt, "
+                         "which cannot be merged into weights")
+    if getattr(model.config, "quantization_config", None):
+        raise ModelError(f"the adapter {name} cannot be merged into {base}, whose weights are quantised: "
+                         "set base_model_name_or_path in its adapter_config.json to the model that is not")
+    if (folder/"tokenizer_config.json").is_file(): tokenizer = _tokenizer(folder)
+    return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval(), tokenizer
+
+def _base_of(folder) -> tuple:  # name, revision, settings of the adapter
+    "The model that an adapter was made for"
+    import peft
+    learned = peft.PeftConfig.from_pretrained(str(folder))
+    if not learned.base_model_name_or_path:
+        raise ModelError(f"{folder}/adapter_config.json names no base_model_name_or_path")
+    return learned.base_model_name_or_path, learned.revision, learned
+
 # %% ../nbs/07_pretrained.ipynb #a441cdf8
+_LOADERS = {"gguf": _load_gguf, "adapter": _load_adapter, "folder": _load_folder, "hub": _load_hub}
+
 def load_model(
-    name: str,  # one of `NAMED`, a folder, a .gguf file, or an id on the hub
+    name: str,  # one of `NAMED`, a folder with a model or an adapter, a .gguf file, or an id on the hub
     revision: str = None,  # branch, tag or commit on the hub
     device: str = None,  # default: a GPU if there is one
-    dtype: str = "auto",  # as saved, or a name such as bfloat16
+    dtype: str = "auto",  # or such as bfloat16; auto: as saved, but bfloat16 only where the processor is fast in it
 ) -> tuple:  # model, tokenizer
     "A causal language model and its tokenizer, ready to generate; a ValueError in one line where there is none"
+    if dtype != "auto": dtype = _dtype_named(dtype)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         kind, place = _locate(name, revision)
-        if kind == "gguf": model, tokenizer = _load_gguf(place, device, dtype)
-        else: model, tokenizer = _load_folder(place, revision, device, dtype)
-    except (OSError, ValueError, KeyError) as e:
+        model, tokenizer = _LOADERS[kind](str(name), place, revision, device, dtype)
+    except ModelError: raise
+    except Exception as e:  # whatever a damaged file, a missing package or the hub's library may say
         raise ValueError(f"{name} could not be loaded as a causal language model with its tokenizer: "
-                         f"{_first_line(e)}") from e
-    if kind == "gguf": model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = str(name)
+                         f"{_first_line(e)}{_advice(name)}") from e
+    if kind in ("gguf", "adapter"): _name(model, tokenizer, str(name))
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
-# %% ../nbs/07_pretrained.ipynb #998561e1
-def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]
+# %% ../nbs/07_pretrained.ipynb #94d4821f
+def _advice(name) -> str:
+    "What else could be done or meant"
+    name = str(name)
+    if name in NAMED: return f" (without the hub: {NAMED[name].install})"
+    if "/" in name or Path(name).exists(): return ""
+    return (f" (a model is a folder, a .gguf file, a hub id such as {NAMED['smollm2'].hub}, "
+            f"or one of {', '.join(NAMED)})")
 
+def _name(model, tokenizer, name):
+    "What a card or a run calls the model: what was asked for, not where it is cached"
+    model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = name
+
+# %% ../nbs/07_pretrained.ipynb #998561e1
 def count_layers(
     name: str,  # as of `load_model`
     revision: str = None,  # branch, tag or commit on the hub
 ) -> int:
-    "Number of decoder blocks, from the configuration alone; a ValueError where there is no model of this name"
+    "Number of decoder blocks, without the weights; a ValueError where there is no model of this name"
     from transformers import AutoConfig
     kind, place = _locate(name, revision)
-    at = dict(gguf_file=place.name) if kind == "gguf" else {}
-    try: config = AutoConfig.from_pretrained(place.parent if at else place, revision=revision, **at)
+    if kind == "gguf": return read_gguf(place).layers
+    if kind == "adapter": return count_layers(*_base_of(place)[:2])
+    try: config = AutoConfig.from_pretrained(place, revision=revision)
     except (OSError, ValueError) as e:
         raise ValueError(f"{name} is neither a folder with a model nor an id that the hub could give: "
-                         f"{_first_line(e)}") from None
+                         f"{_first_line(e)}{_advice(name)}") from None
     return config.get_text_config().num_hidden_layers
+
+def hub_origin(
+    model,  # that `load_model` gave
+) -> tuple:  # owner/name and commit; None and None for one that did not come from the hub
+    "Where on the hub a model came from"
+    name, commit = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
+    return (name, commit) if commit and not Path(name).exists() else (None, None)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/19_report.ipynb #d77967e2
 from __future__ import annotations
-from collections import defaultdict
+from collections import Counter, defaultdict
 from csv import DictReader, writer
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +14,9 @@ from typing import NamedTuple
 import io, json, re
 import numpy as np
 from fastcore.basics import patch
-from .euler import load_class, write_atomic
-from .results import (DERIVED, PLACEBOS, Interval, MetricRow, as_results, curve_unit, gather, place)
+from .euler import Fitted, load_class, write_atomic
+from .results import (DERIVED, PLACEBOS, Interval, MetricRow, as_results, curve_unit, gather, needs_layer,
+                              place)
 from .statistics import format_number, holm
 from .sweeps import ABLATIONS
 
@@ -138,20 +139,32 @@ def _title(scope):
     models = len(scope["models"])
     return scope["name"] + (f" ({models} models)" if models > 1 else "")
 
+def _label(r) -> str: return r.get("name", r["method"])  # a variant has a name of its own
+
 def _named(r):
     "The method of a row, and what must be known about it"
     some = 0 < r["off"] < len(r["chosen"])
     off = f" (off in {r['off']} of {len(r['chosen'])} models)" if some else ""
-    return r["method"] + (" (placebo)" if r["method"] in PLACEBOS else "") + off
+    return _label(r) + (" (placebo)" if r["method"] in PLACEBOS else "") + off
 
 def _layers(r):
     "The chosen layers of a row, as text"
     text = lambda c: "off" if c.strength is None else "all" if c.layer is None else str(c.layer)
     return "/".join(dict.fromkeys(text(c) for c in r["chosen"] if c)) or None
 
-def _strengths(r):
-    "The chosen strengths of a row, as text; shares without their name"
-    text = lambda c: "off" if c.strength is None else place(c.strength).replace("share ", "")
+# %% ../nbs/19_report.ipynb #600e9e8b
+def _usual_unit(scope) -> str:
+    "The unit in which most strengths of steerers were chosen"
+    steerers = [r for r in scope["rows"] if needs_layer(r["method"])]
+    chosen = Counter(unit for r in steerers for c in r["chosen"] if c and c.strength for unit in c.strength)
+    units = chosen or Counter(scope.get("units", {}).values())
+    return units.most_common(1)[0][0] if units else "share"
+
+def _words_of(scope) -> str: return Fitted.strength_names[_usual_unit(scope)]
+
+def _strengths(usual, r):
+    "The chosen strengths of a row, as text; those in the usual unit without its name"
+    text = lambda c: "off" if c.strength is None else place(c.strength).removeprefix(f"{usual} ")
     return "/".join(dict.fromkeys(text(c) for c in r["chosen"] if c)) or None
 
 # %% ../nbs/19_report.ipynb #e055a8be
@@ -167,16 +180,16 @@ def _main_columns(scope, rows) -> list:
     columns += [(m, partial(_mean_value, m)) for m in extra]
     if _has_effort(rows): columns.append(("effort", lambda r: r.get("effort")))
     speed = lambda r: r["speed"] and r["speed"].value
-    return columns + [("speed", speed), ("layer", _layers), ("strength", _strengths)]
+    return columns + [("speed", speed), ("layer", _layers), ("strength", partial(_strengths, _usual_unit(scope)))]
 
 def _main_note(scope):
     "What the columns of the main table mean"
     timed = any(r.get("timed") for r in scope["rows"])
     effort = "effort: what is added over the activation, mean over all blocks and tokens; "
-    settings = [r["arm"] for r in ranked(scope) if r["arm"] != r["method"]]
+    settings = [r["arm"] for r in ranked(scope) if r["arm"] != r["method"] and "name" not in r]
     return (f"{scope['n']} answers about {scope['groups']} questions; in brackets 95 % intervals by question; "
             "change: paired difference to unsteered; made worse: share of answers; "
-            "strength: share of the median norm, of controllers the set-point (T); "
+            f"strength: {_words_of(scope)}, of controllers the set-point (T); "
             + (effort if _has_effort(scope["rows"]) else "")
             + "speed: of unsteered, " + ("measured side by side." if timed else "as it came.")
             + (f" Settings: {'; '.join(settings)}." if settings else ""))
@@ -296,7 +309,7 @@ def _meeting(place): return "each at its best" if place == "best" else f"at equa
 
 def _arm_of(scope, method):
     "The main arm of a method, None if it has none"
-    return next((r["arm"] for r in scope["rows"] if r["method"] == method), None)
+    return next((r["arm"] for r in scope["rows"] if r["method"] == method and "name" not in r), None)
 
 # %% ../nbs/19_report.ipynb #9cc8c7d9
 @dataclass
@@ -411,13 +424,13 @@ def _cost_claim(scope, r):
     "What a row paid, in words"
     worse = _metric(scope["primary"], r).worse.value
     speed = f", speed x {r['speed'].value:.2f}" if r["speed"] else ""
-    return f"{r['method']}: {_guards(scope, r)}, {worse:.0%} of answers made worse{speed}"
+    return f"{_label(r)}: {_guards(scope, r)}, {worse:.0%} of answers made worse{speed}"
 
 def _cost_evidence(scope, r):
     "What a row paid, in numbers"
     changes = [f"{m} {_cell(_change(m, r), '+')}" for m in scope["watch"] if _change(m, r)]
     worse, speed = _cell(_metric(scope["primary"], r).worse), _cell(r["speed"])
-    return f"{r['method']}: " + ", ".join([*changes, f"made worse {worse}", f"speed {speed}, n={r['n']}"])
+    return f"{_label(r)}: " + ", ".join([*changes, f"made worse {worse}", f"speed {speed}, n={r['n']}"])
 
 def _guards(scope, r):
     "Which guardrails a row clearly worsens"
@@ -435,7 +448,7 @@ def beats(
     steering = steering_methods(scope)
     tried = [r for r in scope["rows"] if r["method"] in steering]
     rivals = [r for m in others for r in scope["rows"] if r["arm"] == _arm_of(scope, m)]
-    gains = {(r["method"], o["method"]): gain(scope, r["arm"], o["arm"]) for r in tried for o in rivals}
+    gains = {(_label(r), o["method"]): gain(scope, r["arm"], o["arm"]) for r in tried for o in rivals}
     gains = together({pair: g for pair, g in gains.items() if g})
     if not gains: return None
     by_method = defaultdict(dict)  # method -> rival -> gain
@@ -488,7 +501,7 @@ def strength_figure(scope: dict):  # matplotlib figure
     rows = {r["arm"]: r for r in scope["rows"]}
     widest = defaultdict(float)  # unit -> largest strength of its panels
     for arm, points in curves.items():
-        unit = curve_unit(rows[arm]["method"])
+        unit = curve_unit(scope, rows[arm])
         widest[unit] = max(widest[unit], *(p.strength for p in points))
     columns = min(4 if len(curves) < 9 else 6, len(curves))
     lines = -(-len(curves) // columns)
@@ -496,27 +509,28 @@ def strength_figure(scope: dict):  # matplotlib figure
         fig, axes = plt.subplots(lines, columns, sharey=True, squeeze=False)
         for ax, (arm, points) in zip(axes.flat, curves.items()):
             if scope["unsteered"] is not None: ax.axhline(scope["unsteered"], color="#999999", ls="--", lw=.9, zorder=0)
-            _strength_panel(ax, rows[arm], points, widest)
+            _strength_panel(ax, scope, rows[arm], points, widest)
         for ax in axes.flat[len(curves):]: ax.set_visible(False)
-        controllers = "; of controllers the set-point" if "T" in widest else ""
-        fig.supxlabel(f"strength, share of the median norm (dotted: chosen){controllers}", fontsize=9)
+        plain = all(needs_layer(rows[arm]["method"]) for arm in curves)
+        controllers = "" if plain else "; of controllers the set-point"
+        fig.supxlabel(f"strength, {_words_of(scope)} (dotted: chosen){controllers}", fontsize=9)
         fig.supylabel(f"{scope['primary']}, validation", fontsize=9)
     return fig
 
 # %% ../nbs/19_report.ipynb #73aca4e5
-def _strength_panel(ax, row, points, widest):
+def _strength_panel(ax, scope, row, points, widest):
     "The curve of a method, and where it was stopped"
     from odesteer.plots import sweep_plot
-    method, unit = row["method"], curve_unit(row["method"])
-    if unit == "T":
+    method, unit, usual = row["method"], curve_unit(scope, row), _usual_unit(scope)
+    if not needs_layer(method):
         ax.set_xscale("log")
         ax.tick_params(which="minor", labelbottom=False)
-    else: ax.set_xlim(0, 1.06*widest["share"])
+    else: ax.set_xlim(0, 1.06*widest[unit])
     sweep_plot(ax, *np.array([(p.strength, *p.mean) for p in points], float).T, color=_color_of(method))
     strengths = {c.strength[unit] for c in row["chosen"] if c and c.strength and unit in c.strength}
     for s in strengths: ax.axvline(s, color="black", ls=":", lw=1)
-    axis = f", {load_class(method).strength_name}" if unit == "T" else ""
-    ax.set_title(method + axis + ("" if strengths else ": off"), fontsize=8.5)
+    axis = "" if needs_layer(method) and unit == usual else f", {load_class(method).strength_names[unit]}"
+    ax.set_title(_label(row) + axis + ("" if strengths else ": off"), fontsize=8.5)
 
 # %% ../nbs/19_report.ipynb #35ce6a7e
 def pareto_figure(scope: dict):  # matplotlib figure
@@ -530,7 +544,7 @@ def pareto_figure(scope: dict):  # matplotlib figure
         last = axes[0, -1]
         right = last.get_xlim()[1]
         for r in rows:
-            direct_label(last, right, _shift(p, r).value, r["method"], _color_of(r["method"])).set(fontsize=8)
+            direct_label(last, right, _shift(p, r).value, _label(r), _color_of(r["method"])).set(fontsize=8)
         last.set_xlim(right=right)
         axes[0, 0].set_ylabel(f"change of {p}" + (" (less is better)" if scope["better"][p] < 0 else ""))
         spread_labels(last, 9.5)
@@ -561,15 +575,15 @@ def layer_figure(scope: dict):  # matplotlib figure
     "Validation: the best primary metric in each layer, over the strengths tried there"
     import matplotlib.pyplot as plt
     from odesteer.plots import direct_label, spread_labels, style
-    way, methods = scope["better"][scope["primary"]], {r["arm"]: r["method"] for r in scope["rows"]}
+    way, rows = scope["better"][scope["primary"]], {r["arm"]: r for r in scope["rows"]}
     found = {arm: _best_by_layer(curves, way) for arm, curves in scope["curves"].items()}
     with style(**{"figure.figsize": (5.4, 1.6 + .14*len(found))}):
         fig, ax = plt.subplots()
         for arm, best in found.items():
             if not best: continue  # a controller acts on all layers
-            method, last = methods[arm], max(best)
-            ax.plot(list(best), list(best.values()), marker="o", color=_color_of(method), lw=1.2)
-            direct_label(ax, last, best[last], method, _color_of(method)).set(fontsize=8)
+            color, last = _color_of(rows[arm]["method"]), max(best)
+            ax.plot(list(best), list(best.values()), marker="o", color=color, lw=1.2)
+            direct_label(ax, last, best[last], _label(rows[arm]), color).set(fontsize=8)
         ax.set(xlabel="layer (block, from 0)", ylabel=f"best {scope['primary']} on validation",
                xticks=sorted({k for best in found.values() for k in best}))
         spread_labels(ax, 9)
@@ -773,5 +787,5 @@ def beside_published(
 ) -> list:  # of `Beside`
     "Published gains beside ours, for the methods that are in both"
     m = metric or scope["primary"]
-    ours = {r["method"]: _change(m, r) for r in scope["rows"] if not _is_off(r)}
+    ours = {r["method"]: _change(m, r) for r in scope["rows"] if not _is_off(r) and "name" not in r}
     return [Beside(name, g, *ours[name]) for name, g in published_gains(column).items() if ours.get(name)]

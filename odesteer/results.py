@@ -174,9 +174,11 @@ def explored(self: Unit, arm) -> int:
 
 @patch
 def mains(self: Unit) -> dict:  # method -> arm
-    "Of each method the arm swept over most layers; if several were, the one with the fewest settings"
+    "Of each method the arm swept over most layers; if several were, the one with the fewest settings; then variants"
+    named = {c["config"]["name"]: arm for arm, found in self.choices.items() for c in found if "name" in c["config"]}
+    plain = [arm for arm, found in self.choices.items() if any("name" not in c["config"] for c in found)]
     rank = lambda arm: (-len(self.choices[arm][0]["config"]["layers"]), len(self.arms[arm][1]))
-    return {self.arms[arm][0]: arm for arm in sorted(self.choices, key=rank, reverse=True)}
+    return {self.arms[arm][0]: arm for arm in sorted(plain, key=rank, reverse=True)} | dict(sorted(named.items()))
 
 # %% ../nbs/18_results.ipynb #81748d1e
 def make_units(
@@ -230,7 +232,8 @@ def _enter_choice(units, choice):
     c = choice["config"]
     for unit in units:
         if all(c.get(k, v) == v for k, v in unit.shared.items()):
-            unit.choices.setdefault(_arm_name({"arm": "steer", **c}, unit.arms), []).append(choice)
+            arm = {"arm": "steer", **c, "reading": choice.get("reading", "last")}
+            unit.choices.setdefault(_arm_name(arm, unit.arms), []).append(choice)
 
 # %% ../nbs/18_results.ipynb #001f390a
 def _width(choice):
@@ -242,6 +245,7 @@ def _arm_name(config, arms) -> str:
     "Name of a run's arm; a steered one is entered in `arms`"
     if config["arm"] != "steer": return {"none": "unsteered"}.get(config["arm"], config["arm"])
     own = own_params(config["method"], config["params"])
+    if config.get("reading", "last") != "last": own["reading"] = config["reading"]  # of the texts it was fitted on
     name = arm_label(config["method"], own)
     arms[name] = config["method"], own
     return name
@@ -369,6 +373,7 @@ def row(self: Scope, arm: str,
     settings = [c and Chosen(c["layer"], c["strength"]) for c in choices]
     off = sum(s is not None and s.strength is None for s in settings)  # models on which nothing was safe
     out = dict(arm=arm, method=self.method(arm), chosen=settings, off=off, seeds=max(map(len, steered)), metrics={})
+    if name := self.variant(arm): out["name"] = name
     if len(choices) == 1 and choices[0]: out["why"] = choices[0]["why"]
     for m in dict.fromkeys(m for r in runs for m in r.scores):
         x, y = self.items(steered, m), self.items(plain, m)
@@ -378,6 +383,13 @@ def row(self: Scope, arm: str,
     out |= {k: _typical(runs, k) for k in ("moved", "angle", "effort")}
     out |= dict(speed=self._speed(arm, steered, plain), timed=any(arm in u.ratios for u in self.units))
     return out | self._as_published(steered, plain)
+
+# %% ../nbs/18_results.ipynb #ca63b163
+@patch
+def variant(self: Scope, arm) -> str:
+    "The name under which an arm was compared, if it is a variant of a method; None else"
+    named = [c["config"]["name"] for u in self.units for c in u.choices.get(arm, []) if "name" in c["config"]]
+    return named[0] if named else None
 
 def _typical(runs, key) -> float:
     "Median of what the summaries of runs say; None if none does"
@@ -482,8 +494,15 @@ def needs_layer(arm: str) -> bool:
     "Whether a method acts at one block; what is no method (such as asking in the prompt) counts as one that does"
     return arm not in ods.REGISTRY or load_class(arm).needs_layer
 
-def curve_unit(method: str) -> str:
-    "The unit of the strengths that a method is swept over"
+def curve_unit(
+    scope: dict,  # one of results["scopes"]
+    row: dict,  # of its arm
+) -> str:
+    "The unit of the strengths on an arm's curve"
+    return scope.get("units", {}).get(row["arm"]) or _usual_unit(row["method"])
+
+def _usual_unit(method) -> str:
+    "The unit of a curve where results name none, as they did before there were spreads"
     return "share" if needs_layer(method) else "T"
 
 class CurvePoint(tuple):
@@ -505,16 +524,29 @@ def curve(self: Scope, arm: str) -> dict:  # layer as text, and "chosen" -> `Cur
     """Validation against strength, in each layer, and at each model's chosen layer
 
     Where no strength was safe, "chosen" is the layer in which most strengths were tried."""
-    unit = curve_unit(self.method(arm))
-    points = [k for u in self.units for k in sorted(k for k in u.points if (k.split, k.arm) == ("val", arm))]
+    unit, points = self.curve_unit(arm), self._tried(arm)
     layers = {str(k.layer): [k.layer]*len(self.units) for k in points}
     layers["chosen"] = [_curve_layer(u, arm) for u in self.units]
-    if unit == "T": layers.pop("None", None)  # a controller has no layers: its only curve is the chosen one
+    if not needs_layer(self.method(arm)): layers.pop("None", None)  # it has no layers, and one curve: the chosen one
     tried = [json.loads(k.strength) for k in points]
     strengths = sorted({s[unit] for s in tried if s.keys() == {unit}})
     curves = {name: [self._curve_point(arm, at, {unit: s}, name == "chosen") for s in strengths]
               for name, at in layers.items()}
     return {name: known for name, found in curves.items() if (known := [p for p in found if p])}
+
+# %% ../nbs/18_results.ipynb #22e104c7
+@patch
+def _tried(self: Scope, arm) -> list:  # of `Point`
+    "Where an arm was tried on validation"
+    return [k for u in self.units for k in sorted(k for k in u.points if (k.split, k.arm) == ("val", arm))]
+
+@patch
+def curve_unit(self: Scope, arm: str) -> str:
+    "The unit in which an arm's strength was chosen; where none was, the one in which most were tried"
+    chosen = [c["strength"] for u in self.units if (c := u.choice(arm)) and c["strength"]]
+    tried = [json.loads(k.strength) for k in self._tried(arm)]
+    counted = Counter(unit for s in chosen or tried if len(s) == 1 for unit in s)
+    return counted.most_common(1)[0][0] if counted else _usual_unit(self.method(arm))
 
 _UNTRIED = "untried"  # in place of a layer: the method was not tried on this model
 
@@ -543,7 +575,9 @@ def place(
 ) -> str:
     "A strength as text: where arms meet"
     if at == "best" or at is None: return "best"
-    if "level" in at: return f"level {at['level']:g} within share {at['share']:g}"
+    if "level" in at:
+        way = {unit: v for unit, v in at.items() if unit != "level"}  # the longest
+        return f"level {at['level']:g} within {place(way)}"
     return ", ".join(f"{k} {v:g}" for k, v in at.items())
 
 # %% ../nbs/18_results.ipynb #07dab6ba
@@ -556,13 +590,21 @@ def study_runs(self: Unit, study: str) -> dict:  # label of an arm -> place -> t
     coarse, own = ABLATIONS[study].coarse, ABLATIONS[study].own
     params, out = {m: self.arms[arm][1] for m, arm in self.mains().items()}, {}
     for a in ablation_arms(study, params):
-        arm = arm_label(a.method, a.params)
+        arm = self._study_arm(a, params["odesteer"].get("reading"), own)
         where = self._study_layer(a.method, arm, layer, own)
         out[a.label] = {place(json.loads(point.strength)): runs for point, runs in self.points.items()
                         if (point.split, point.arm, point.layer) == ("test", arm, where)}
         best = self.chosen(arm, None if own else where, coarse)
         if best: out[a.label]["best"] = best
     return out
+
+@patch
+def _study_arm(self: Unit, a, reading, own) -> str:
+    "The name of an arm of a study, fitted where ODESteer is; in a study that says so, where its own choice is"
+    def plain(arm): return self.arms[arm][0], {k: v for k, v in self.arms[arm][1].items() if k != "reading"}
+    swept = [arm for arm in self.choices if plain(arm) == (a.method, a.params)] if own else []
+    if swept: return swept[0]
+    return arm_label(a.method, a.params | ({"reading": reading} if reading and needs_layer(a.method) else {}))
 
 @patch
 def _study_layer(self: Unit, method, arm, layer, own):
@@ -605,7 +647,8 @@ def study(self: Scope, name: str) -> list:  # of `StudyRow`
     labels = [arm.label for arm in ABLATIONS[name].arms]
     reached = {label: set.intersection(*(set(r.get(label, {})) for r in runs)) for label in labels}  # in every unit
     rows = []
-    for kind in ABLATIONS[name].at:
+    kinds = [k for kind in ABLATIONS[name].at for k in (("share", "spread") if kind == "share" else (kind,))]
+    for kind in kinds:
         for places in _meetings(reached, kind):
             rivals = [p.partition(" within ")[2] or p for p in places]  # a level is compared with walking on
             here = [label for label in labels if set(places) <= reached[label]]
@@ -722,8 +765,11 @@ def _scope(scope, full) -> dict:
                groups=len(set(scope.groups())), n=len(scope.groups()), rows=rows)
     if not full: return out
     plain = scope.items([u.at("val", "unsteered") for u in scope.units], scope.primary, "val")
+    curves = {a: c for a in arms if (c := scope.curve(a))}
+    units = {a: unit for a in curves if (unit := scope.curve_unit(a)) != _usual_unit(scope.method(a))}
+    if units: out["units"] = units
     return out | dict(decoding=shared["decoding"], data=shared["data"], pairs=scope.pairs(rows), unsteered=_mean(plain),
-                      curves={a: c for a in arms if (c := scope.curve(a))},
+                      curves=curves,
                       studies={s: t for s in ABLATIONS if (t := scope.study(s))})
 
 def _arms_and_rows(scope, brief) -> tuple:

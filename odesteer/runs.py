@@ -8,13 +8,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-import inspect, json, math, re, sys, time
+import copy, inspect, json, math, re, sys, time
 import numpy as np
 import torch
 from fastcore.basics import patch
 import odesteer as ods
 from .control import effort as measure_effort
-from .data import digest, fit_on, group_of, sample_batch, write_jsonl
+from .data import digest, fit_on, group_of, sample_batch, texts_to_read, write_jsonl
 from .euler import load_class, write_atomic
 from .judges import kl_to_unsteered
 from .micro import AXES
@@ -82,8 +82,8 @@ class Bench:
     """A model and a task, ready to run; everything it makes stands in a folder.
 
     It remembers activations and fitted steerers (`_acts`, `_steerers`), and does not change otherwise. Grows on this
-    page: `config`, `acts`, `read_layers`, `prompt_acts`, `steerer`, `strength`, `displacement`, `effort`, `run`,
-    `finished`, `repeated`, `at_effort`."""
+    page: `config`, `read_at`, `acts`, `read_layers`, `prompt_acts`, `steerer`, `strength`, `displacement`, `effort`,
+    `run`, `finished`, `repeated`, `at_effort`."""
     def __init__(self,
         model, tokenizer,  # as transformers loads them
         task: Task,  # with data=, the identity of its data; else a ValueError
@@ -103,6 +103,7 @@ class Bench:
         self.deadline, self.on_run = deadline, on_run
         self.about = _about(model, name, world, hub, revision)
         self._acts, self._steerers = {}, {}
+        self._readings = {task.reading: self._acts}  # place of reading -> what was read there
 
 # %% ../nbs/16_runs.ipynb #be555e63
 def _about(model, name, world, hub, revision) -> dict:
@@ -113,7 +114,7 @@ def _about(model, name, world, hub, revision) -> dict:
     return dict(name=name, **known, revision=revision, dtype=dtype, sha256=fingerprint(model)[:16])
 
 #: fields of a config that may differ between runs that are compared
-VARIES = "arm", "method", "params", "layer", "strength", "split", "seed"
+VARIES = "arm", "method", "params", "layer", "reading", "strength", "split", "seed"
 #: fields of a task that a config names only where they are not so
 _USUAL = {"samples": 1, "stop": (), "max_length": None, "positions": "last"}
 
@@ -124,9 +125,16 @@ def config(self: Bench,
     "Everything that the numbers of a run depend on"
     arm = arm or ("none" if method is None else "steer")
     unusual = {k: v for k, usual in _USUAL.items() if (v := getattr(self.task, k)) != usual}
+    if method: unusual |= self._unusual_reading(method)
     return dict(task=self.task.name, data=self.task.data, model=self.about,
                 arm=arm, method=method, params=params, layer=layer, strength=strength, split=split, seed=seed,
                 decoding=self.task.decoding, batch_size=self.batch_size, **unusual)
+
+@patch
+def _unusual_reading(self: Bench, method) -> dict:
+    "The place of reading where a steered arm has one that is not the usual one"
+    usual = self.task.reading == "last" or not load_class(method).needs_layer
+    return {} if usual else {"reading": self.task.reading}
 
 def run_key(config: dict) -> str:
     "The name of a run or choice: a hash of its config, 16 hex digits; the order of its fields does not matter"
@@ -137,10 +145,16 @@ def run_key(config: dict) -> str:
 def acts(self: Bench,
     fold: int,  # number in `task.folds`
     layer: int,
-) -> torch.Tensor:  # (N+ + N-, d), wanted texts first
+) -> torch.Tensor:  # (N+ + N-, d), wanted texts first; where all tokens are read, a list of (n_tokens, d)
     "Activations of the fold's texts at a layer; read once, kept on disk"
     if layer not in self._acts.get(fold, {}): self._read(fold, [layer])
     return self._acts[fold][layer]
+
+@patch
+def _classes(self: Bench, fold, layer) -> tuple:
+    "Activations of the wanted and of the unwanted texts, one row each, or one for each token"
+    a, n = self.acts(fold, layer), len(self.task.folds[fold].texts.pos)
+    return tuple(torch.cat(part) if isinstance(part, list) else part for part in (a[:n], a[n:]))
 
 @patch
 def read_layers(self: Bench,
@@ -155,8 +169,9 @@ def read_layers(self: Bench,
 # %% ../nbs/16_runs.ipynb #6fb3621f
 @patch
 def _read(self: Bench, fold, layers):
-    texts = self.task.folds[fold].texts
-    self._acts.setdefault(fold, {}).update(self._collect(texts.pos + texts.neg, layers))
+    reading = self.task.reading
+    texts = texts_to_read(self.task.folds[fold].texts, [reading], self.task.split)
+    self._acts.setdefault(fold, {}).update(self._collect(texts, layers, positions=reading))
 
 @patch
 def _collect(self: Bench, texts, layers, **how) -> dict:
@@ -164,6 +179,18 @@ def _collect(self: Bench, texts, layers, **how) -> dict:
     return ods.collect_activations(
         self.model, self.tokenizer, texts, layers, batch_size=self.batch_size, max_length=self.task.max_length,
         cache_dir=self.out/"activations", progress=sys.stderr.isatty(), **how)
+
+# %% ../nbs/16_runs.ipynb #dfc65413
+@patch
+def read_at(self: Bench,
+    reading: str,  # one of READINGS (page 04)
+) -> Bench:  # that shares runs, activations and steerers with this one
+    "The bench for steerers that are fitted on activations read at another place"
+    if reading == self.task.reading: return self
+    other = copy.copy(self)
+    other.task = replace(self.task, reading=reading)
+    other._acts = self._readings.setdefault(reading, {})
+    return other
 
 # %% ../nbs/16_runs.ipynb #12cda1ce
 @patch
@@ -174,14 +201,15 @@ def steerer(self: Bench,
     fold=0,  # whose texts it is fitted on
 ):
     "The fitted steerer or controller (layer None); fitted once, and found again on disk"
-    key = digest(json.dumps([self.task.data, self.about, method, layer, params, fold], sort_keys=True))
+    what = [self.task.data, self.about, method, layer, params, fold, *self._unusual_reading(method).values()]
+    key = digest(json.dumps(what, sort_keys=True))
     if key not in self._steerers:
         path = self.out/"steerers"/key
-        if (path/"card.json").exists(): self._steerers[key] = ods.load_steerer(path)
-        else:
-            fitted = self._fit_method(method, layer, params, fold)
-            fitted.save_pretrained(path)
-            self._steerers[key] = fitted
+        kept = ods.load_steerer(path) if (path/"card.json").exists() else None
+        if kept is None or (kept.needs_layer and "spread" not in kept.strength_units):  # none, or of an older version
+            kept = self._fit_method(method, layer, params, fold)
+            kept.save_pretrained(path)
+        self._steerers[key] = kept
     return self._steerers[key]
 
 @patch
@@ -193,7 +221,8 @@ def _fit_method(self: Bench, method, layer, params, fold):
             cache_dir=self.out/"jacobians", progress=sys.stderr.isatty())
     source = self.prompt_acts(fold, layer) if "source" in getattr(cls, "wants", ()) else None
     fitted = fit_on(self.acts(fold, layer), texts, method, source, **params)
-    fitted.about.update(layer=layer)
+    read = {"positions": r for r in self._unusual_reading(method).values()}
+    fitted.about.update(layer=layer, **read)
     return fitted
 
 # %% ../nbs/16_runs.ipynb #fa02ad87
@@ -211,14 +240,13 @@ def prompt_acts(self: Bench,
 @patch
 def strength(self: Bench,
     method: str, layer: int,
-    strength: dict,  # also {"angle": degrees}, {"level": quantile, "share": longest way} or {"effort": e}
+    strength: dict,  # also {"angle": degrees}, {"level": quantile, "spread": longest way} or {"effort": e}
     params={}, fold=0,
 ) -> dict:  # what `steering` takes
     "A strength in units of `steering`: angles, levels and efforts become times, barrier values, shares, set-points"
     if "effort" in strength: return self.at_effort(method, layer, strength["effort"], params, fold)
-    if set(strength) <= {"T", "share", "nats", "until"}: return strength
-    a, n = self.acts(fold, layer), len(self.task.folds[fold].texts.pos)
-    return resolve_strength(strength, self.steerer(method, layer, params, fold), a[:n], a[n:])
+    if set(strength) <= load_class(method).strength_names.keys(): return strength
+    return resolve_strength(strength, self.steerer(method, layer, params, fold), *self._classes(fold, layer))
 
 # %% ../nbs/16_runs.ipynb #aa2990eb
 @patch
@@ -227,7 +255,7 @@ def displacement(self: Bench,
 ) -> dict:  # moved: share of the norm; angle: degrees
     "How far the fitted unwanted activations move, median over texts; nothing for a method that acts on all blocks"
     if not load_class(method).needs_layer: return {}
-    a = self.acts(0, layer)[len(self.task.folds[0].texts.pos):]
+    a = self._classes(0, layer)[1]
     b = self.steerer(method, layer, params).steer(a, **self.strength(method, layer, strength, params))
     cosine = torch.cosine_similarity(a.double(), b.double(), dim=-1).clamp(-1, 1)
     share = (b - a).norm(dim=-1) / a.norm(dim=-1)
@@ -498,14 +526,14 @@ def time_at_angle(
 
 # %% ../nbs/16_runs.ipynb #1c77e2d0
 def resolve_strength(
-    strength: dict,  # {"share": s}, {"angle": degrees} or {"level": quantile, "share": longest way}
+    strength: dict,  # {"spread": s}, {"angle": degrees} or {"level": quantile, "spread": longest way}
     steerer, pos, neg,  # fitted, and the activations (N, d) it was fitted on
 ) -> dict:  # what `steering` and `steer` take
     "A strength in units that the steerer knows"
     if "angle" in strength: return {"T": time_at_angle(steerer, neg, strength["angle"])}
     if "level" not in strength: return strength
     level = steerer.barrier.value(pos).quantile(strength["level"])
-    return {"until": level.item(), "share": strength["share"]}
+    return {"until": level.item(), **{unit: way for unit, way in strength.items() if unit != "level"}}
 
 # %% ../nbs/16_runs.ipynb #926a73b8
 def strength_at(
@@ -560,7 +588,8 @@ def at_effort(self: Bench,
 ) -> dict:  # a share, or for a controller a set-point
     "The strength whose effort along unsteered answers to 32 validation prompts is the one wanted; kept in a file"
     params = {k: v for k, v in params.items() if k != "seed"}  # the same for every seed
-    what = [self.task.data, self.about, self.task.decoding, method, layer, params, fold, wanted]
+    what = [self.task.data, self.about, self.task.decoding, method, layer, params, fold, wanted,
+            *self._unusual_reading(method).values()]
     path = self.out/"efforts"/f"{digest(json.dumps(what, sort_keys=True))}.json"
     if not path.exists():
         rows = _rows(self.out/self.run().key/"answers.jsonl")
@@ -615,6 +644,7 @@ def rerun(
     bench = Bench(model, tokenizer, task, out, about["name"], about.get("world"),
                   config.get("batch_size", usual_size), about.get("revision"), about.get("hub"))
     setting = {k: config[k] for k in VARIES if k in config}
+    bench = bench.read_at(setting.pop("reading", "last"))
     if setting.get("method"):
         try: setting["params"] = canonical_params(setting["method"], setting.get("params", {}))
         except TypeError as e: raise ValueError(f"the config cannot be run: {e}") from None

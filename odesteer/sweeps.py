@@ -12,18 +12,19 @@ import inspect, json, math, time
 import numpy as np
 import odesteer as ods
 from .check import lm_eval_scores
-from .data import SAMPLING
+from .data import SAMPLING, check_reading
 from .euler import load_class, write_atomic
 from .models import device_of
 from .runs import VARIES, Bench, Run, arm_label, canonical_params, environment, log, own_params, run_key
+from .sites import Site, Sites, mean_sites, rank_sites
 from .statistics import paired_difference, trials
 from .tasks import REAL_TASKS, Task, micro_task
 
 # %% auto #0
 __all__ = ['ABLATIONS', 'MICRO_PARAMS', 'QUICK', 'FULL', 'PRESETS', 'Stop', 'stop_rule', 'Search', 'strength_grid', 'Trial',
-           'Choice', 'sweep', 'auto_layers', 'benchmark', 'Setting', 'chosen', 'guardrails', 'Variant', 'Study', 'Arm',
-           'ablation_arms', 'ablate', 'compare_speed', 'Plan', 'Step', 'plan_steps', 'micro_bench', 'run_plan',
-           'show_preset', 'preset_params', 'preset_plan']
+           'Choice', 'sweep', 'ranked_sites', 'auto_layers', 'variant', 'benchmark', 'Setting', 'chosen', 'guardrails',
+           'Variant', 'Study', 'Arm', 'ablation_arms', 'ablate', 'compare_speed', 'Plan', 'Step', 'plan_steps',
+           'micro_bench', 'run_plan', 'show_preset', 'preset_params', 'preset_plan']
 
 # %% ../nbs/17_sweeps.ipynb #a8512fb2
 @dataclass
@@ -84,15 +85,23 @@ def _signed(gain, way) -> str:
 @dataclass(frozen=True)
 class Search:
     "How layer and strength are chosen on validation, and with which seeds the choice is tested"
-    layers: list = None  # blocks to try, negative from the end; None: `auto_layers`. No matter to a controller
-    strengths: object = None  # ascending shares or dicts of one unit; None: the method's; or (task, method) -> these
+    layers: object = None  # blocks to try, negative from the end; None: `auto_layers`; "ranked": the `most` best ones
+    strengths: object = None  # ascending dicts of one unit, or shares; None: the method's; or (task, method) -> these
     allow: float = .15  # a guardrail may lose this much
     refine: int = 1  # rounds of looking closer, half-way to the neighbours
     repeats: int = 2  # answers to each validation prompt in the layer taken; one in the others
     rule: str = "stop"  # or "best": the best primary metric, whatever it breaks, as most published tables do
     seeds: object = 3  # of test runs: how many, or a list of them
+    readings: list = None  # where texts may be read, some of READINGS (page 04); None: where the task says
+    most: int = 3  # places to try where layers are ranked
 
     def __post_init__(self):
+        if isinstance(self.layers, str) and self.layers != "ranked":
+            raise ValueError(f"layers must be a list of blocks, None or 'ranked', got {self.layers!r}")
+        if self.most < 1: raise ValueError(f"most must be 1 or more, got {self.most!r}")
+        for reading in self.readings or []: check_reading(reading)
+        if self.layers == "ranked" and "all" in (self.readings or []):
+            raise ValueError("a ranking takes one activation of each text: leave out the reading 'all'")
         if self.rule not in ("stop", "best"): raise ValueError(f"rule must be 'stop' or 'best', got {self.rule!r}")
         if not self.allow >= 0: raise ValueError(f"allow must be 0 or more, got {self.allow!r}")
         if self.refine < 0: raise ValueError(f"refine must be 0 or more rounds, got {self.refine!r}")
@@ -116,13 +125,14 @@ def _check_grid(grid):
     units, values = {tuple(s) for s in _as_strengths(grid)}, [_value(s) for s in _as_strengths(grid)]
     ascending = all(a < b for a, b in zip(values, values[1:])) and all(map(math.isfinite, values))
     if len(units) != 1 or len(min(units)) != 1 or not ascending:
-        raise ValueError(f"strengths must be ascending numbers, or dicts of one unit such as {{'T': 2.}}, got {grid!r}")
+        raise ValueError("strengths must be ascending dicts of one unit such as {'spread': 1.}, or ascending shares, "
+                         f"got {grid!r}")
 
 def strength_grid(
     method: str,
-    strengths=None,  # shares, or dicts of one unit; None: the method's own
+    strengths=None,  # dicts of one unit such as {"spread": 1.}, or shares; None: the method's own
 ) -> list:
-    "Strengths as dicts of one unit; a controller knows no shares, and where it is given some it takes its own grid"
+    "Strengths as dicts of one unit; a controller knows T only, and where it is given another it takes its own grid"
     cls = load_class(method)
     own = [dict(s) for s in cls.strengths]
     if strengths is None: return own
@@ -135,6 +145,7 @@ class Trial(NamedTuple):
     layer: int
     strength: dict
     mean: float  # of the primary metric
+    reading: str = "last"  # where the texts were read
 
 @dataclass
 class Choice:
@@ -143,6 +154,7 @@ class Choice:
     strength: dict  # one unit and its value; None: no strength was safe
     why: str
     trials: list  # of `Trial`, in the order tried
+    reading: str = "last"  # where the texts were read
 
 # %% ../nbs/17_sweeps.ipynb #d194127c
 def sweep(
@@ -150,39 +162,60 @@ def sweep(
     method: str,
     search: Search = Search(),
     params: dict = {},  # hyper-parameters of the method
+    name: str = None,  # of a variant, see `variant`: tables give it a row of its own
 ) -> Choice:
     "Layer and strength for a method, on validation prompts; kept in a file"
     params = canonical_params(method, {"seed": 0, **params})
-    layers, strengths = _layers(bench, method, search), _strengths(bench, method, search)
-    config = _sweep_config(bench, method, params, layers, strengths, search)
+    places, strengths = _places(bench, method, search), _strengths(bench, method, search)
+    config = _sweep_config(bench, method, params, places, strengths, search)
+    if name: config["name"] = name
     path = bench.out/"choices"/f"{run_key(config)}.json"
     if path.exists(): return _read_choice(path)
-    choice = _choose(bench, method, params, layers, strengths, search)
+    choice = _choose(bench, method, params, places, strengths, search)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps({"config": config, **asdict(choice)}, indent=1))
     return choice
 
 # %% ../nbs/17_sweeps.ipynb #fd7b8345
-def _layers(bench, method, search) -> list:
-    if not load_class(method).needs_layer: return [None]
+def _places(bench, method, search) -> list:
+    "(layer, place of reading) of every fit to try"
+    if not load_class(method).needs_layer: return [(None, "last")]
+    readings = search.readings or [bench.task.reading]
+    if search.layers == "ranked": return [(s.layer, s.reading) for s in ranked_sites(bench, readings).best(search.most)]
     n = len(ods.decoder_layers(bench.model))
-    return [k % n for k in search.layers or auto_layers(bench.model)]
+    return [(k % n, reading) for reading in readings for k in search.layers or auto_layers(bench.model)]
 
 def _strengths(bench, method, search) -> list:
     given = search.strengths
     return strength_grid(method, given[bench.task.name, method] if isinstance(given, dict) else given)
 
-def _sweep_config(bench, method, params, layers, strengths, search) -> dict:
+def _sweep_config(bench, method, params, places, strengths, search) -> dict:
     "Everything that a choice depends on"
     shared = {k: v for k, v in bench.config().items() if k not in VARIES}
-    rule = {} if search.rule == "stop" else {"rule": search.rule}
-    return dict(**shared, method=method, params=params, layers=layers, strengths=strengths,
-                allow=search.allow, refine=search.refine, repeats=search.repeats, **rule)
+    unusual = {} if search.rule == "stop" else {"rule": search.rule}
+    if any(reading != "last" for _, reading in places): unusual["places"] = [list(p) for p in places]
+    return dict(**shared, method=method, params=params, layers=list(dict.fromkeys(layer for layer, _ in places)),
+                strengths=strengths, allow=search.allow, refine=search.refine, repeats=search.repeats, **unusual)
 
 def _read_choice(path) -> Choice:
     saved = json.loads(path.read_text())
     trials = [Trial(*t) for t in saved["trials"]]
-    return Choice(saved["layer"], saved["strength"], saved["why"], trials)
+    return Choice(saved["layer"], saved["strength"], saved["why"], trials, saved.get("reading", "last"))
+
+def ranked_sites(
+    bench: Bench,
+    readings: list,  # of READINGS
+) -> Sites:  # over all blocks, mean of the folds
+    "Where the texts of a task are told apart best, see `rank_sites`; kept in a file"
+    config = dict(data=bench.task.data, model=bench.about, max_length=bench.task.max_length, readings=list(readings))
+    path = bench.out/"sites"/f"{run_key(config)}.json"
+    if not path.exists():
+        how = dict(readings=readings, batch_size=bench.batch_size, max_length=bench.task.max_length,
+                   split=bench.task.split)
+        found = [rank_sites(bench.model, bench.tokenizer, fold.texts, **how) for fold in bench.task.folds]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps({"config": config, "sites": mean_sites(found).rows()}))
+    return Sites(Site(**row) for row in json.loads(path.read_text())["sites"])
 
 def auto_layers(
     model,
@@ -193,27 +226,33 @@ def auto_layers(
     return list(range(n)) if n <= most else sorted({round(i) for i in np.linspace(n/8, 3*n/4, most)})
 
 # %% ../nbs/17_sweeps.ipynb #ff7e8d81
-def _choose(bench, method, params, layers, strengths, search) -> Choice:
-    if load_class(method).needs_layer:
-        bench.read_layers([k for k in layers if not bench.finished(method, k, strengths[0], params)])
+def _choose(bench, method, params, places, strengths, search) -> Choice:
+    if load_class(method).needs_layer: _read_places(bench, method, params, places, strengths[0])
     else:
         try: bench.steerer(method, None, params)
         except ValueError as e: return Choice(None, None, f"nothing to hold on to: {e}", [])
     trials = []
     climb = partial(_climb, bench, method, params, search, trials)
-    tops = {layer: climb(layer, strengths, 1) for layer in layers}
-    safe = {layer: top for layer, top in tops.items() if top.stop.index >= 0}
+    tops = {place: climb(place, strengths, 1) for place in places}
+    safe = {place: top for place, top in tops.items() if top.stop.index >= 0}
     if not safe:
-        why = tops[layers[0]].stop.why if len(layers) == 1 else "no strength is safe in any layer"
+        why = tops[places[0]].stop.why if len(places) == 1 else "no strength is safe in any layer"
         return Choice(None, None, why, trials)
     way = bench.task.better[bench.task.primary]
-    layer = max(safe, key=lambda k: way * safe[k].mean)
-    stop = climb(layer, strengths, search.repeats).stop
+    place = max(safe, key=lambda p: way * safe[p].mean)
+    stop = climb(place, strengths, search.repeats).stop
     for _ in range(search.refine):
         strengths = _closer(strengths, max(0, stop.index))
-        stop = climb(layer, strengths, search.repeats).stop
+        stop = climb(place, strengths, search.repeats).stop
     if stop.index < 0: return Choice(None, None, stop.why, trials)
-    return Choice(layer, strengths[stop.index], stop.why, trials)
+    return Choice(place[0], strengths[stop.index], stop.why, trials, place[1])
+
+def _read_places(bench, method, params, places, weakest):
+    "Read the texts at all layers that will be needed, in one pass for each place of reading"
+    for reading in dict.fromkeys(r for _, r in places):
+        there = bench.read_at(reading)
+        layers = [k for k, r in places if r == reading]
+        there.read_layers([k for k in layers if not there.finished(method, k, weakest, params)])
 
 # %% ../nbs/17_sweeps.ipynb #33717e3d
 class _Top(NamedTuple):
@@ -221,8 +260,10 @@ class _Top(NamedTuple):
     stop: Stop
     mean: float  # of the primary metric at the stop
 
-def _climb(bench, method, params, search, trials, layer, strengths, repeats) -> _Top:
-    "Up the strengths of a layer until the rule stops; what was tried goes to the end of `trials`"
+def _climb(bench, method, params, search, trials, place, strengths, repeats) -> _Top:
+    "Up the strengths of a place until the rule stops; what was tried goes to the end of `trials`"
+    layer, reading = place
+    bench = bench.read_at(reading)
     base, runs, means, values = bench.repeated(repeats), [], [], []
     patient = not load_class(method).needs_layer  # a set-point may lie below what the model does anyway
     for strength in strengths:
@@ -231,8 +272,8 @@ def _climb(bench, method, params, search, trials, layer, strengths, repeats) -> 
         runs.append(run)
         means.append(mean)
         values.append(_value(strength))
-        known = any((t.layer, t.strength) == (layer, strength) for t in trials)
-        if not known: trials.append(Trial(layer, strength, mean))
+        known = any((t.layer, t.reading, t.strength) == (*place, strength) for t in trials)
+        if not known: trials.append(Trial(layer, strength, mean, reading))
         if search.rule == "best": stop = _best_of(means, bench.task)
         else: stop = stop_rule(values, base, runs, bench.task, search.allow, patient=patient)
         if stop.ended: break
@@ -252,10 +293,25 @@ def _closer(strengths, k) -> list:
     more = [{unit: float(f"{math.sqrt(value*b):.3g}")} for b in beside if b > 0] or [{unit: value/2}]
     return sorted([*strengths, *(m for m in more if m not in strengths)], key=_value)
 
+# %% ../nbs/17_sweeps.ipynb #91abe9e3
+def variant(
+    name: str,  # a method, or one with settings, such as "odesteer:metric=covariance" or "odesteer:steps=3:C=100"
+    params: dict = {},  # method -> hyper-parameters, which the settings are added to
+) -> tuple:  # method, hyper-parameters
+    "What a name stands for; values are JSON, or else text"
+    method, *settings = name.split(":")
+    return method, params.get(method, {}) | dict(map(_setting, settings))
+
+def _setting(text) -> tuple:
+    key, equals, value = text.partition("=")
+    if not (key and equals): raise ValueError(f"{text!r} is no setting: write a variant as odesteer:metric=covariance")
+    try: return key, json.loads(value)
+    except json.JSONDecodeError: return key, value
+
 # %% ../nbs/17_sweeps.ipynb #6c0aba8d
 def benchmark(
     bench: Bench,
-    methods: list,  # names
+    methods: list,  # names, of variants too, see `variant`
     search: Search = Search(),
     params: dict = {},  # method -> hyper-parameters
     curve: bool = True,  # run all strengths at the chosen layer, for the figure of a metric against strength
@@ -266,12 +322,14 @@ def benchmark(
     for seed in search.test_seeds:
         for arm in plain: bench.run(split="test", seed=seed, arm=arm)
     if lm_eval: guardrails(bench, lm_eval)
-    for method in methods: _benchmark_method(bench, method, search, params.get(method, {}), curve, lm_eval)
+    for name in methods: _benchmark_method(bench, name, search, params, curve, lm_eval)
 
-def _benchmark_method(bench, method, search, params, curve, lm_eval):
-    choice = sweep(bench, method, search, params)
-    log(f"odesteer: {bench.about['name']} {bench.task.name} {method}: {_in_words(choice)}")
+def _benchmark_method(bench, name, search, params, curve, lm_eval):
+    method, params, name = *variant(name, params), name
+    choice = sweep(bench, method, search, params, name if ":" in name else None)
+    log(f"odesteer: {bench.about['name']} {bench.task.name} {name}: {_in_words(choice)}")
     if choice.strength is None: return
+    bench = bench.read_at(choice.reading)
     run = partial(bench.run, method, choice.layer)
     for s in search.test_seeds: run(choice.strength, canonical_params(method, {"seed": s, **params}), "test", s)
     if lm_eval: guardrails(bench, lm_eval, Setting(method, choice.layer, choice.strength, params))
@@ -292,14 +350,19 @@ def _in_words(choice: Choice) -> str:
     "Place, strength and reason"
     if not choice.strength: return choice.why
     place = "all blocks" if choice.layer is None else f"layer {choice.layer}"
+    if choice.reading != "last": place = f"{place} ({choice.reading})"
     return f"{place}, {choice.strength}: {choice.why}"
 
 def chosen(
     bench: Bench, methods: list, search: Search = Search(), params: dict = {},  # as of `benchmark`
 ) -> list:  # of `Setting`
-    "The settings of the methods for which a strength is safe"
-    choices = [(m, sweep(bench, m, search, params.get(m, {}))) for m in methods]
-    return [Setting(m, c.layer, c.strength, params.get(m, {})) for m, c in choices if c.strength]
+    "The settings of the methods for which a strength is safe, whatever was read for them"
+    found = []
+    for name in methods:
+        method, own = variant(name, params)
+        choice = sweep(bench, method, search, own, name if ":" in name else None)
+        if choice.strength: found.append(Setting(method, choice.layer, choice.strength, own))
+    return found
 
 # %% ../nbs/17_sweeps.ipynb #0ea4ad56
 def guardrails(
@@ -308,7 +371,8 @@ def guardrails(
     setting: Setting = None,  # None: unsteered
 ) -> dict:  # config, scores
     "Scores on tasks of lm-eval; kept in a file, not made again"
-    own = {} if setting is None else dict(task=bench.task.name, data=bench.task.data, **setting._asdict())
+    own = {} if setting is None else dict(task=bench.task.name, data=bench.task.data, **setting._asdict(),
+                                          **bench._unusual_reading(setting.method))
     config = dict(model=bench.about, lm_eval=lm_eval, **own)
     path = bench.out/"guardrails"/f"{run_key(config)}.json"
     if not path.exists():
@@ -402,19 +466,19 @@ class Arm(NamedTuple):
 def ablation_arms(
     study: str,  # a key of ABLATIONS
     params: dict = {},  # method -> hyper-parameters that its arms share; those of steerers are ODESteer's
-    shares: tuple = (.15, .3, .6),  # strengths of "share", of the median norm
+    shares: tuple = (.15, .3, .6),  # strengths at equal distance, as shares of the median norm
+    spreads: tuple = None,  # or as multiples of the spread
     angles: tuple = (5, 10, 20),  # of "angle", in degrees
     levels: tuple = (.1, .25, .5, .75, .9),  # of "level": quantiles of the barrier over wanted fitted activations
     efforts: tuple = (.05,),  # of "effort": what is added over the activation, mean over all blocks
 ) -> list:  # of `Arm`, the reference first
     "The arms of an ablation"
-    if study not in ABLATIONS:
-        raise ValueError(f"there is no ablation {study!r}: choose one of {', '.join(map(repr, ABLATIONS))}")
-    cap = {"share": max(shares)}
-    meet = {"share": [{"share": s} for s in shares], "angle": [{"angle": d} for d in angles], "best": ["best"],
+    if study not in ABLATIONS: raise ValueError(f"there is no ablation {study!r}: choose one of {list(ABLATIONS)}")
+    near = [{"spread": s} for s in spreads or ()] or [{"share": s} for s in shares]
+    cap = max(near, key=_value)
+    meet = {"share": near, "angle": [{"angle": d} for d in angles], "best": ["best"],
             "effort": [{"effort": e} for e in efforts], "level": [cap, *({"level": q} | cap for q in levels)]}
-    strengths = [s for at in ABLATIONS[study].at for s in meet[at]]
-    arms = {}
+    strengths, arms = [s for at in ABLATIONS[study].at for s in meet[at]], {}
     for label, method, changed in ABLATIONS[study].arms:
         own = own_params(method, _arm_params(method, changed, params))
         arms.setdefault(arm_label(method, own), Arm(study, label, method, own, not arms, strengths))
@@ -441,14 +505,16 @@ def ablate(
         return log(f"odesteer: {bench.task.name}: no strength of odesteer is safe, nothing to ablate")
     coarse, own = ABLATIONS[study].coarse, ABLATIONS[study].own
     narrow = replace(search, refine=0, repeats=1) if coarse else search
-    if not own: narrow = replace(narrow, layers=[main.layer])
-    for arm in ablation_arms(study, params):
+    if not own: narrow = replace(narrow, layers=[main.layer], readings=[main.reading])
+    in_spreads = "spread" in _strengths(bench, "odesteer", search)[0]
+    for arm in ablation_arms(study, params, spreads=(.4, .8, 1.6) if in_spreads else None):
         best = sweep(bench, arm.method, narrow, arm.params) if "best" in arm.strengths else main
-        layer = best.layer if own and best.strength else main.layer
+        layer, there = main.layer, bench.read_at(main.reading)
+        if own and best.strength: layer, there = best.layer, bench.read_at(best.reading)
         if not load_class(arm.method).needs_layer: layer = None
         for strength in arm.strengths:
             if strength == "best": strength = best.strength
-            if strength is not None: _test_arm(bench, arm, layer, strength, search.test_seeds)
+            if strength is not None: _test_arm(there, arm, layer, strength, search.test_seeds)
 
 def _test_arm(bench, arm, layer, strength, seeds):
     for seed in seeds:
@@ -518,7 +584,7 @@ _EVERYWHERE = "closed loop",
 class Plan:
     "A comparison: every method on every unit, then the studies. All fields are data, `search` too (`asdict`)"
     units: list = ()  # what `make` takes, one tuple for each model and task, such as ("speakers", 0, "truth")
-    methods: list = ()  # names of steerers, controllers and placebos
+    methods: list = ()  # names of steerers, controllers, placebos, and of variants (`variant`)
     search: Search = Search()  # layers, strengths, rule and seeds
     params: dict = field(default_factory=dict)  # method -> hyper-parameters; or first name of a unit -> these
     studies: object = ()  # names in `ABLATIONS`, or "all"

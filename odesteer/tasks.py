@@ -12,8 +12,8 @@ from itertools import zip_longest
 from pathlib import Path
 import inspect, math, sys
 import numpy as np
-from .data import SAMPLING, ContrastTexts, Prompt, cell, digest, group_key, group_of, read_rows, sample
-from .data import write_jsonl
+from .data import (
+    SAMPLING, ContrastTexts, Prompt, cell, check_reading, digest, group_key, group_of, read_rows, sample, write_jsonl)
 from .judges import (
     BETTER, FluentJudge, HubError, ModelSource, Strict, StyleJudge, TrainedJudge, load_judge, perplexity, question_of,
     text_metrics, with_template)
@@ -68,6 +68,7 @@ class Task:
     samples: int = 1  # answers per prompt
     shift: int = 0  # added to the seed on validation, where both splits ask the same and would draw the same answers
     positions: str = "last"  # tokens that are steered; "all": those of the prompt too
+    reading: str = "last"  # where texts are read to fit on, one of READINGS (page 04); controllers read the last token
     split: callable = None  # text -> (prompt, answer), for methods that read a prompt's end; None: texts are such pairs
     max_length: int = None  # texts to fit on are read up to this many tokens, losing the beginning of their prompt
     note: callable = lambda prompt: ""  # what a reader should know about a prompt
@@ -75,6 +76,7 @@ class Task:
     def __post_init__(self):
         if self.primary not in self.better:
             raise ValueError(f"say in better= whether more of {self.primary!r} is better (+1) or less (-1)")
+        check_reading(self.reading)
         if self.data is None: return
         for fold in self.folds: fold.check()
 

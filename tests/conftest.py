@@ -55,7 +55,8 @@ def smollm2() -> tuple:
 @pytest.fixture(scope="session", autouse=True)
 def notebooks(request, tmp_path_factory):
     "The chosen notebooks, which begin to run before the first test does"
-    chosen = [item.callspec.params["nb"] for item in request.session.items if item.path.stem == "test_notebooks"]
+    asked = [item for item in request.session.items if item.path.stem == "test_notebooks"]
+    chosen = [item.callspec.params["nb"] for item in asked if not any(any(mark.args) for mark in item.iter_markers("skipif"))]
     if not chosen: return (yield)
     pool = Pool(chosen, tmp_path_factory.mktemp("notebooks"), user_env(request.getfixturevalue("site")))
     yield pool

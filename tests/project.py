@@ -29,6 +29,11 @@ def module_of(nb: Path) -> str | None:
     return found and found.group(1)
 
 
+def needs_model(nb: Path) -> bool:
+    "Does the notebook load the pretrained model that a wheel brings?"
+    return any('load_model("smollm2"' in cell["source"] and not directive(cell["source"], "eval: *false") for cell in cells(nb, "code"))
+
+
 def run(*command, cwd, env=None) -> str:
     "Output of a command; its whole output is the message where it fails"
     done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

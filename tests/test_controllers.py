@@ -229,7 +229,7 @@ def test_all_positions_are_each_steered_by_their_own_state(ctl):
 
 
 def test_a_controller_answers_what_hooks_and_sweeps_ask(ctl):
-    assert isinstance(ctl, Edits) and not ctl.needs_layer and ctl.strength_name == "set-point"
+    assert isinstance(ctl, Edits) and not ctl.needs_layer and ctl.strength_names == {"T": "set-point"}
     assert ctl.strength_units == ("T",) and ctl.default_strength == {"T": 1.}
     assert [x for strength in ctl.strengths for x in strength.values()] == [.25, .5, 1., 2., 4., 8., 16., 32., 64.]
     for strength in (ctl.default_strength, *ctl.strengths): assert ctl.resolve(strength) == strength["T"]
@@ -409,6 +409,7 @@ def test_another_model(ctl):
 @pytest.mark.parametrize("how, error, message", [
     (dict(layer=1), ValueError, "acts on all 4 blocks: leave out layer="),
     (dict(strength=None, share=.3), ValueError, "is a number (a set-point), not share"),
+    (dict(strength=None, spread=1.), ValueError, "is a number (a set-point), not spread"),
     (dict(strength=dict(nats=1.)), ValueError, "is a number (a set-point), not nats"),
     (dict(strength=float("nan")), ValueError, "strength must be finite"),
     (dict(strength=torch.tensor([1., float("inf"), 1.])), ValueError, "strength must be finite"),

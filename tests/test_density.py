@@ -12,9 +12,10 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from odesteer.barrier import Barrier, GaussianBarrier
 from odesteer.density import (DensityRatioBarrier, IdentityFeatures, PolynomialCountSketch, RandomFourierFeatures, Streamed,
-                              _conjugate_gradients, barrier_quality, choose, grouped_folds, held_out_values, logistic_newton, quality)
+                              _conjugate_gradients, barrier_quality, choose, grouped_folds, held_out_values, logistic_newton, platt, quality)
 from odesteer.euler import logistic_regression
 
+COORDINATES = "raw", "centred", "standardised"
 SHAPES = list(itertools.product((1, 2, 3, 4), (16, 17), (1.0, 0.0)))  # degree, width, constant
 
 
@@ -42,6 +43,8 @@ def float64_h(barrier, a):
     "h from the fitted tables alone, in float64, by scikit-learn's transform of the same tables."
     f = barrier.features
     a = a.double().numpy()
+    if barrier.coordinates != "raw": a = a - barrier.shift_.double().numpy()
+    if barrier.coordinates == "standardised": a = a * barrier.scale_.double().numpy()
     u = a / np.linalg.norm(a, axis=1, keepdims=True) if barrier.normalize else a
     ref = SklearnSketch(n_components=f.n_components, degree=f.degree, gamma=f.gamma, coef0=f.coef0).fit(u)
     ref.indexHash_, ref.bitHash_ = f.indexHash_.numpy(), f.bitHash_.numpy()
@@ -185,9 +188,10 @@ def test_median_bandwidth_is_measured_where_the_features_are_used():
     (2000, 2, 0.1, 1.0, 1.0, True), (2001, 2, 10.0, 1.0, 1e4, True), (2000, 3, 0.5, 1.0, 100.0, True),
     (2000, 2, 1.0, 0.0, 10.0, True), (500, 1, 0.1, 1.0, 1.0, False), (8000, 2, 0.1, 1.0, 1e4, True),
 ])
-def test_h_and_gradient_from_the_tables_in_float64(n, degree, gamma, coef0, C, normalize):
+@pytest.mark.parametrize("coordinates,fit", [("raw", "fit"), ("centred", "fit"), ("standardised", "fit"), ("standardised", "fit_calibrated")])
+def test_h_and_gradient_from_the_tables_in_float64(n, degree, gamma, coef0, C, normalize, coordinates, fit):
     pos, neg = rows(12, n=160)
-    barrier = DensityRatioBarrier(PolynomialCountSketch(n, degree, gamma, coef0), C, normalize).fit(pos, neg)
+    barrier = getattr(DensityRatioBarrier(PolynomialCountSketch(n, degree, gamma, coef0), C, normalize, coordinates=coordinates), fit)(pos, neg)
     a = rows(13, n=200)[0]
     h = float64_h(barrier, a)
     assert (barrier.value(a).double() - h).abs().max() <= 1e-5 * max(1.0, h.abs().max().item())
@@ -198,12 +202,88 @@ def test_h_and_gradient_from_the_tables_in_float64(n, degree, gamma, coef0, C, n
 
 @pytest.mark.parametrize("features", [IdentityFeatures, lambda: RandomFourierFeatures(100), lambda: PolynomialCountSketch(100, 3)])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_gradient_is_the_derivative_of_value(features, normalize):
-    barrier = DensityRatioBarrier(features(), normalize=normalize).fit(*(x.double() for x in rows(14, offset=3.0)))
-    a = rows(15, offset=3.0)[0][:6].double().view(2, 3, -1)
+@pytest.mark.parametrize("coordinates", COORDINATES)
+def test_gradient_is_the_derivative_of_value(features, normalize, coordinates):
+    stretch = torch.linspace(.2, 3, 24, dtype=torch.float64)
+    barrier = DensityRatioBarrier(features(), normalize=normalize, coordinates=coordinates).fit(*(x.double() * stretch for x in rows(14, offset=3.0)))
+    a = (rows(15, offset=3.0)[0][:6].double() * stretch).view(2, 3, -1)
+    torch.testing.assert_close(barrier.grad(a), Barrier.grad(barrier, a), rtol=1e-9, atol=1e-11)
     e = 1e-5 * torch.eye(a.shape[-1], dtype=torch.float64)
     finite = (barrier.value(a[..., None, :] + e) - barrier.value(a[..., None, :] - e)) / 2e-5
     torch.testing.assert_close(barrier.grad(a), finite, rtol=1e-5, atol=1e-7)
+
+
+# ---- coordinates
+
+@pytest.mark.parametrize("counts", [(100, 100), (160, 40)])
+def test_coordinates_are_scikit_learns_scaler_with_classes_that_count_equally(counts):
+    from sklearn.preprocessing import StandardScaler
+    pos, neg = (x[:n].double() * torch.linspace(.1, 9, 24) for x, n in zip(rows(60, n=200), counts))
+    X, weight = torch.cat([pos, neg]).numpy(), np.repeat([1 / len(pos), 1 / len(neg)], counts)
+    scaler = StandardScaler().fit(X, sample_weight=weight)
+    new = rows(61)[1].double() * torch.linspace(.1, 9, 24)
+    for coordinates, moved in ("centred", lambda x: x - torch.tensor(scaler.mean_)), ("standardised", lambda x: torch.tensor(scaler.transform(x.numpy()))):
+        b = DensityRatioBarrier(PolynomialCountSketch(300), C=10., coordinates=coordinates).fit(pos, neg)
+        np.testing.assert_allclose(b.shift_.numpy(), scaler.mean_, rtol=1e-10)
+        if coordinates == "standardised": np.testing.assert_allclose(b.scale_.numpy(), 1 / scaler.scale_, rtol=1e-10)
+        by_hand = DensityRatioBarrier(PolynomialCountSketch(300), C=10.).fit(moved(pos), moved(neg))
+        torch.testing.assert_close(b.value(new), by_hand.value(moved(new)), rtol=1e-6, atol=1e-7)
+    raw = DensityRatioBarrier(IdentityFeatures()).fit(pos, neg)
+    assert set(raw.state_dict()) == {"coef_", "intercept_", "log_prior_"}
+
+
+@pytest.mark.parametrize("coordinates", COORDINATES)
+def test_repeating_a_class_moves_no_coordinates(coordinates):
+    pos, neg = rows(62)
+    make = lambda: DensityRatioBarrier(PolynomialCountSketch(200), coordinates=coordinates)
+    once, often = make().fit(pos, neg), make().fit(pos, neg.repeat(7, 1))
+    for name in {"shift_", "scale_"} & set(once.state_dict()): torch.testing.assert_close(getattr(once, name), getattr(often, name))
+    moved = make().fit(pos.repeat(2, 1) + 1, neg)  # a second fit starts anew
+    again = moved.fit(pos, neg)
+    assert torch.equal(again.value(pos), once.value(pos))
+
+
+def test_coordinates_that_never_vary_are_left_out():
+    for dtype in torch.float32, torch.float64:
+        pos, neg = (x.to(dtype) for x in rows(63))
+        for x in pos, neg: x[:, 3], x[:, 7] = 1234.567, 0.
+        b = DensityRatioBarrier(PolynomialCountSketch(300), C=10., coordinates="standardised").fit(pos, neg)
+        assert (b.scale_ == 0).nonzero().flatten().tolist() == [3, 7]
+        a = neg.clone()
+        a[:, 3], a[:, 7] = 0., -50.
+        torch.testing.assert_close(b.value(a), b.value(neg))
+        assert torch.isfinite(b.grad(a)).all() and (b.grad(a)[:, [3, 7]] == 0).all()
+    flat = torch.ones(10, 4)
+    assert torch.isfinite(DensityRatioBarrier(PolynomialCountSketch(20), coordinates="standardised").fit(flat, flat).grad(flat)).all()
+
+
+@pytest.mark.parametrize("coordinates", ["centred", "standardised"])
+def test_bad_use_of_coordinates(coordinates):
+    b = DensityRatioBarrier(PolynomialCountSketch(50), coordinates=coordinates)
+    for use in b.value, b.grad, b.phi:
+        with pytest.raises(RuntimeError, match="not fitted"): use(torch.zeros(2, 24))
+    b.fit(*rows(64))
+    for width in 1, 25:
+        with pytest.raises(ValueError, match="fitted on width 24"): b.value(torch.zeros(2, width))
+    with pytest.raises(ValueError, match="coordinates must be 'raw', 'centred' or 'standardised'; got 'whitened'"): DensityRatioBarrier(IdentityFeatures(), coordinates="whitened")
+    if coordinates == "standardised":
+        with pytest.raises(ValueError, match="no coordinates keep them"): b.spectral()
+
+
+def test_an_outlier_coordinate_hides_the_signal_from_the_published_settings():
+    "One coordinate holds most of the norm, eight vary more than the others, and none of these tells the classes apart"
+    g = torch.Generator().manual_seed(65)
+    def draw(n):
+        x = torch.randn(2 * n, 64, generator=g)
+        x[:, 0] = 60 + 6 * x[:, 0]
+        x[:, 1:9] *= 4
+        x[:n, 9:] += .2
+        return x[:n], x[n:]
+    train, test = draw(200), draw(1000)
+    q = {c: barrier_quality(DensityRatioBarrier(PolynomialCountSketch(2000), coordinates=c).fit(*train), *test) for c in COORDINATES}
+    assert (torch.cat(train)[:, 0].square().sum() / torch.cat(train).square().sum()) > .94
+    assert q["raw"].auc + .02 < q["centred"].auc < q["standardised"].auc - .08
+    assert q["raw"].log_loss > .68 > .66 > q["centred"].log_loss > q["standardised"].log_loss
 
 
 def test_on_the_sphere_h_ignores_length_and_the_gradient_is_orthogonal():
@@ -400,7 +480,7 @@ def test_quality_against_scikit_learn():
     weight = np.where(y == 1, 1 / 300, 1 / 70)
     assert q.auc == pytest.approx(roc_auc_score(y, h))
     assert q.log_loss == pytest.approx(log_loss(y, 1 / (1 + np.exp(-h)), sample_weight=weight), rel=1e-6)
-    assert len(q.stated) == len(q.observed) == 10 and (np.diff(q.stated) > 0).all()
+    assert len(q.stated) == len(q.observed) == 10 and q.counts.tolist() == [37] * 10 and (q.slope, q.intercept) == platt(h_pos, h_neg) and (np.diff(q.stated) > 0).all()
     assert "AUC" in repr(q)
 
 
@@ -442,15 +522,16 @@ def test_too_few_groups_are_named():
 
 
 @pytest.mark.parametrize("features", [lambda: PolynomialCountSketch(500), lambda: PolynomialCountSketch(20), lambda: RandomFourierFeatures(300), IdentityFeatures])
-def test_held_out_values_equal_refitting(features):
+@pytest.mark.parametrize("coordinates", COORDINATES)
+def test_held_out_values_equal_refitting(features, coordinates):
     pos, neg = (x.double() for x in rows(31, n=160))
     groups = np.r_[np.arange(160) // 4, np.arange(60) // 3]
-    barriers = [DensityRatioBarrier(features(), C) for C in (0.1, 10.0)]
+    barriers = [DensityRatioBarrier(features(), C, coordinates=coordinates) for C in (0.1, 10.0)]
     X, y = torch.cat([pos, neg]), torch.cat([torch.ones(160), torch.zeros(60)])
     for (h_pos, h_neg), C in zip(held_out_values(barriers, pos, neg, groups, seed=3), (0.1, 10.0)):
         h = torch.cat([h_pos, h_neg])
         for train, test in grouped_folds(y, groups, seed=3):
-            refit = DensityRatioBarrier(features(), C).fit(X[train], y[train], seed=3)
+            refit = DensityRatioBarrier(features(), C, coordinates=coordinates).fit(X[train], y[train], seed=3)
             torch.testing.assert_close(h[test], refit.value(X[test]), rtol=1e-5, atol=1e-6)
 
 
@@ -477,3 +558,72 @@ def test_grouped_choice_is_not_flattered_by_rows_of_one_question():
     ids = np.tile(np.repeat(np.arange(40), 5), 2)
     honest, leaky = (min(q.log_loss for _, q in choose(make, dict(C=[0.001, 1.0, 1000.0]), pos, neg, ids_)[1]) for ids_ in (ids, None))
     assert honest > 0.6 and leaky < 0.2
+
+
+# ---- calibration
+
+@pytest.mark.parametrize("counts", [(80, 80), (150, 40)])
+@pytest.mark.parametrize("scale", [1e-3, 1., 30.])
+def test_platts_line_is_scikit_learns_regression_on_smoothed_labels(counts, scale):
+    g = torch.Generator().manual_seed(70)
+    for gap in 0., .5, 30.:  # the last: perfectly apart
+        h = [scale * (torch.randn(n, generator=g, dtype=torch.float64) + c) for n, c in zip(counts, (gap, -gap))]
+        targets = (counts[0] + 1) / (counts[0] + 2), 1 / (counts[1] + 2)
+        rows_, labels, weights = [], [], []
+        for v, t in zip(h, targets):
+            for label, share in (1, t), (0, 1 - t):
+                rows_.append(v); labels.append(np.full(len(v), label)); weights.append(np.full(len(v), share / (2 * len(v))))
+        x = torch.cat(rows_).numpy()[:, None]
+        theirs = LogisticRegression(C=1e12, tol=1e-12, solver="newton-cholesky", max_iter=1000).fit(x / x.std(), np.concatenate(labels), np.concatenate(weights))
+        slope, intercept = platt(*h)
+        assert slope == pytest.approx(theirs.coef_[0, 0] / x.std(), rel=1e-4, abs=1e-6 / scale) and intercept == pytest.approx(theirs.intercept_[0], rel=1e-4, abs=1e-5)
+        assert platt(*(slope * v + intercept for v in h)) == pytest.approx((1., 0.), abs=1e-6)  # once is enough
+    assert platt(torch.zeros(3), torch.zeros(9)) == (0., 0.) and platt(torch.full((4,), -800.), torch.full((4,), 800.))[0] < 0
+
+
+def test_calibration_is_scikit_learns():
+    from sklearn.calibration import CalibratedClassifierCV
+    pos, neg = (x[:60].double() for x in rows(71, n=160))
+    X, y = torch.cat([pos, neg]), np.repeat([1, 0], 60)
+    b = DensityRatioBarrier(IdentityFeatures(), C=.01, normalize=False).fit_calibrated(pos, neg, seed=2)
+    inner = LogisticRegression(C=.01 * 5 / 4, tol=1e-10, solver="newton-cholesky")  # fewer rows, the same penalty per row
+    theirs = CalibratedClassifierCV(inner, cv=grouped_folds(y, None, 5, 2), ensemble=False).fit(X.numpy(), y).calibrated_classifiers_[0].calibrators[0]
+    assert b.calibration_["slope"] == pytest.approx(-theirs.a_, rel=1e-3) and b.calibration_["intercept"] == pytest.approx(-theirs.b_, abs=1e-3)
+    plain = DensityRatioBarrier(IdentityFeatures(), C=.01, normalize=False).fit(pos, neg)
+    torch.testing.assert_close(b.value(X), b.calibration_["slope"] * plain.value(X) + b.calibration_["intercept"])
+
+
+@pytest.mark.parametrize("coordinates", COORDINATES)
+def test_a_calibrated_barrier_is_the_plain_one_times_a_number(coordinates):
+    pos, neg = rows(72, n=160)
+    groups = np.r_[np.arange(160) // 4, np.arange(60) // 4]
+    make = lambda C=1.: DensityRatioBarrier(PolynomialCountSketch(200), C, coordinates=coordinates)
+    plain, b, a = make().fit(pos, neg), make().fit_calibrated(pos, neg, groups), rows(73)[1]
+    slope, intercept = (b.calibration_[k] for k in ("slope", "intercept"))
+    torch.testing.assert_close(b.value(a), slope * plain.value(a) + intercept, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(b.grad(a), slope * plain.grad(a), rtol=1e-4, atol=1e-6)
+    h = held_out_values([make(5 / 4)], pos, neg, groups)[0]
+    assert (slope, intercept) == pytest.approx(platt(*h)) and b.calibration_["log_loss"] == pytest.approx(quality(*h).log_loss)
+    q = quality(*b.held_out_)
+    assert q.slope == pytest.approx(1, abs=1e-6) and q.auc == quality(*h).auc and q.log_loss < quality(*h).log_loss - .05
+    torch.testing.assert_close(torch.cat(b.in_sample_).float(), b.value(torch.cat([pos, neg])), rtol=1e-4, atol=1e-4)
+    again = b.fit_calibrated(pos, neg, groups)
+    torch.testing.assert_close(again.value(a), slope * plain.value(a) + intercept, rtol=1e-4, atol=1e-4)  # not twice
+    assert b.log_prior_ == plain.log_prior_ and b.fit(pos, neg).held_out_ is None and torch.equal(b.value(a), plain.value(a))
+    order = torch.randperm(220, generator=torch.Generator().manual_seed(1))
+    X, y = torch.cat([pos, neg])[order], torch.cat([torch.ones(160), torch.zeros(60)])[order]
+    assert make().fit_calibrated(X, y, groups[order.numpy()]).calibration_.keys() == {"slope", "intercept", "log_loss"}
+
+
+def test_a_wrong_order_is_not_turned_round():
+    g = torch.Generator().manual_seed(74)
+    x = torch.randn(40, 1, 3, generator=g)  # both classes of a question are one point: what held-out rows say is chance or worse
+    pos, neg = (x + 1e-3 * torch.randn(40, 1, 3, generator=g))[:, 0], (x + 1e-3 * torch.randn(40, 1, 3, generator=g))[:, 0]
+    slopes = []
+    for seed in range(6):
+        b = DensityRatioBarrier(IdentityFeatures(), normalize=False).fit_calibrated(pos, neg, seed=seed)
+        slopes.append(b.calibration_["slope"])
+        assert b.calibration_["slope"] > 0
+        plain = DensityRatioBarrier(IdentityFeatures(), normalize=False).fit(pos, neg)
+        assert (torch.nn.functional.cosine_similarity(b.grad(pos), plain.grad(pos), dim=1) > 0).all()
+    assert 1. in slopes

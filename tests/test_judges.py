@@ -460,13 +460,13 @@ class Writes(ods.CAA):
 
 
 class Broken(ods.CAA):
-    def steer(self, a, T=None, share=None, **units):
-        out = super().steer(a, T, share=share, **units)
-        return out if not (share or T) else out * float("nan")
+    def steer(self, a, T=None, **units):
+        out = super().steer(a, T, **units)
+        return out * float("nan") if any([T, *units.values()]) else out
 
 
 class Overshoots(ods.CAA):
-    def steer(self, a, T=None, share=None, **units): return super().steer(a, T, share=None if share is None else share * (1 - 2.5 * share), **units)
+    def steer(self, a, T=None, spread=None, **units): return super().steer(a, T, spread=None if spread is None else spread * (1 - .8 * spread), **units)
 
 
 def failed(report): return " | ".join(text for passed, text in report.findings if passed is False)
@@ -535,7 +535,7 @@ def test_placebo_test_is_a_prediction_interval():
     (lambda t: ods.CAA().fit(*t.acts).check([("a", "b")], [("c", "d")], **t.site), ValueError, "no question has both"),
     (lambda t: ods.CAA().fit(*t.acts).check(*t.pairs, model=t.lm.model, tokenizer=t.lm.tokenizer), ValueError, "say at which block"),
     (lambda t: ods.CAA().fit(*t.acts).check(*t.pairs, model=t.lm.model, layer=1), ValueError, "tokenizer="),
-    (lambda t: ods.CAA().fit(*t.acts).check(*t.at, shares=[.1]), ValueError, "two or more positive numbers"),
+    (lambda t: ods.CAA().fit(*t.acts).check(*t.at, spreads=[.1]), ValueError, "spreads must be two or more positive numbers"),
     (lambda t: ods.CAA().fit(*t.acts).check(*t.at, placebos=1), ValueError, "no spread"),
 ])
 def test_the_check_says_what_is_wrong(trial, call, error, words):

@@ -548,7 +548,8 @@ def test_handle_and_strength(llama):
 def test_units(llama):
     ode = fitted(method="ODESteer", n_components=64)
     before = block_output(llama)[:, -1]
-    for unit in (dict(share=.2), dict(nats=.5), dict(until=0., T=5.)):
+    rows = torch.linspace(.5, 1.5, len(before))
+    for unit in (dict(share=.2), dict(spread=.7), dict(spread=rows), dict(nats=.5), dict(until=0., T=5.), dict(until=0., spread=.5)):
         with steering(llama, ode, layer=LAYER, **unit): after = block_output(llama)[:, -1]
         torch.testing.assert_close(after, ode.steer(before, **unit))
 
@@ -938,7 +939,7 @@ def test_bad_texts(llama, texts, message):
 
 def test_other_bad_input(llama, tok):
     with pytest.raises(ValueError, match="site must be 'output' or 'input' of the blocks; got 'both'"): collect_activations(llama, tok, ["x"], site="both")
-    with pytest.raises(ValueError, match="positions must be 'last', 'prompt', 'mean', 'all' or an index; got 'first'"): collect_activations(llama, tok, ["x"], positions="first", progress=False)
+    with pytest.raises(ValueError, match="positions must be 'last', 'mean', 'template', 'all', 'prompt' or an index; got 'first'"): collect_activations(llama, tok, ["x"], positions="first", progress=False)
     with pytest.raises(ValueError, match="text 1 has 2 tokens, so it has none at position 3"): collect_activations(llama, tok, ["xyz", "x"], positions=3, progress=False)
     with pytest.raises(ValueError, match="2 prompts but 1 continuations"): score_continuations(llama, tok, ["a", "b"], ["c"])
     plain = tiny_tokenizer()

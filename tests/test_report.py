@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from odesteer.report import Gain, Table, figures, main_table, report, tables, together, verdicts
-from odesteer.results import guardrail_rows
+from odesteer.report import Gain, Table, figures, main_table, report, strength_figure, tables, together, verdicts
+from odesteer.results import as_results, guardrail_rows
 from odesteer.statistics import bootstrap_interval
 
 from .studies import SPEC, Study, make_toy, quick, row, write_guardrails
@@ -181,6 +181,28 @@ def test_guardrail_tasks_stand_in_the_report(tmp_path):
     assert [(r["arm"], r["task"], r["questions"]) for r in csv.DictReader(open(tmp_path/"r"/"tables"/"guardrail-tasks.csv"))] == [(r["method"], r["task"], str(r["n"])) for r in found["guardrails"]]
     assert r"\toprule" in (tmp_path/"r"/"tables"/"guardrail-tasks.tex").read_text()
     assert guardrail_rows(tmp_path/"a") == [r for r in found["guardrails"] if r["method"] == "unsteered"]
+
+
+def test_an_axis_says_what_its_strengths_count(tmp_path, results):
+    import matplotlib
+    matplotlib.use("agg")
+    assert "units" not in results["scopes"][1] and "strength: share of the median norm," in main_table(results["scopes"][1]).note
+    old, = (f for name, f in figures(results) if name == "toy, toy, strength")
+    assert old.get_supxlabel() == "strength, share of the median norm (dotted: chosen)"
+    s = Study(tmp_path).base().method("iti", .1)  # in shares
+    for method, unit in ("caa", "spread"), ("odesteer", "spread"), ("repe", "T"):
+        for x in .5, 1.: s.run("steer", method, {}, 1, {unit: x}, "val", effect=x)
+        s.choice(method, strength={unit: 1.})
+        s.run("steer", method, {}, 1, {unit: 1.}, effect=1.)
+    found = json.loads(json.dumps(quick(tmp_path)))
+    scope = as_results(found)["scopes"][0]
+    assert scope["units"] == {"caa": "spread", "odesteer": "spread", "repe": "T"}
+    table = main_table(scope)
+    strengths = {row[0]: row[table.columns.index("strength")] for row in table.cells()}
+    assert (strengths["caa"], strengths["repe"], strengths["iti"]) == ("1", "T 1", "share 0.4") and "strength: multiple of the spread," in table.note
+    figure = strength_figure(scope)
+    assert {ax.get_title(loc="left") for ax in figure.axes if ax.get_visible()} == {"caa", "odesteer", "repe, time T", "iti, share of the median norm"}
+    assert figure.get_supxlabel() == "strength, multiple of the spread (dotted: chosen)" and all(ax.get_xscale() == "linear" for ax in figure.axes)
 
 
 def test_controllers_stand_beside_steerers_with_their_own_strengths_and_their_effort(tmp_path):

@@ -17,6 +17,7 @@ from .test_ode import NoHostSync
 
 D = 20
 ROUTES = "spectral", "dense", "fft"
+def routes(coordinates="raw", **kw): return ROUTES[coordinates == "standardised":]
 
 
 def draw(n, shift, seed):
@@ -26,7 +27,7 @@ def draw(n, shift, seed):
 
 
 POS, NEG, NEW = draw(90, .5, 0), draw(70, -.5, 1), draw(30, -.5, 2)
-FORMS = [dict(), dict(n_components=6), dict(coef0=0.), dict(normalize=False, gamma=.1), dict(gamma=.1, C=1., n_components=1000)]  # six buckets: a matrix of low rank
+FORMS = [dict(), dict(coordinates="centred"), dict(coordinates="centred", n_components=6), dict(coordinates="standardised"), dict(coordinates="centred", calibrate=True), dict(n_components=6), dict(coef0=0.), dict(normalize=False, gamma=.1), dict(gamma=.1, C=1., n_components=1000)]  # six buckets: a matrix of low rank
 
 
 def fresh(**kw): return ODESteer(**{**dict(n_components=128, gamma=1., C=100.), **kw}).fit(POS, NEG)
@@ -41,6 +42,8 @@ def by_definition(s, x):
     "h in float64 from the tables: bucket loops and circular convolution"
     b, f = s.barrier, s.barrier.features
     u = x.double().numpy()
+    if b.coordinates != "raw": u = u - b.shift_.double().numpy()
+    if b.coordinates == "standardised": u = u * b.scale_.double().numpy()
     if b.normalize: u = u / np.linalg.norm(u, axis=1, keepdims=True)
     psi = np.stack([reference_sketch(r, f.indexHash_, f.bitHash_, f.gamma, f.coef0, f.n_components) for r in u])
     return torch.tensor(psi) @ b.coef_.double() + b.intercept_.double() + b.log_prior_.double()
@@ -59,10 +62,12 @@ def test_values_and_gradients_by_every_route(kw):
             b.method = method
             assert (b.value(x).double() - h).abs().max() <= tol * size
             assert (b.grad(x).double() - gold).norm() <= tol * gold.norm()
+        if b.coordinates == "standardised": continue
         way = b.spectral()
         y = way.enter(x)
         assert (way.value(y).double() - h).abs().max() <= tol * size
-        torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+        torch.testing.assert_close(y.norm(dim=-1), (x if b.coordinates == "raw" else x - b.shift_).norm(dim=-1))
+        if not way.low_rank: torch.testing.assert_close(way.leave(x, y, y), x, rtol=0, atol=0)
         after = way.leave(x, y, y + 1e-2 * way.direction(y))
         assert closest(after, NEW.double() + 1e-2 * ascent(gold)) <= tol
         torch.testing.assert_close(way.grad(y).norm(dim=-1).double(), gold.norm(dim=-1), rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=0)
@@ -95,13 +100,13 @@ def test_quadratic_form_is_the_score(coef0):
 STRENGTHS = dict(T=2.), dict(T=-1.), dict(share=.2), dict(until=1.), dict(nats=2.), dict(nats=-1.5), dict(until=.5, T=.4)
 
 
-@pytest.mark.filterwarnings("ignore:.*could not reach")
+@pytest.mark.filterwarnings("ignore:.*could not reach", "ignore:nats= and until=")
 @pytest.mark.parametrize("kw", FORMS + [dict(solver="midpoint"), dict(solver="rk4", retract=True), dict(steps=1), dict(steps=40)], ids=str)
 def test_every_strength_by_every_route_beside_float64(kw):
     gold = fitted(**kw, method="fft")
     for strength in STRENGTHS:
         end = gold.steer(NEW.double(), **strength)
-        for method in ROUTES:
+        for method in routes(**kw):
             s = fitted(**kw, method=method)
             assert s.route(NEW) == method
             assert closest(s.steer(NEW, **strength), end) < 1e-5, (method, strength)
@@ -109,7 +114,7 @@ def test_every_strength_by_every_route_beside_float64(kw):
     assert closest(fitted(**kw).steer(NEW, 2.), gold.steer(NEW.double(), 2.)) < 1e-5
 
 
-@pytest.mark.parametrize("kw", [dict(degree=3), dict(metric="covariance"), dict(normalize=False, retract=True)], ids=str)
+@pytest.mark.parametrize("kw", [dict(degree=3), dict(metric="covariance"), dict(normalize=False, retract=True), dict(coordinates="standardised"), dict(coordinates="centred", retract=True)], ids=str)
 def test_where_coordinates_cannot_turn_the_other_routes_are_taken(kw):
     s = fitted(**kw)
     assert s.route(NEW) != "spectral"
@@ -125,10 +130,11 @@ def test_trajectory_and_steer_take_one_route():
         assert torch.equal(path[0], NEW) and torch.equal(path[-1], s.steer(NEW, 2.))
 
 
-def test_no_row_ends_below_its_level():
-    s = fitted(method="spectral")
+@pytest.mark.parametrize("coordinates,offset", [("raw", 0.), ("centred", 0.), ("centred", 300.)])
+def test_no_row_ends_below_its_level(coordinates, offset):
+    s = ODESteer(n_components=128, gamma=1., C=100., method="spectral", coordinates=coordinates).fit(POS + offset, NEG + offset)
     for dtype in torch.float32, torch.float64:
-        x = torch.cat([NEW, POS]).to(dtype)
+        x = (torch.cat([NEW, POS]) + offset).to(dtype)
         for level in -1., 0., 1.7:
             stop, h = s.stop_at(x, until=level), s.barrier.value(x) if dtype == torch.float32 else s._on(x).barrier.value(x)
             good = h >= level
@@ -181,10 +187,12 @@ def test_a_narrow_sketch_works_in_few_coordinates():
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5, 12, D - 3, D, 50])
-def test_rank_is_off_by_no_more_than_it_says(rank):
-    s, exact = fitted(rank=rank), fitted()
+@pytest.mark.parametrize("coordinates", ["raw", "centred"])
+def test_rank_is_off_by_no_more_than_it_says(rank, coordinates):
+    s, exact = fitted(rank=rank, coordinates=coordinates), fitted(coordinates=coordinates)
     way, b = s._on(NEW.double()).barrier.spectral(rank), exact._on(NEW.double()).barrier
-    x = torch.nn.functional.normalize(torch.cat([NEW, POS, NEG]), dim=-1).double()
+    m = b.shift_ if coordinates == "centred" else 0
+    x = m + torch.nn.functional.normalize(torch.cat([NEW, POS, NEG]).double() - m, dim=-1)
     y = way.enter(x)
     tangent = (way.leave(x, y, y + way.grad(y)) - x)
     assert (tangent - b.grad(x)).norm(dim=-1).max() <= way.error + 1e-9  # on the unit sphere
@@ -240,19 +248,21 @@ def test_a_given_barrier_must_have_the_route():
 
 # ---- what is kept must never be stale, saved or copied
 
-def test_what_was_made_from_old_weights_is_made_anew():
-    for method in ROUTES:
-        s = fresh(method=method)
+@pytest.mark.parametrize("kw", [dict(), dict(coordinates="centred"), dict(coordinates="standardised", calibrate=True)], ids=str)
+def test_what_was_made_from_old_weights_is_made_anew(kw):
+    for method in routes(**kw):
+        s = fresh(method=method, **kw)
         before = s.steer(NEW, 1.)
         s.fit(NEG, POS)
-        assert torch.equal(s.steer(NEW, 1.), fresh(method=method).fit(NEG, POS).steer(NEW, 1.)) and not torch.allclose(s.steer(NEW, 1.), before)
+        assert torch.equal(s.steer(NEW, 1.), fresh(method=method, **kw).fit(NEG, POS).steer(NEW, 1.)) and not torch.allclose(s.steer(NEW, 1.), before)
         there = s.steer(NEW, -1.)
         s.barrier.coef_.mul_(-1)  # weights changed in place
         torch.testing.assert_close(s.steer(NEW, 1.), there, rtol=1e-4, atol=1e-5)
 
 
-def test_copies_and_files_leave_it_out(tmp_path):
-    s = fresh()
+@pytest.mark.parametrize("coordinates", ["raw", "centred", "standardised"])
+def test_copies_and_files_leave_it_out(coordinates):
+    s = fresh(coordinates=coordinates)
     keys = set(s.state_dict())
     s.steer(NEW, 1.), s.steer(NEW.double(), 1.), s.barrier.value(NEW)
     assert s.barrier._derived_tables and set(s.state_dict()) == keys
@@ -265,7 +275,8 @@ def test_a_card_without_the_new_names_still_loads(tmp_path):
     s = fresh()
     s.save_pretrained(tmp_path)
     card = json.loads((tmp_path/"card.json").read_text())
-    for name in "method", "rank": del card["params"][name]
+    for name in "method", "rank", "coordinates", "calibrate": del card["params"][name]
+    card["chosen"] = {}
     (tmp_path/"card.json").write_text(json.dumps(card))
     assert torch.equal(ods.load_steerer(tmp_path).steer(NEW, 1.), s.steer(NEW, 1.))
 
@@ -280,7 +291,7 @@ def test_what_is_made_in_inference_mode_serves_later():
 
 # ---- compiled and captured: no wait for the device, no break in the graph
 
-@pytest.mark.parametrize("kw", [dict(), dict(degree=3), dict(metric="covariance"), dict(n_components=6, solver="midpoint", retract=True)], ids=str)
+@pytest.mark.parametrize("kw", [dict(), dict(degree=3), dict(metric="covariance"), dict(n_components=6, solver="midpoint", retract=True), dict(coordinates="centred", n_components=6), dict(coordinates="standardised", calibrate=True)], ids=str)
 def test_one_graph_and_no_wait(kw):
     s, t, rows = fitted(**kw, steps=2), torch.tensor(.7), torch.linspace(-1, 1, len(NEW))
     s.steer(NEW, 1.), s.stop_at(NEW, nats=1.)  # makes what the route needs
@@ -303,9 +314,9 @@ def test_autocast_does_not_lower_the_precision(method):
     for a, b, c in zip(expected, cast, again): assert torch.equal(a, b) and torch.equal(a, c)
 
 
-@pytest.mark.parametrize("method", ["spectral", "dense", "fft"])
-def test_forward_derivatives_and_vmap(method):
-    s = fitted(method=method)
+@pytest.mark.parametrize("kw", [dict(method=m) for m in ROUTES] + [dict(coordinates="centred"), dict(coordinates="centred", n_components=6), dict(coordinates="standardised")], ids=str)
+def test_forward_derivatives_and_vmap(kw):
+    s = fitted(**kw)
     x, v = NEW[:3].double(), torch.randn(3, NEW.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     f = lambda a: s.steer(a, 1.)
     slope = torch.func.jvp(f, (x,), (v,))[1]

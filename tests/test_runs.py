@@ -1,4 +1,5 @@
 "Runs that survive anything: keys, what stands in a folder, kills, strengths that meet, flat memory"
+import copy
 import json
 import math
 import tracemalloc
@@ -55,6 +56,9 @@ def test_every_setting_that_matters_changes_the_key(lm, tmp_path):
 def test_hyper_parameters_in_one_form():
     assert canonical_params("odesteer", {"steps": 10, "gamma": .5, "seed": 0}) == {"gamma": .5}
     assert canonical_params("caa", {"seed": 3}) == {} and canonical_params("random", {"seed": 3}) == {"seed": 3}
+    for method in "odesteer", "step-odesteer":  # parameters that came later leave old runs their keys
+        assert canonical_params(method, {"coordinates": "raw", "calibrate": False}) == {}
+        assert canonical_params(method, {"coordinates": "centred", "calibrate": True}) == {"calibrate": True, "coordinates": "centred"}
     with pytest.raises(TypeError, match="caa has no hyper-parameter steps; it has none"): canonical_params("caa", {"steps": 3})
 
 
@@ -115,6 +119,17 @@ def test_a_damaged_steerer_or_lost_file_is_made_again_or_named(lm, tmp_path):
     card, = tmp_path.glob("steerers/*/steerer.safetensors")
     card.write_bytes(b"x")
     with pytest.raises(ValueError, match="damaged"): bench(lm, tmp_path).steerer("caa", 1, {})
+
+
+def test_a_kept_steerer_of_an_older_version_is_fitted_again(lm, tmp_path):
+    fitted = bench(lm, tmp_path).steerer("caa", 1, {})
+    old = copy.deepcopy(fitted)
+    old.register_buffer("spread_", None)  # as it was saved before there were spreads
+    folder, = tmp_path.glob("steerers/*")
+    old.save_pretrained(folder)
+    assert "spread" not in ods.load_steerer(folder).strength_units
+    again = bench(lm, tmp_path).steerer("caa", 1, {})
+    assert torch.equal(again.spread_, fitted.spread_) and torch.equal(ods.load_steerer(folder).spread_, fitted.spread_)
 
 
 def test_what_was_judged_is_not_judged_again(lm, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 import copy
 import hashlib
 import json
+import math
 import random
 import re
 
@@ -66,7 +67,7 @@ def test_no_strength_is_the_identity_bit_for_bit(steerer, a, dtype):
     a[0, 0] = -0.
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
     for zero in 0, 0., -0., torch.tensor(0.), torch.zeros(7):
-        for unit in "T", "share":
+        for unit in "T", "share", "spread":
             assert torch.equal(steerer.steer(a, **{unit: zero}).view(bits), a.view(bits)), (unit, zero)
 
 
@@ -122,6 +123,77 @@ def test_share_is_a_displacement_over_the_median_norm(steerer, a):
     if steerer.unit == "length": assert steerer.displacement_ == 1
 
 
+def spread_by_hand(*classes):
+    "The median distance to the mean, in float64 and row by row; of an even number of distances the lower middle one"
+    rows = np.concatenate([np.asarray(x, dtype=np.float64) for x in classes])
+    distances = sorted(math.dist(row, rows.mean(0)) for row in rows)
+    return distances[(len(distances) - 1) // 2]
+
+
+def test_spread_is_the_median_distance_to_the_mean(steerer, data, a):
+    assert steerer.spread_.item() == pytest.approx(spread_by_hand(data["pos"], data["neg"]), rel=1e-5)
+    T = 1.3 * steerer.spread_ / steerer.displacement_
+    torch.testing.assert_close(steerer.steer(a, spread=1.3), steerer.steer(a, T=T))
+    torch.testing.assert_close(steerer.steer(a, spread=-.4), steerer.steer(a, T=-.4 * steerer.spread_ / steerer.displacement_))
+    each = torch.tensor([0., 1., -1., .5, 2., 0., 3.])
+    torch.testing.assert_close(steerer.steer(a, spread=each), torch.stack([steerer.steer(x, spread=s.item()) for x, s in zip(a, each)]), rtol=1e-5, atol=1e-5)
+    assert steerer.strength_units[:3] == ("T", "share", "spread") and f"spread {steerer.spread_:.4g}" in repr(steerer)
+
+
+@pytest.mark.parametrize("name", ["caa", "iti", "repe", "random"], indirect=True)
+def test_a_constant_field_moves_every_row_by_the_spreads_asked_for(steerer, a):
+    for s in .25, 1., -2.:
+        moved = (steerer.steer(a.double(), spread=s) - a.double()).norm(dim=-1)
+        torch.testing.assert_close(moved, torch.full_like(moved, abs(s) * steerer.spread_.item()), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["caa", "iti"], indirect=True)
+def test_an_offset_common_to_all_changes_shares_and_no_spread(name, steerer, data):
+    pos, neg, offset = data["pos"].double(), data["neg"].double(), torch.zeros(D, dtype=torch.float64)
+    offset[3] = 200.
+    here, there = made(name).fit(pos, neg), made(name).fit(pos + offset, neg + offset)
+    torch.testing.assert_close(there.spread_, here.spread_, rtol=1e-9, atol=0)
+    assert there.median_norm_ > 10 * here.median_norm_
+    far = {unit: (there.steer(neg + offset, **{unit: .5}) - offset - here.steer(neg, **{unit: .5})).norm(dim=-1).max() for unit in ("spread", "share")}
+    assert far["spread"] < 1e-4 and far["share"] > 10
+
+
+@common
+def test_spread_in_every_precision(name, data, a):
+    wide = made(name).fit(data["pos"].double(), data["neg"].double())
+    assert wide.spread_.dtype == torch.float64 and wide.spread_.item() == pytest.approx(spread_by_hand(data["pos"], data["neg"]), rel=1e-12)
+    for dtype in torch.float16, torch.bfloat16:
+        pos, neg = data["pos"].to(dtype), data["neg"].to(dtype)
+        s = made(name).fit(pos, neg)
+        assert s.spread_.dtype == torch.float32 and s.spread_.item() == pytest.approx(spread_by_hand(pos.double(), neg.double()), rel=1e-5)
+        out = s.steer(a.to(dtype), spread=1.)
+        assert out.dtype == dtype and torch.equal(out, s.steer(a.to(dtype).float(), spread=1.).to(dtype))
+
+
+@common
+def test_a_steerer_from_before_there_were_spreads(name, folder, data, a):
+    new = ods.load_steerer(folder)
+    rewrite(folder, tensors=lambda t: {k: v for k, v in t.items() if k != "spread_"})
+    old = ods.load_steerer(folder)
+    for how in dict(T=1.5), dict(share=.3): assert torch.equal(old.steer(a, **how), new.steer(a, **how))
+    assert "spread" not in old.strength_units and "spread" not in repr(old) and old.default_strength == ({"T": 1.} if old.unit == "fraction" else {"share": .5})
+    for use in (lambda: old.steer(a, spread=1.), lambda: old.edits(None, 0, {"spread": 1.}), lambda: old.resolve({"spread": 1.})):
+        with pytest.raises(ValueError, match="knows no spread: it was saved by an older odesteer, or its activations were all the same; fit it again"): use()
+    old.save_pretrained(folder)
+    assert torch.equal(old.fit(**data).spread_, new.spread_)
+
+
+@pytest.mark.parametrize("d, size", [(3, 1.), (4096, 1e3)])
+def test_activations_that_are_all_the_same_have_no_spread(d, size):
+    row = size * torch.randn(1, d, generator=torch.Generator().manual_seed(0))
+    barrier = ods.ScoreBarrier(lambda x: x.sum(-1))
+    s = ods.ODESteer(barrier=barrier).fit(row.expand(5, d), row.expand(7, d))
+    with pytest.raises(ValueError, match="knows no spread"): s.steer(row, spread=1.)
+    torch.testing.assert_close((s.steer(row, T=1.) - row).norm(), torch.tensor(1.), rtol=1e-2, atol=0)
+    apart = row + 1e-2 * size * torch.randn(12, d, generator=torch.Generator().manual_seed(1))
+    assert s.fit(apart[:5], apart[5:]).spread_ > 0 and torch.equal(s.fit(row.expand(5, d), row.expand(7, d)).steer(row, T=0.), row) and "spread" not in s.strength_units
+
+
 def test_typical_norm_and_displacement(steerer, data):
     both = torch.cat([data["pos"], data["neg"]])
     torch.testing.assert_close(steerer.median_norm_, both.norm(dim=-1).median())
@@ -135,7 +207,8 @@ def test_typical_norm_and_displacement(steerer, data):
 def test_a_published_map_knows_its_strength(steerer, a):
     if steerer.unit == "fraction": return torch.testing.assert_close(steerer.steer(a), steerer.steer(a, T=1.))
     for strength in steerer.steer, lambda a: steerer.edits(None, 0, None):
-        with pytest.raises(ValueError, match=re.escape(f"the median norm of the fitted activations is {steerer.median_norm_:.4g}")): strength(a)
+        with pytest.raises(ValueError, match=re.escape(f"spread= (in units of {steerer.spread_:.4g}; 1 is usual), T= (a distance)")): strength(a)
+        with pytest.raises(ValueError, match=re.escape(f"share= (of {steerer.median_norm_:.4g}, the median norm of the fitted activations)")): strength(a)
 
 
 def test_steering_raises_the_share_of_wanted_projections(name, steerer, data):
@@ -276,6 +349,11 @@ BAD_STEERS = {
     "a word": (lambda a: (a,), dict(T="strong"), TypeError, "T must be a number or a float tensor; got 'strong'"),
     "infinity": (lambda a: (a,), dict(T=float("inf")), ValueError, "T must be finite; got inf"),
     "no number": (lambda a: (a,), dict(share=float("nan")), ValueError, "share must be finite; got nan"),
+    "a spread per entry": (lambda a: (a,), dict(spread=torch.ones(7, D)), ValueError, "spread must be a number or have one value per row"),
+    "a spread of no number": (lambda a: (a,), dict(spread=float("nan")), ValueError, "spread must be finite; got nan"),
+    "an endless spread": (lambda a: (a,), dict(spread=float("inf")), ValueError, "spread must be finite; got inf"),
+    "a word for a spread": (lambda a: (a,), dict(spread="one"), TypeError, "spread must be a number or a float tensor; got 'one'"),
+    "two distances": (lambda a: (a,), dict(share=.3, spread=1.), ValueError, "give one unit of strength, not spread and share"),
     "two units": (lambda a: (a,), dict(T=1., share=.3), ValueError, "give one unit of strength, not T and share"),
     "two units of which one is 0": (lambda a: (a,), dict(T=0, nats=1.), ValueError, "give one unit of strength, not T and nats"),
     "two goals": (lambda a: (a,), dict(nats=1., until=0.), ValueError, "give one unit of strength, not nats and until"),
@@ -292,7 +370,7 @@ def test_bad_steering(steerer, a, bad):
 def test_without_a_barrier_there_is_no_level(steerer, a):
     if hasattr(steerer, "stop_at"): pytest.skip("has a barrier")
     for level in dict(until=0.), dict(nats=1.), dict(until=0., T=3.):
-        with pytest.raises(ValueError, match="has no barrier to stop at: use T= or share="): steerer.steer(a, **level)
+        with pytest.raises(ValueError, match="has no barrier to stop at: use T=,? (or )?spread="): steerer.steer(a, **level)
 
 
 # ---- files
@@ -306,7 +384,7 @@ def test_save_and_load(name, steerer, folder, a):
         assert type(again) is type(steerer) and again.card == steerer.card and again.width == D and repr(again) == repr(steerer)
         assert again.state_dict().keys() == steerer.state_dict().keys()
         for k, v in steerer.state_dict().items(): assert torch.equal(again.state_dict()[k], v) and again.state_dict()[k].dtype == v.dtype
-        for how in dict(T=1.5), dict(share=.3): assert torch.equal(again.steer(a, **how), steerer.steer(a, **how))
+        for how in dict(T=1.5), dict(share=.3), dict(spread=.7): assert torch.equal(again.steer(a, **how), steerer.steer(a, **how))
         assert torch.equal(again.vector_field(a.double()), steerer.vector_field(a.double()))
     steerer.about.clear()
 
@@ -393,7 +471,7 @@ def test_a_file_of_another_model_is_noticed_when_it_is_used(folder):
 
 # ---- what a hook asks for
 
-@pytest.mark.parametrize("strength", [2., torch.linspace(0, 2, 7), dict(T=1.), dict(share=.3)], ids=str)
+@pytest.mark.parametrize("strength", [2., torch.linspace(0, 2, 7), dict(T=1.), dict(share=.3), dict(spread=.7), dict(spread=torch.linspace(0, 2, 7))], ids=str)
 def test_edits(steerer, a, strength):
     value, edit = steerer.resolve(strength), steerer.edits(None, 5, strength)
     assert edit.keys() == {5} and value.dtype == torch.float32
@@ -404,7 +482,7 @@ def test_edits(steerer, a, strength):
 
 
 def test_bad_strengths(steerer):
-    with pytest.raises(ValueError, match="some of T=, share=, nats=, until=; got alpha"): steerer.edits(None, 0, dict(alpha=1.))
+    with pytest.raises(ValueError, match="some of T=, spread=, share=, nats=, until=; got alpha"): steerer.edits(None, 0, dict(alpha=1.))
     with pytest.raises(ValueError, match="give one unit of strength, not T and share"): steerer.resolve(dict(T=1., share=2.))
 
 

@@ -14,10 +14,10 @@ import pytest
 
 import odesteer as ods
 from odesteer.euler import load_class
-from odesteer.report import main_table
+from odesteer.report import main_table, strength_figure
 from odesteer.results import find_runs, gather
 from odesteer.runs import Paused, Run
-from odesteer.sweeps import ABLATIONS, FULL, MICRO_PARAMS, QUICK, Plan, Search, auto_layers, benchmark, compare_speed, micro_bench, plan_steps, run_plan, stop_rule, strength_grid, sweep
+from odesteer.sweeps import ABLATIONS, FULL, MICRO_PARAMS, QUICK, Plan, Search, Trial, ablation_arms, auto_layers, benchmark, compare_speed, micro_bench, plan_steps, run_plan, stop_rule, strength_grid, sweep
 from odesteer.sweeps import _closer
 
 from .benches import bench, contents, fake, small
@@ -89,7 +89,7 @@ def test_a_sweep_takes_the_layer_with_the_best_metric_at_its_stop(lm, tmp_path, 
     monkeypatch.setattr(b, "run", run, raising=False)
     search = Search([0, 1], (.1, .2))
     choice = sweep(b, "caa", search)
-    assert (choice.layer, choice.strength) == (1, {"share": .2}) and (0, {"share": .2}, .9) in choice.trials
+    assert (choice.layer, choice.strength) == (1, {"share": .2}) and Trial(0, {"share": .2}, .9) in choice.trials
     assert sweep(b, "caa", search) == choice
     assert sweep(b, "caa", Search([0], (.1, .2), rule="best", refine=0)).strength == {"share": .2}
 
@@ -228,9 +228,43 @@ def test_a_search_that_cannot_be_meant(wrong, words):
 
 
 def test_strengths_of_a_search():
-    assert strength_grid("caa") == [{"share": s} for s in (.1, .2, .3, .45, .6, .8, 1., 1.3)] and strength_grid("caa", [{"T": 1.}, {"T": 2.}]) == [{"T": 1.}, {"T": 2.}]
+    assert strength_grid("caa") == strength_grid("odesteer") == [{"spread": s} for s in (.25, .4, .6, .85, 1.2, 1.7, 2.4)]
+    for grid in [{"T": 1.}, {"T": 2.}], [{"spread": .5}, {"spread": 1.}]: assert strength_grid("caa", grid) == grid
+    assert strength_grid("alqr", [{"spread": 1.}]) == SETPOINTS
+    for plan in QUICK, FULL: assert strength_grid("caa", plan.search.strengths) == [{"share": s} for s in plan.search.strengths]  # the committed runs
     assert strength_grid("alqr") == strength_grid("alqr", (.1, .2)) == SETPOINTS and strength_grid("alqr", [{"T": 1.}]) == [{"T": 1.}]
     assert Search().test_seeds == [0, 1, 2] and Search(seeds=[42, 43]).test_seeds == [42, 43]
+
+
+def test_a_sweep_in_spreads_from_the_choice_to_the_report(lm, tmp_path):
+    b, odesteer = bench(lm, tmp_path), {"n_components": 50}
+    search = Search([1], [{"spread": .4}, {"spread": .8}], refine=1, repeats=1, allow=2., seeds=1)
+    for method, own in ("caa", {}), ("odesteer", odesteer): benchmark(b, [method], search, {method: own})
+    choice = sweep(b, "caa", search)
+    assert list(choice.strength) == ["spread"] and {tuple(t.strength) for t in choice.trials} == {("spread",)}
+    run = b.run("caa", 1, choice.strength, split="test")
+    caa = b.steerer("caa", 1, {})
+    far = float(choice.strength["spread"] * caa.spread_ / b.acts(0, 1)[len(b.task.folds[0].texts.pos):].norm(dim=-1).median())
+    assert run.summary["moved"] == pytest.approx(far, rel=.1)
+    scope = gather(tmp_path, resamples=99)["scopes"][0]
+    assert scope["units"] == {"caa": "spread", "odesteer (n_components=50)": "spread"}
+    assert {.4, .8} <= {p[0] for p in scope["curves"]["caa"]["chosen"]} and "strength: multiple of the spread" in main_table(scope).note
+    _, value = next(iter(choice.strength.items())), f"{choice.strength['spread']:g}"
+    table = main_table(scope)
+    assert next(row for row in table.cells() if row[0] == "caa")[table.columns.index("strength")] == value
+    assert strength_figure(scope).get_supxlabel() == "strength, multiple of the spread (dotted: chosen)"
+
+
+def test_arms_of_a_study_meet_in_the_unit_of_the_search(lm, tmp_path, monkeypatch):
+    assert {tuple(s) for a in ablation_arms("steps", spreads=(.4, .8)) for s in a.strengths} == {("spread",)}
+    assert [s for s in ablation_arms("stop level", spreads=(.4, .8))[0].strengths if "level" in s][0] == {"level": .1, "spread": .8}
+    assert ablation_arms("steps")[0].strengths == [{"share": s} for s in (.15, .3, .6)]
+    monkeypatch.setitem(ABLATIONS, "steps", replace(ABLATIONS["steps"], arms=ABLATIONS["steps"].arms[:2]))
+    own = {"odesteer": {"n_components": 50}}
+    search = Search([1], [{"spread": .4}], refine=0, repeats=1, allow=2., seeds=1)
+    run_plan(Plan([("truth",)], ["odesteer"], search, own, ["steps"]), lambda axis, out, **kwargs: bench(lm, out, **kwargs), tmp_path)
+    found = gather(tmp_path, resamples=99)["scopes"][0]["studies"]["steps"]
+    assert {r.place for r in found} == {"spread 0.4", "spread 0.8", "spread 1.6", "spread (mean of 3)"}
 
 
 # ---- studies and speed
@@ -272,3 +306,34 @@ def test_speed_is_measured_where_it_is_not_known(lm, tmp_path):
     both = compare_speed(b, [one, ("alqr", None, {"T": 1.}, {})], rounds=2, tokens=2)
     assert both["caa"] == first["caa"] and len(both["alqr"]) == 2 and len(list((tmp_path/"speed").iterdir())) == 2
     assert compare_speed(b, [("caa", 1, {"share": .4}, {})], rounds=2, tokens=2)["caa"] != first["caa"]
+
+
+# ---- variants of a method
+
+def test_a_variant_has_a_choice_a_row_and_a_name_of_its_own(lm, tmp_path):
+    from odesteer.results import gather
+    from odesteer.report import beats, forest_figure, layer_figure, main_table, pareto_figure, strength_figure
+    names = ["odesteer", "odesteer:metric=covariance", "odesteer:steps=3:gamma=1.0", "caa", "random"]
+    small_sketch = {"odesteer": {"n_components": 64}}
+    plan = Plan([("truth",)], names, Search([1, 2], (.2, .6), refine=0, repeats=1, seeds=1, allow=5), params=small_sketch)
+    run_plan(plan, lambda axis, out, **kwargs: bench(lm, out, axis=axis, **kwargs), tmp_path)
+    found = [json.loads(p.read_text())["config"] for p in (tmp_path/"choices").glob("*.json")]
+    assert sorted(c.get("name", c["method"]) for c in found) == sorted(names)
+    assert {c.get("name"): c["params"] for c in found if c["method"] == "odesteer"} == {None: {"n_components": 64}, names[1]: {"metric": "covariance", "n_components": 64}, names[2]: {"gamma": 1., "n_components": 64, "steps": 3}}
+    scope, = gather([tmp_path])["scopes"]
+    rows = {r.get("name", r["method"]): r for r in scope["rows"]}
+    assert list(rows)[2:] == ["caa", "odesteer", *names[1:3], "random"]
+    table = main_table(scope).markdown()
+    assert all(f"| {name} " in table for name in names[:4]) and "| random (placebo) " in table and "odesteer:metric=covariance" in str(beats(scope, ["random"], "better than chance?").evidence)
+    for figure in (forest_figure, layer_figure, pareto_figure, strength_figure): assert figure(scope)
+    plain = Plan([("truth",)], ["odesteer"], plan.search, params=small_sketch)
+    before = {p.name for p in (tmp_path/"choices").glob("*.json")}
+    run_plan(plain, lambda axis, out, **kwargs: bench(lm, out, axis=axis, **kwargs), tmp_path)
+    assert {p.name for p in (tmp_path/"choices").glob("*.json")} == before  # the same name, the same choice
+
+
+def test_names_of_variants():
+    from odesteer.sweeps import variant
+    assert variant("odesteer:C=100:metric=covariance", {"odesteer": {"C": 1., "gamma": 2.}}) == ("odesteer", {"C": 100, "gamma": 2., "metric": "covariance"})
+    for wrong in ("odesteer:", "odesteer:metric", "odesteer:=3"):
+        with pytest.raises(ValueError, match="is no setting: write a variant as odesteer:metric=covariance"): variant(wrong)

@@ -352,7 +352,7 @@ def test_the_value_is_a_barrier(recontrol):
     out = climber.stop_at(a, until=.1)
     assert out.reached.float().mean() > .9 and (recontrol.barrier.value(out.a[out.reached]) > .1 - 1e-4).all()
     for level in dict(until=.1), dict(nats=1.):
-        with pytest.raises(ValueError, match="has no barrier to stop at: use T= or share=, or ODESteer.barrier=steerer.barrier."): recontrol.steer(a, **level)
+        with pytest.raises(ValueError, match="has no barrier to stop at: use T= or spread=, or ODESteer.barrier=steerer.barrier."): recontrol.steer(a, **level)
 
 
 BAD_SEQUENCES = {
@@ -448,6 +448,7 @@ def test_one_correction_for_a_query(truthflow):
     assert not torch.allclose(truthflow.steer(tokens) - tokens, c.expand(6, 12), atol=1e-2)  # of its own for each token
     T = torch.tensor([0., 1, 2, -1, .5, 1])
     torch.testing.assert_close(truthflow.steer(tokens.bfloat16(), T=T, source=state.bfloat16()).float(), (tokens.bfloat16().float() + T[:, None] * truthflow.vector_field(state.bfloat16().float())).bfloat16().float())
+    torch.testing.assert_close(truthflow.steer(tokens, spread=.8, source=state), tokens + .8 * truthflow.spread_ / truthflow.displacement_ * c)
     torch.testing.assert_close(truthflow.steer(tokens, share=.3, source=state), tokens + .3 * truthflow.median_norm_ / truthflow.displacement_ * c)
     with pytest.raises(ValueError, match="was fitted on activations of width 12"): truthflow.steer(tokens, source=tokens[0, :5])
     with pytest.raises(ValueError, match="has no barrier to stop at"): truthflow.steer(tokens, until=0., source=state)
