@@ -14,9 +14,9 @@ import inspect, math, re, sys
 import numpy as np
 from .data import (
     SAMPLING, ContrastTexts, Prompt, cell, check_reading, digest, group_key, group_of, read_rows, sample, write_jsonl)
-from odesteer.judges import (
-    BETTER, FluentJudge, ModelSource, Strict, StyleJudge, TrainedJudge, load_judge, perplexity, question_of, text_metrics,
-    with_template)
+from .judges import (
+    BETTER, FluentJudge, ModelSource, Strict, StyleJudge, TrainedJudge, load_judge, perplexity, question_of,
+    text_metrics, with_template)
 from .pretrained import HubError
 from .statistics import toxicity_metrics
 
@@ -596,7 +596,9 @@ def toxic_prompts(
         surprise = perplexity(model, tokenizer, [start] * len(toxic), [t for t, _ in toxic])
         toxic = [r for r, p in zip(toxic, surprise) if p < max_perplexity]
     drawn = [toxic[i][0] for i in binned_draw([s for _, s in toxic], per_bin, seed=seed)] if toxic else []
-    if len(drawn) < n_val + n_test: raise _too_few(f"{len(drawn)} toxic prompts are left", n_val, n_test)
+    if len(drawn) < n_val + n_test:
+        filtered = " by the filter of surprising ones" if model is not None else ""
+        raise _too_few(f"{len(drawn)} toxic prompts are left{filtered}", n_val, n_test)
     order = np.random.default_rng(seed).permutation(len(drawn))[-(n_val + n_test):]
     return [drawn[i] for i in order[:n_val]], [drawn[i] for i in order[n_val:]]
 
