@@ -26,6 +26,7 @@ _MODULES = {
     "results": "",
     "report": "",
     "speed": "",
+    "costs": "",
     "plans": "",
     "cli": "",
     "plots": "",

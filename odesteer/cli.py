@@ -6,7 +6,6 @@
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 import argparse, json, shutil, textwrap, time, warnings
 import numpy as np
@@ -27,13 +26,13 @@ from .results import committed
 from .runs import Bench, Run, canonical_params, log, write_batches
 from .sites import add_ranking, rank_sites, ranking
 from .speed import PARTS, goals, measure, show
-from .statistics import bootstrap_interval, summary_table
+from .statistics import bootstrap_interval, paired_difference, summary_table
 from .sweeps import ABLATIONS, MICRO_PARAMS, PRESETS, Setting, sweep
 from .tasks import REAL_TASKS, Fold, Task, general_metrics, micro_task
 
 # %% auto #0
-__all__ = ['METHODS', 'committed_choice', 'Demo', 'run_demo', 'barrier_rise', 'demo_figure', 'changed_answers', 'side_by_side',
-           'user_task', 'Parser', 'main', 'parser']
+__all__ = ['METHODS', 'committed_choice', 'Demo', 'run_demo', 'barrier_rise', 'demo_figure', 'changed_answers', 'answers_by_arm',
+           'arms_table', 'user_task', 'Parser', 'main', 'parser']
 
 # %% ../nbs/27_cli.ipynb #0a9aa8dd
 def committed_choice(
@@ -56,8 +55,7 @@ class Demo:
     bench: Bench
     setting: Setting  # method, layer, strength, hyper-parameters
     curve: list  # of `Run`: validation prompts at multiples of the strength
-    plain: Run  # test prompts without steering
-    steered: Run  # test prompts with steering
+    arms: dict  # "plain", "asked" where the task knows how, "steered", "random" where that means something -> `Run`
 
     def answers(self, run: Run) -> list:
         "The answers of a run, in the order of its prompts"
@@ -75,13 +73,29 @@ def run_demo(
     method, layer, strength, params = setting
     (unit, value), = strength.items()
     steered = dict(method=method, layer=layer, params=canonical_params(method, params))
-    wanted = [dict(steered, strength={unit: k*value}, split="val") for k in factors]
-    wanted += [dict(split="test"), dict(steered, strength=strength, split="test")]
+    arms = _arms(bench, setting, steered)
+    wanted = [dict(steered, strength={unit: k*value}, split="val") for k in factors] + list(arms.values())
     ready = sum(bench.finished(**how, seed=seed) for how in wanted)
     if ready: log(f"odesteer: {ready} of {len(wanted)} runs of the demonstration were there already, in {bench.out}")
     bar = tqdm(wanted, "runs", disable=None, leave=False)  # where somebody watches
-    *curve, plain, after = [bench.run(**how, seed=seed) for how in bar]
-    return Demo(bench, setting, curve, plain, after)
+    runs = [bench.run(**how, seed=seed) for how in bar]
+    return Demo(bench, setting, runs[:len(factors)], dict(zip(arms, runs[len(factors):])))
+
+def _arms(bench, setting, steered) -> dict:
+    "Name of an arm -> what `Bench.run` takes for it"
+    arms = {"plain": {}}
+    if bench.task.instruct: arms["asked"] = dict(arm="prompt")
+    arms["steered"] = dict(steered, strength=setting.strength)
+    distance = _distance(bench, setting)
+    if distance: arms["random"] = dict(steered, method="random", params={}, strength=distance)
+    return {name: how | dict(split="test") for name, how in arms.items()}
+
+def _distance(bench, setting) -> dict:
+    "A strength that moves activations as far in a random direction; None where a method's strength is no distance"
+    (unit, value), = setting.strength.items()
+    if unit in ("spread", "share"): return setting.strength
+    if unit != "T" or not load_class(setting.method).needs_layer: return None
+    return {"T": value * float(bench.steerer(setting.method, setting.layer, setting.params).displacement_)}
 
 # %% ../nbs/27_cli.ipynb #af9a8c21
 def barrier_rise(
@@ -150,31 +164,48 @@ def _plot_curve(ax, demo, color) -> int:  # number of prompts
 # %% ../nbs/27_cli.ipynb #9cf5735a
 def changed_answers(demo: Demo) -> dict:  # what happened -> numbers of the answers
     "Answers that steering changed, sorted by what it did to the primary metric; unsorted where there is no judge"
-    task, before, after = demo.bench.task, demo.plain, demo.steered
+    task, before, after = demo.bench.task, demo.arms["plain"], demo.arms["steered"]
     differ = np.array([a != b for a, b in zip(demo.answers(before), demo.answers(after))])
     if task.primary == "perplexity": return {"changed": np.flatnonzero(differ)}
     gain = task.better[task.primary] * (after.scores[task.primary] - before.scores[task.primary])
     return {f"{task.primary} better": np.flatnonzero(gain > 0), f"{task.primary} worse": np.flatnonzero(gain < 0),
             f"changed, {task.primary} the same": np.flatnonzero(differ & (gain == 0))}
 
-def side_by_side(
+def answers_by_arm(
     prompts: list,  # texts, a line each
-    plain: list, steered: list,  # answers
+    answers: dict,  # name of an arm -> its answers
     changed: dict,  # what happened -> numbers of the answers
-    show: int = 6,  # how many
+    show: int = 4,  # how many
     width: int = 100,  # of the terminal
 ) -> str:
-    "Some of the answers that steering changed, in two columns"
-    half, found = width//2 - 2, {what: rows for what, rows in changed.items() if len(rows)}
-    lines = [f"{'WITHOUT STEERING':<{half}}    WITH STEERING"]
+    "Some of the answers that steering changed, below each other"
+    found, lines = {what: rows for what, rows in changed.items() if len(rows)}, []
     for what, rows in found.items():
         lines += ["", f"-- {what}: {len(rows)} of {len(prompts)}"]
         n = max(1, show - len(found) + 1) if what == next(iter(found)) else 1  # most of the first kind, one of others
         for i in (rows[j] for j in np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)):
-            columns = [textwrap.wrap(a.strip() or "(empty)", half) for a in (plain[i], steered[i])]
             lines += textwrap.wrap(f"{i + 1}. {prompts[i]}", width)
-            lines += [f"  {left:<{half}}  {right}" for left, right in zip_longest(*columns, fillvalue="")]
-    return "\n".join(line.rstrip() for line in lines)
+            for arm, texts in answers.items():
+                text = " ".join(texts[i].split()) or "(empty)"
+                lines += textwrap.wrap(text, width, initial_indent=f"   {arm:8} ", subsequent_indent=" "*12)
+    return "\n".join(lines).lstrip("\n")
+
+# %% ../nbs/27_cli.ipynb #a4c3d1e2
+def arms_table(demo: Demo) -> str:
+    "The primary metric of every arm, and its paired differences from the plain answers and from the random push"
+    task, arms = demo.bench.task, demo.arms
+    metric, groups = task.primary, arms["plain"].groups
+    against = [a for a in ("plain", "random") if a in arms]
+    rows = [[f"{metric} ({'+' if task.better[metric] > 0 else '-'})", "mean", *(f"against {a}" for a in against)]]
+    for name, run in arms.items():
+        own = run.scores[metric]
+        gains = ["" if name == a else _interval(paired_difference(arms[a].scores[metric], own, groups), "+")
+                 for a in against]
+        rows.append([name, _interval(bootstrap_interval(own, groups)), *gains])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(f"{x:<{w}}" for x, w in zip(row, widths)).rstrip() for row in rows)
+
+def _interval(x, sign="") -> str: return f"{x.value:{sign}.3f} [{x.lo:{sign}.3f}, {x.hi:{sign}.3f}]"
 
 # %% ../nbs/27_cli.ipynb #000811ef
 class _UserFold(Fold):
@@ -208,8 +239,10 @@ def _warn_overlap(pairs, prompts):
 def _place(layer) -> str: return "all blocks" if layer is None else f"layer {layer}"
 
 def _last_message(prompt) -> str:
-    "The text of a prompt; of a chat, what was said last"
-    return prompt.text if isinstance(prompt.text, str) else prompt.text[-1]["content"]
+    "The text of a prompt; of a chat, what was said last, after dots where more was said before"
+    if isinstance(prompt.text, str): return prompt.text
+    last, turns = prompt.text[-1]["content"], sum(m["role"] == "user" for m in prompt.text)
+    return f"... {last}" if turns > 1 else last
 
 # %% ../nbs/27_cli.ipynb #53b211b9
 def _demo(o):
@@ -275,7 +308,8 @@ def _own_demo(o, params, runs) -> tuple:
         raise ValueError("--choose needs a judge; the micro model has one, your texts do not: "
                          "look at the right-hand figure and give --spread or --T")
     pairs = _read_pairs(o)
-    prompts, layer = load_prompts(o.prompts, o.prompt or o.question, pairs.template), _layer_of(o)
+    prompts = load_prompts(o.prompts, o.prompt or o.question, pairs.template, pairs.system)
+    layer = _layer_of(o)
     _warn_overlap(pairs, prompts)
     model, tokenizer = load_model(o.model, o.revision, o.device, o.dtype)
     task = _drawn(user_task(model, tokenizer, pairs, prompts, max_new_tokens=50), o)
@@ -289,22 +323,24 @@ _MEANING = {
     "true_info": "true, and about what was asked", "info": "about what was asked",
     "wellformed": "nothing but sentences of the world", "toxic": "has a rude word",
     "reward": "claims about the thing asked, less garbled ones",
+    "hit": "has the style", "fluent": "no more surprising than the texts that are wanted", "hit_fluent": "both",
+    "style": "share of its mark", "surprise": "perplexity of the answer under the unsteered model",
     "perplexity": "of the answer under the unsteered model", "dist2": "share of distinct word pairs",
     "loops": "ends in a phrase said three times", "empty": "no word at all",
 }
 
 def _print_demo(demo: Demo, o):
-    "Answers side by side, the table, what its metrics mean, and speed"
+    "Answers of the arms, the tables, what their metrics mean, and speed"
     task = demo.bench.task
     test = task.folds[0].test
     lines = [" ".join(_last_message(p).removesuffix("A:").split()) + task.note(p) for p in test]
-    answers = [demo.answers(run) for run in (demo.plain, demo.steered)]
+    answers = {name: demo.answers(run) for name, run in demo.arms.items()}
     width = shutil.get_terminal_size((100, 24)).columns
-    print("\n" + side_by_side(lines, *answers, changed_answers(demo), o.show, width))
+    print("\n" + answers_by_arm(lines, answers, changed_answers(demo), o.show, width))
     _, layer, strength, _ = demo.setting
     (unit, value), = strength.items()
     print(f"\n{len(test)} test prompts about {len({group_of(p) for p in test})} questions or facts; "
-          f"{_place(layer)}, {unit} = {value:.3g}, seed {o.seed}\n\n{_table(demo)}")
+          f"{_place(layer)}, {unit} = {value:.3g}, seed {o.seed}\n\n{arms_table(demo)}\n\n{_table(demo)}")
     meanings = "; ".join(f"{m}: {_MEANING[m]}" for m in _metrics(task) if m in _MEANING)
     print("\n" + textwrap.fill("(+) more is better, (-) less is better; " + meanings, 100))
     plain, steered = _speeds(demo)
@@ -313,15 +349,17 @@ def _print_demo(demo: Demo, o):
 # %% ../nbs/27_cli.ipynb #10fc4b30
 def _metrics(task) -> list:
     "The primary metric, the guardrails, and what can be measured of any answer"
-    return list(dict.fromkeys([task.primary, *task.watch, "perplexity", "dist2", "loops", "empty"]))
+    usual = "hit", "fluent", "surprise", "perplexity", "dist2", "loops", "empty"
+    return list(dict.fromkeys([task.primary, *task.watch, *usual]))
 
 def _table(demo: Demo):
     "Paired differences on the test prompts, by question or fact"
     task = demo.bench.task
-    before, after = ({m: run.scores[m] for m in _metrics(task)} for run in (demo.plain, demo.steered))
+    known = [m for m in _metrics(task) if m in demo.arms["plain"].scores]
+    before, after = ({m: demo.arms[arm].scores[m] for m in known} for arm in ("plain", "steered"))
     return summary_table(before, after, [group_of(p) for p in task.folds[0].test], task.better)
 
-def _speeds(demo: Demo) -> list: return [run.summary["tokens_per_second"] for run in (demo.plain, demo.steered)]
+def _speeds(demo: Demo) -> list: return [run.summary["tokens_per_second"] for run in map(demo.arms.get, ("plain", "steered"))]
 
 def _write_demo(demo: Demo, rise, steerer, seed, out: Path):
     "Figure, steerer, answers and numbers"
@@ -331,12 +369,14 @@ def _write_demo(demo: Demo, rise, steerer, seed, out: Path):
     how = dict(positions=bench.task.reading, example=fold.texts.pos[0])
     site = {} if layer is None else ods.describe_site(bench.model, bench.tokenizer, layer, **how)
     template = getattr(fold.texts, "template", QUESTION_ANSWER)  # the micro world asks in this form too
-    steerer.about = site | steerer.about | {"template": template}
+    steerer.about = site | steerer.about | _form(template, getattr(fold.texts, "system", None))
     steerer.save_pretrained(out/"steerer")
-    columns = [_last_message(p) for p in fold.test], demo.answers(demo.plain), demo.answers(demo.steered)
-    write_jsonl(out/"answers.jsonl", (dict(zip(("prompt", "unsteered", "steered"), row)) for row in zip(*columns)))
+    columns = {"prompt": [_last_message(p) for p in fold.test]}
+    columns |= {"unsteered" if arm == "plain" else arm: demo.answers(run) for arm, run in demo.arms.items()}
+    write_jsonl(out/"answers.jsonl", (dict(zip(columns, row)) for row in zip(*columns.values())))
     summary = dict(task=bench.task.name, method=method, layer=layer, strength=strength, seed=seed,
-                   tokens_per_second=_speeds(demo), table=[row.flat() for row in _table(demo)])
+                   tokens_per_second=_speeds(demo), table=[row.flat() for row in _table(demo)],
+                   arms={arm: run.summary["means"] for arm, run in demo.arms.items()})
     write_atomic(out/"summary.json", json.dumps(summary, indent=1) + "\n")
 
 # %% ../nbs/27_cli.ipynb #1a3020d9
@@ -348,11 +388,15 @@ def _fit(o):
     model, tokenizer = load_model(o.model, o.revision, o.device, o.dtype)
     steerer = fit_steerer(model, tokenizer, pairs, o.method, layer, o.batch_size, o.reading, **params)
     n_groups = len(set(pairs.groups))
-    steerer.about.update(template=pairs.template, pairs=str(o.pairs), groups=n_groups)
+    steerer.about.update(_form(pairs.template, pairs.system), pairs=str(o.pairs), groups=n_groups)
     steerer.save_pretrained(out)
     norm = "" if layer is None else f", {steerer._facts()}"
     print(f"{o.method} fitted on {len(pairs.pos)} wanted and {len(pairs.neg)} unwanted texts in {n_groups} groups; "
           f"{_place(layer)}{norm}; saved in {o.out}/")
+
+def _form(template, system) -> dict:
+    "What a card must say so that prompts are asked as the texts were"
+    return {"template": template} | ({"system": system} if system else {})
 
 def _strength_for(o, steerer) -> dict:
     "The strength that was given, in a unit that the steerer knows, or its default"
@@ -372,7 +416,8 @@ def _generate(o):
     "A fitted steerer and prompts in, a JSONL of answers out"
     _check_folder_of(o.out)
     steerer = ods.load_steerer(o.steerer)
-    prompts = load_prompts(o.prompts, o.prompt, steerer.about.get("template", "{answer}"))
+    system = steerer.about.get("system") if o.system is None else o.system
+    prompts = load_prompts(o.prompts, o.prompt, steerer.about.get("template", "{answer}"), system)
     name, revision = _model_of(o, steerer)
     strength, layer = _strength_for(o, steerer), _layer_for(o, steerer, name, revision)
     log(f"{len(prompts)} prompts, {Path(name).name}, {_place(layer)}, {_strength_in_words(strength)}, seed {o.seed}")
@@ -475,7 +520,8 @@ def _read_pairs(o):
     if columns and len(columns) != 2:
         raise ValueError(f"--columns {o.columns}: name two columns, WANTED,UNWANTED or TEXT,LABEL")
     template = o.template and o.template.replace("\\n", "\n")
-    return load_pairs(o.pairs, columns, o.question, o.group, o.sep, template, config=o.config, split=o.split)
+    source = dict(config=o.config, split=o.split)
+    return load_pairs(o.pairs, columns, o.question, o.group, o.sep, template, o.system, **source)
 
 # %% ../nbs/27_cli.ipynb #aa7f5706
 def _bench(o): return run_bench(bench_options(vars(o)))
@@ -541,15 +587,21 @@ def _pair_options(c, required=False):
     c.add_argument("--pairs", required=required, metavar="FILE", help="wanted and unwanted texts: " + _FILE)
     _column_options(c)
 
+def _system_option(c, default):
+    c.add_argument("--system", metavar="TEXT", help=f"message that chats begin with (default {default})")
+
 def _column_options(c):
     columns = "WANTED,UNWANTED or TEXT,LABEL (default: usual names such as pos,neg or text,label)"
     template = ("text that the model reads, with {question} and {answer}, or 'chat' "
-                "(default 'Q: {question}\\nA: {answer}' if there is a question)")
+                "(default 'Q: {question}\\nA: {answer}' if there is a question; of chats 'chat')")
+    question = ("column of the question (default: question, Question or prompt, if there is one; '': none); "
+                "texts about one question form a group")
     c.add_argument("--columns", metavar="A,B", help=columns)
-    c.add_argument("--question", metavar="COLUMN", help="column of the question; texts about one question form a group")
+    c.add_argument("--question", metavar="COLUMN", help=question)
     c.add_argument("--group", metavar="COLUMN", help="column of group ids, where the question is not the group")
     c.add_argument("--sep", help="splits a cell into several answers, such as ';'")
     c.add_argument("--template", help=template)
+    _system_option(c, "none")
     c.add_argument("--config", help="configuration of a data set")
     c.add_argument("--split", default="train", help="split of a data set (default train)")
 
@@ -572,7 +624,7 @@ def _strength_options(c, *units):
 def _prompt_options(c, required=False):
     files = "prompts: a .txt with one a line, or a file of the kinds above"
     c.add_argument("--prompts", required=required, metavar="FILE", help=files)
-    c.add_argument("--prompt", metavar="COLUMN", help="column of the prompts")
+    c.add_argument("--prompt", metavar="COLUMN", help="column of the prompts, texts or chats")
 
 def _sampling_options(c, new_tokens=None):
     length = "length of the answers (default 50; 32 for the micro model)"
@@ -590,7 +642,8 @@ _EXAMPLES = {
     "fit": ("odesteer fit --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --columns pos,neg --layer 6 "
             "--out steerer",
             'odesteer fit --model MODEL --pairs TruthfulQA.csv --columns "Correct Answers,Incorrect Answers" --sep ";" '
-            "--question Question --out steerer"),
+            "--question Question --out steerer",
+            'odesteer fit --model MODEL --pairs chats.jsonl --system "Answer in one sentence." --out steerer'),
     "sites": ("odesteer sites --model smollm2 --pairs pairs.jsonl",
               "odesteer sites --model MODEL --pairs chats.csv --question Question --template chat "
               "--reading last,mean,template --out sites.json",
@@ -599,7 +652,7 @@ _EXAMPLES = {
                  "odesteer generate --steerer steerer --prompts questions.csv --prompt Question --both"),
     "check-pairs": ("odesteer check-pairs pairs.jsonl",
                     "odesteer check-pairs comments.csv --columns text,label --group thread"),
-    "bench": ("odesteer bench micro --quick",
+    "bench": ("odesteer bench micro --quick", "odesteer bench micro --quick --plan-only",
               "odesteer bench micro-truth --methods all --T auto --layers auto --seeds 3 --out runs/",
               "odesteer bench truthfulqa --model meta-llama/Llama-3.2-1B --methods caa,odesteer",
               "odesteer bench refusal --model MODEL --data harmful.csv,harmless.jsonl --methods alqr,caa",
@@ -635,8 +688,8 @@ def _demo_options(c):
     c.add_argument("--axis", choices=list(AXES), default="truth", help=axis)
     c.add_argument("--choose", action="store_true", help=choose)
     c.add_argument("--out", default="odesteer-demo", help=out)
-    side_by_side = "answers to print side by side (default 6)"
-    c.add_argument("--show", type=whole_number, default=6, metavar="N", help=side_by_side)
+    shown = "prompts whose answers are printed (default 4)"
+    c.add_argument("--show", type=whole_number, default=4, metavar="N", help=shown)
     _model_options(c)
     _pair_options(c)
     _method_options(c)
@@ -678,6 +731,7 @@ def _generate_options(c):
     c.add_argument("--layer", type=int, help="block to steer (default: the one it was fitted at)")
     _model_options(c)
     _prompt_options(c, required=True)
+    _system_option(c, "that of the pairs that were fitted on")
     _strength_options(c, "T", "spread", "share", "nats", "until")
     _sampling_options(c, new_tokens=50)
 
@@ -701,7 +755,8 @@ _TASKS_HELP = ("micro (all its axes), " + ", ".join(f"micro-{a}" for a in AXES) 
 
 _BENCH_HELP = {  # option -> (what stands for its value, help); no value: a flag
     "methods": (None, "names with commas between (default all: " + ", ".join(
-        m for kind in ("steerer", "controller", "placebo") for m in ods.steerer_names(kind)) + ")"),
+        m for kind in ("steerer", "controller", "placebo") for m in ods.steerer_names(kind))
+        + "); with other settings odesteer:metric=covariance:steps=3"),
     "T": ("X,...", "times to try (default auto: multiples of the spread)"),
     "spreads": ("X,...", "multiples of the spread to try; useful strengths are near 1"),
     "shares": ("X,...", "shares of the median norm to try"),
@@ -730,6 +785,7 @@ _BENCH_HELP |= {  # where it comes from, how it is judged, where it goes
                          "method at its choice"),
     "lm_eval_path": ("DIR", "folder with task files of your own"),
     "out": (None, f"folder of the runs (default {BenchOptions.out})"),
+    "plan_only": ("", "say what would be run and how long it would take, after ten seconds of work; run nothing"),
     "minutes": ("X", "stop after this time; the same command goes on"),
     "part": ("I/N", "this machine's share of the work"),
     "batch_size": ("N", None),

@@ -16,8 +16,8 @@ from .models import READINGS
 
 # %% auto #0
 __all__ = ['READERS', 'QUESTION_ANSWER', 'USUAL', 'LABELS', 'CUES', 'SAMPLING', 'Prompt', 'ContrastTexts', 'group_of',
-           'group_key', 'digest', 'read_rows', 'write_jsonl', 'Pairs', 'load_pairs', 'cell', 'cue_auc', 'PairsReport',
-           'check_pairs', 'load_prompts', 'prompt_text', 'fit_on', 'token_rows', 'fit_steerer', 'texts_to_read',
+           'group_key', 'digest', 'read_rows', 'write_jsonl', 'Pairs', 'load_pairs', 'cell', 'prompt_text', 'cue_auc',
+           'PairsReport', 'check_pairs', 'load_prompts', 'fit_on', 'token_rows', 'fit_steerer', 'texts_to_read',
            'check_reading', 'sample', 'sample_batch']
 
 # %% ../nbs/05_data.ipynb #36988248
@@ -148,6 +148,7 @@ class Pairs(ContrastTexts):
     template: str = "{answer}"  # how question and answer were joined
     pos_answers: list = ()  # the answers alone, (N+,)
     neg_answers: list = ()  # (N-,)
+    system: str = None  # message that chats begin with
 
     @property
     def groups(self): return [*self.pos_groups, *self.neg_groups]
@@ -159,47 +160,53 @@ class Pairs(ContrastTexts):
 def load_pairs(
     path,  # what `read_rows` reads
     columns=None,  # (wanted, unwanted) or (text, label); None: a usual pair of names is looked for
-    question: str = None,  # column of the question: makes the groups and fills the template
+    question: str = None,  # column that makes groups and fills the template; None: a usual name; "": there is none
     group: str = None,  # column of group ids, where it is not the question
     sep: str = None,  # splits a cell into several answers
     template: str = None,  # with {question} and {answer}, or "chat"; default QUESTION_ANSWER if there is a question
+    system: str = None,  # message that chats begin with, where they have none of their own
     **source,  # config, split of `read_rows`
 ) -> Pairs:
     "Contrastive texts from a file or data set; ValueError where columns, labels or template do not fit"
     rows = read_rows(path, **source)
-    first, second = columns or _usual_columns(rows, path)
-    for name in (first, second, question, group): name is None or _check_column(rows, name, path)
-    template = _template(template, question)
+    first, second = names = columns or _usual_columns(rows, path)
+    column = _usual_question(rows, names) if question is None else question or None
+    for name in (first, second, column, group): name is None or _check_column(rows, name, path)
+    template = template or _held(rows, first, column, question)
+    template = _template(template, column, system, _any_chat(rows, *names, column))
     labelled = all(_label(cell(r, second)) is not None for r in rows)
     texts, groups, answers = {1: [], 0: []}, {1: [], 0: []}, {1: [], 0: []}
     for i, row in enumerate(rows):
-        query = str(cell(row, question)) if question else ""
-        key = cell(row, group or question) if group or question else i
-        cells = [(_label(cell(row, second)), first)] if labelled else [(1, first), (0, second)]
-        for y, column in cells:
-            for answer in _answers(cell(row, column), sep, f"{path}, row {i + 1}, column {column}"):
-                texts[y].append(_filled(template, query, answer))
-                answers[y].append(answer)
-                groups[y].append(key)
+        for y, text, answer in _texts_of(row, names, labelled, column, sep, template, system, f"{path}, row {i + 1}"):
+            texts[y].append(text)
+            answers[y].append(answer)
+            groups[y].append(_group_in(row, group or column, text, i))
     _both_classes(texts, path, first, second, labelled)
-    return Pairs(texts[1], texts[0], groups[1], groups[0], template, answers[1], answers[0])
+    if column and question is None: _say(path, names, labelled, column, template)
+    return Pairs(texts[1], texts[0], groups[1], groups[0], template, answers[1], answers[0], system or None)
 
 # %% ../nbs/05_data.ipynb #799dd467
 QUESTION_ANSWER = "Q: {question}\nA: {answer}"  # the plain format for base models
 
-def _template(template, question):
+def _template(template, question, system, chats):
     "The template that was given, or the usual one, checked"
-    template = template or (QUESTION_ANSWER if question else "{answer}")
+    template = template or ("chat" if chats else QUESTION_ANSWER if question else "{answer}")
     if template == "chat":
-        if question: return template
+        if question or chats: return template
         raise ValueError("template 'chat' needs a question column: the user's turn")
+    if chats: raise ValueError(f"the texts are chats, which template {template!r} cannot hold: leave it out")
+    _check_system(system, template)
     if "{answer}" in template and (question or "{question}" not in template): return template
     raise ValueError(f"template {template!r} must contain {{answer}}, "
                      "and {question} only with a question column; or be 'chat'")
 
-def _filled(template, question, answer):
+def _check_system(system, template):
+    if not system: return
+    raise ValueError(f"a system message is for chats, and the template is {template!r}: make it 'chat'")
+
+def _filled(template, question, answer, system=None):
     "A text, or for a chat the pair of messages and answer"
-    if template == "chat": return [{"role": "user", "content": question}], answer
+    if template == "chat": return prompt_text(question, template, system), answer
     return template.replace("{question}", question).replace("{answer}", answer)
 
 def _both_classes(texts, path, first, second, labelled):
@@ -209,7 +216,8 @@ def _both_classes(texts, path, first, second, labelled):
         raise ValueError(f"{path}: no {what} text in {where}; both classes are needed")
 
 # %% ../nbs/05_data.ipynb #b6bf9295
-USUAL = [("pos", "neg"), ("positive", "negative"), ("wanted", "unwanted"), ("chosen", "rejected"), ("text", "label")]
+USUAL = [("pos", "neg"), ("positive", "negative"), ("wanted", "unwanted"), ("chosen", "rejected"), ("text", "label"),
+         ("messages", "label"), ("conversations", "label")]
 LABELS = {"1": 1, "1.0": 1, "true": 1, "pos": 1, "positive": 1, "wanted": 1,
           "0": 0, "0.0": 0, "-1": 0, "false": 0, "neg": 0, "negative": 0, "unwanted": 0}
 
@@ -233,6 +241,24 @@ def _answers(x, sep, where):
         raise ValueError(f"{where} holds {type(x).__name__} {str(x)[:60]!r}; expected text or a list of texts")
     return [a.strip() for a in x if a.strip()]
 
+# %% ../nbs/05_data.ipynb #c016f219
+def _usual_question(rows, columns):
+    "The column of a usual name that holds a question in every row, if there is one"
+    def asks(x): return isinstance(x, str) and x.strip() or _is_chat(x)
+    names = [n for n in ("question", "Question", "prompt") if n not in columns]
+    return next((n for n in names if all(asks(r.get(n)) for r in rows)), None)
+
+def _held(rows, text, question, named):
+    "The template of texts that hold their question already; nothing where the column was named"
+    def held(x, q): return isinstance(x, str) and isinstance(q, str) and q.strip() in x
+    if question and not named and all(held(cell(r, text), cell(r, question)) for r in rows): return "{answer}"
+
+def _say(path, columns, labelled, question, template):
+    "A line for whoever watches: what was found without being named"
+    kinds = ("text", "label") if labelled else ("wanted", "unwanted")
+    taken = ", ".join(f"{kind} {name!r}" for kind, name in zip((*kinds, "question"), (*columns, question)))
+    print(f"odesteer: {Path(path).name}: {taken}, template {template!r}", file=sys.stderr, flush=True)
+
 # %% ../nbs/05_data.ipynb #6236cd3d
 def cell(
     row: dict,  # of `read_rows`
@@ -244,6 +270,85 @@ def cell(
         if not isinstance(row, dict) or part not in row: return None
         row = row[part]
     return row
+
+# %% ../nbs/05_data.ipynb #6ff891d9
+_ROLES = {"human": "user", "gpt": "assistant"}  # where messages are written as from and value
+
+def _is_chat(x): return isinstance(x, list) and len(x) > 0 and all(isinstance(m, dict) for m in x)
+def _any_chat(rows, *columns): return any(_is_chat(cell(r, n)) for r in rows for n in columns if n)
+
+def _chat(x, where) -> list:
+    "The messages of a cell, a role and a content each"
+    chat = []
+    for k, m in enumerate(x, 1):
+        role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError(f"{where}: message {k} needs a role and a content, both texts, got {str(m)[:60]}")
+        if not content.strip(): raise ValueError(f"{where}: message {k}, of the {role}, is empty")
+        chat.append({"role": _ROLES.get(role, role), "content": content.strip()})
+    return chat
+
+# %% ../nbs/05_data.ipynb #dbcb2efc
+def _with_system(chat, system) -> list:
+    return [{"role": "system", "content": system}, *chat] if system and chat[0]["role"] != "system" else chat
+
+def _said(chat) -> str:
+    "The words of a chat, without the system message: what it is about"
+    return "\n".join(m["content"] for m in chat if m["role"] != "system")
+
+def _asked(x, where):
+    "A question, or a chat up to the last words of the user; nothing where the cell is empty"
+    if not _is_chat(x): return x.strip() if isinstance(x, str) else None
+    chat = _chat(x, where)
+    while chat and chat[-1]["role"] == "assistant": chat.pop()
+    if chat and chat[-1]["role"] == "user": return chat
+    raise ValueError(f"{where}: a prompt must end with words of the user; the roles are {_roles(_chat(x, where))}")
+
+def _roles(chat) -> str: return ", ".join(m["role"] for m in chat)
+
+# %% ../nbs/05_data.ipynb #fe5a91a8
+def _texts_of(row, names, labelled, question, sep, template, system, where) -> list:
+    "(class, text, answer) for every answer of a row"
+    first, second = names
+    cells = [(_label(cell(row, second)), first)] if labelled else [(1, first), (0, second)]
+    query = cell(row, question) if question else ""
+    query = _asked(query, f"{where}, column {question}") if _is_chat(query) else str(query)
+    found = [(y, *pair) for y, column in cells
+             for pair in _answered_in(cell(row, column), query, sep, template, system, f"{where}, column {column}")]
+    chats = [text[0] for _, text, _ in found if isinstance(text, tuple)]
+    if all(chat == chats[0] for chat in chats): return found
+    raise ValueError(f"{where}: the wanted and the unwanted answer end different chats; "
+                     "up to the last message the two must be the same")
+
+def _answered_in(x, query, sep, template, system, where) -> list:
+    "(text, answer) of a cell"
+    if not _is_chat(x): return [(_filled(template, query, a, system), a) for a in _answers(x, sep, where)]
+    *before, last = _chat(x, where)
+    if last["role"] != "assistant":
+        raise ValueError(f"{where}: the last message must be the assistant's, not the {last['role']}'s")
+    if not any(m["role"] == "user" for m in before) and query: before = prompt_text(query, "chat") + before
+    if not before: raise ValueError(f"{where}: nothing stands before the answer: name the question column")
+    return [((_with_system(before, system), last["content"]), last["content"])]
+
+def _group_in(row, column, text, i):
+    "The cell that makes the group; of a chat its words; without either the number of the row"
+    if column and not _is_chat(cell(row, column)): return cell(row, column)
+    return _said(text[0]) if isinstance(text, tuple) else i
+
+# %% ../nbs/05_data.ipynb #3463c601
+def prompt_text(
+    question,  # a text, or a chat
+    template: str,  # of `load_pairs`
+    system: str = None,  # message that a chat begins with, where it has none of its own
+):  # a text, or a chat where the template is "chat"
+    "What the model reads before it answers"
+    if isinstance(question, list) and template not in ("chat", "{answer}"):
+        raise ValueError(f"the prompts are chats, which template {template!r} cannot hold: fit with template 'chat'")
+    if template == "chat" and isinstance(question, str): question = [{"role": "user", "content": question}]
+    if isinstance(question, list): return _with_system(question, system)
+    _check_system(system, template)
+    before = template.split("{answer}")[0].rstrip()  # the space before an answer belongs to its first token
+    return before.replace("{question}", question) if "{question}" in before else before + question
 
 # %% ../nbs/05_data.ipynb #48cb92b7
 def cue_auc(
@@ -319,7 +424,7 @@ def check_pairs(
                "texts under both labels (conflicts)": len(conflicts),
                "largest group, texts": Counter(pairs.groups).most_common(1)[0][1],
                **{f"held-out AUC of {cue} alone": auc for cue, auc in cues.items()}}
-    examples = [text for text, key in zip(pairs.pos, pos) if key in conflicts][:1]
+    examples = [text for text, key in zip(_answered(pairs)[0], pos) if key in conflicts][:1]
     findings = [*_about_sizes(numbers, examples), *_about_stock(pairs), *_about_groups(numbers),
                 *_about_cues(numbers, cues)]
     return PairsReport(numbers, _telling(pairs), findings)
@@ -397,30 +502,22 @@ CUES = [("length", .1, "write both kinds equally long, or steering may learn len
 # %% ../nbs/05_data.ipynb #2b356616
 def load_prompts(
     path,  # what `read_rows` reads
-    column: str = None,  # of the question; None: a usual name is looked for
+    column: str = None,  # of questions or chats; None: a usual name is looked for
     template: str = "{answer}",  # of the pairs; the prompt is what stands before the answer
+    system: str = None,  # message that chats begin with, where they have none of their own
     **source,  # config, split of `read_rows`
 ) -> list:  # of `Prompt`, in the format of the texts that the steerer was fitted on
     "Prompts from a file or data set; ValueError where no column holds text"
     rows = read_rows(path, **source)
-    usual = ("prompt", "question", "Question", "text")
+    usual = ("prompt", "question", "Question", "text", "messages", "conversations")
     names = [column] if column else [n for n in usual if cell(rows[0], n) is not None]
-    if not names or not any(isinstance(cell(r, names[0]), str) for r in rows):
+    if not names or not any(isinstance(cell(r, names[0]), str) or _is_chat(cell(r, names[0])) for r in rows):
         problem = f"no text in column {column!r}" if column else "no column named prompt, question or text"
         raise ValueError(f"{path}: {problem}; it has the columns {', '.join(map(str, rows[0]))}")
-    texts = [cell(r, names[0]) for r in rows]
-    texts = [t.strip() for t in texts if isinstance(t, str) and t.strip()]
-    if not texts: raise ValueError(f"{path} holds no prompt: column {names[0]!r} is empty in all {len(rows)} rows")
-    return [Prompt(prompt_text(t, template), t) for t in texts]
-
-def prompt_text(
-    question: str,
-    template: str,  # of `load_pairs`
-):  # a text, or a chat where the template is "chat"
-    "What the model reads before it answers"
-    if template == "chat": return [{"role": "user", "content": question}]
-    before = template.split("{answer}")[0].rstrip()  # the space before an answer belongs to its first token
-    return before.replace("{question}", question) if "{question}" in before else before + question
+    asked = [_asked(cell(r, names[0]), f"{path}, row {i}, column {names[0]}") for i, r in enumerate(rows, 1)]
+    asked = [x for x in asked if x]
+    if not asked: raise ValueError(f"{path} holds no prompt: column {names[0]!r} is empty in all {len(rows)} rows")
+    return [Prompt(prompt_text(x, template, system), x if isinstance(x, str) else _said(x)) for x in asked]
 
 # %% ../nbs/05_data.ipynb #15c5e387
 def fit_on(

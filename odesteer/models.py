@@ -202,7 +202,12 @@ def _as_text(tokenizer, text, i) -> tuple:
     # a chat that ends with an answer stops at the last token of that answer: what a template puts behind it
     # is a place of its own, which `_tail` adds for those who want to read there
     ends = dict(continue_final_message=True) if _is_finished(text) else dict(add_generation_prompt=True)
-    return tokenizer.apply_chat_template(list(text), tokenize=False, **ends), False
+    try: return tokenizer.apply_chat_template(list(text), tokenize=False, **ends), False
+    except Exception as e:
+        if not type(e).__module__.startswith("jinja2"): raise
+        roles = ", ".join(str(m.get("role")) for m in text)
+        raise ValueError(f"text {i} ({str(text[-1].get('content'))[:60]!r}; roles {roles}) is a chat that the "
+                         f"tokenizer's template refuses: {e}") from None
 
 # %% ../nbs/04_models.ipynb #879915ba
 def _answered(text):

@@ -8,10 +8,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-import argparse, inspect, json, re
+import argparse, inspect, json, re, tempfile
 import numpy as np
 import torch
 import odesteer as ods
+from .costs import plan_costs
 from .data import check_reading
 from .euler import load_class
 from .judges import Panel, load_judge
@@ -21,7 +22,7 @@ from .report import guardrail_table
 from .results import guardrail_rows
 from .runs import Bench, Paused, Run, log, read_config, rerun
 from .sweeps import ABLATIONS, FULL, MICRO_PARAMS, PRESETS, QUICK, Plan, Search
-from .sweeps import micro_bench, preset_plan, run_plan, show_preset
+from .sweeps import micro_bench, preset_plan, run_plan, show_preset, variant
 from .tasks import REAL_TASKS
 
 # %% auto #0
@@ -177,6 +178,7 @@ class BenchOptions:
     lm_eval: str = _option(_text)  # guardrail tasks
     lm_eval_path: str = _option(_text)  # folder with task files
     out: str = _option(_text, "runs")  # folder of the runs
+    plan_only: bool = _option(_flag, False)  # count and time what is asked for, and run nothing
     minutes: float = _option(positive_number, float("inf"))  # no run is begun later
     part: tuple = _option(_part, (1, 1))  # this machine's share of the work
     batch_size: int = _option(whole_number, 64)
@@ -210,8 +212,7 @@ def bench_plan(
     "What the options ask for, checked before any model is loaded"
     if o.preset: return _preset_plan(o)
     names = [m for kind in ("steerer", "controller", "placebo") for m in ods.steerer_names(kind)]
-    for m in o.methods or []:
-        if m not in names: raise ValueError(f"there is no method {m!r}; choose from {', '.join(names)}")
+    for m in o.methods or []: _check_variant(m, names)
     check_names(o.ablations or [], ABLATIONS, "ablation")
     micro = [t for t in o.tasks if t.startswith("micro")]
     if micro and len(micro) < len(o.tasks):
@@ -223,6 +224,13 @@ def bench_plan(
     if o.lm_eval: plan = replace(plan, lm_eval=dict(tasks=o.lm_eval, include_path=o.lm_eval_path, limit=o.limit))
     if o.ablations: plan = replace(plan, studies="all" if o.ablations == ["all"] else o.ablations)
     return _micro_plan(o, plan, micro) if micro else _real_plan(o, plan)
+
+# %% ../nbs/26_plans.ipynb #4c19ccfe
+def _check_variant(name, names):
+    method, params = variant(name)
+    if method not in names: raise ValueError(f"there is no method {method!r}; choose from {', '.join(names)}")
+    try: ods.make_steerer(method, **params)
+    except (TypeError, ValueError) as e: raise ValueError(f"--methods {name}: {e}") from None
 
 def _search(o: BenchOptions, usual: Search) -> Search:
     "The usual search but for what was said"
@@ -276,7 +284,7 @@ def _bench_maker(o: BenchOptions, preset):
     def make(name, out, **kwargs):
         model, tokenizer = loaded()
         options = preset.get("tasks", {}).get(name, {})
-        task = REAL_TASKS[name](**options | _sources_of(name, o, preset), limit=o.limit)
+        task = REAL_TASKS[name](**options | _sources_of(name, o, preset), limit=o.limit, own=(model, tokenizer))
         task = replace(task, decoding=task.decoding | preset.get("decoding", {}).get(name, {}))
         hub, commit = hub_origin(model)
         return Bench(model, tokenizer, task, out, batch_size=preset.get("batch_size") or o.batch_size,
@@ -319,7 +327,8 @@ def _sources_of(name, o: BenchOptions, preset={}) -> dict:
     needed = [n for n, p in known.items() if p.default is p.empty and n not in named]
     if needed: raise ValueError(f"{name} needs --data FILE ({', '.join(needed)})")
     judge = o.judge or preset.get("judges", {}).get(name)
-    return (o.option or {}) | named | ({"judge": _judge(judge, Path(o.out)/"judged")} if judge else {})
+    if judge and judge not in task.own_judges: judge = _judge(judge, Path(o.out)/"judged")
+    return (o.option or {}) | named | ({"judge": judge} if judge else {})
 
 def _judge(text, cache):
     "`truth+info`, or with models of your own `truth=FOLDER+info=FOLDER`"
@@ -332,6 +341,7 @@ def run_bench(o: BenchOptions):  # exit code 3: the time is used up
     "Every method on every task: choose on validation, report on test; interrupted or stopped, the same command goes on"
     files = [t for t in o.tasks if t.endswith(".json") or (Path(t)/"config.json").is_file()]
     if files: return _bench_files(o, files)
+    if o.plan_only: return _print_costs(o)
     plan, make = bench_plan(o)
     try:
         with one_thread() if make is micro_bench else nullcontext(): run_plan(plan, make, o.out, o.minutes)
@@ -352,6 +362,12 @@ def _plan_options(path, plan) -> BenchOptions:
     return bench_options(plan)
 
 # %% ../nbs/26_plans.ipynb #d7c8c090
+def _print_costs(o: BenchOptions):
+    "What would be run, and how long it would take; nothing is written"
+    with tempfile.TemporaryDirectory() as cache:  # of judges
+        plan, make = bench_plan(replace(o, out=cache))
+        with one_thread() if make is micro_bench else nullcontext(): plan_costs(plan, make, o.out)
+
 def _bench_files(o: BenchOptions, files):
     "Runs from their configs, or the comparison that a plan describes"
     if len(files) < len(o.tasks):
@@ -368,6 +384,7 @@ def _bench_files(o: BenchOptions, files):
     for f in files: print(_run_again(f, o))
     print(f"done: odesteer report {o.out}")
 
+# %% ../nbs/26_plans.ipynb #85e10a26
 def _run_again(path, o: BenchOptions) -> Run:
     "The run of a config"
     config = read_config(path)

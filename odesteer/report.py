@@ -139,11 +139,13 @@ def _title(scope):
     models = len(scope["models"])
     return scope["name"] + (f" ({models} models)" if models > 1 else "")
 
+def _label(r) -> str: return r.get("name", r["method"])  # a variant has a name of its own
+
 def _named(r):
     "The method of a row, and what must be known about it"
     some = 0 < r["off"] < len(r["chosen"])
     off = f" (off in {r['off']} of {len(r['chosen'])} models)" if some else ""
-    return r["method"] + (" (placebo)" if r["method"] in PLACEBOS else "") + off
+    return _label(r) + (" (placebo)" if r["method"] in PLACEBOS else "") + off
 
 def _layers(r):
     "The chosen layers of a row, as text"
@@ -184,7 +186,7 @@ def _main_note(scope):
     "What the columns of the main table mean"
     timed = any(r.get("timed") for r in scope["rows"])
     effort = "effort: what is added over the activation, mean over all blocks and tokens; "
-    settings = [r["arm"] for r in ranked(scope) if r["arm"] != r["method"]]
+    settings = [r["arm"] for r in ranked(scope) if r["arm"] != r["method"] and "name" not in r]
     return (f"{scope['n']} answers about {scope['groups']} questions; in brackets 95 % intervals by question; "
             "change: paired difference to unsteered; made worse: share of answers; "
             f"strength: {_words_of(scope)}, of controllers the set-point (T); "
@@ -307,7 +309,7 @@ def _meeting(place): return "each at its best" if place == "best" else f"at equa
 
 def _arm_of(scope, method):
     "The main arm of a method, None if it has none"
-    return next((r["arm"] for r in scope["rows"] if r["method"] == method), None)
+    return next((r["arm"] for r in scope["rows"] if r["method"] == method and "name" not in r), None)
 
 # %% ../nbs/19_report.ipynb #9cc8c7d9
 @dataclass
@@ -422,13 +424,13 @@ def _cost_claim(scope, r):
     "What a row paid, in words"
     worse = _metric(scope["primary"], r).worse.value
     speed = f", speed x {r['speed'].value:.2f}" if r["speed"] else ""
-    return f"{r['method']}: {_guards(scope, r)}, {worse:.0%} of answers made worse{speed}"
+    return f"{_label(r)}: {_guards(scope, r)}, {worse:.0%} of answers made worse{speed}"
 
 def _cost_evidence(scope, r):
     "What a row paid, in numbers"
     changes = [f"{m} {_cell(_change(m, r), '+')}" for m in scope["watch"] if _change(m, r)]
     worse, speed = _cell(_metric(scope["primary"], r).worse), _cell(r["speed"])
-    return f"{r['method']}: " + ", ".join([*changes, f"made worse {worse}", f"speed {speed}, n={r['n']}"])
+    return f"{_label(r)}: " + ", ".join([*changes, f"made worse {worse}", f"speed {speed}, n={r['n']}"])
 
 def _guards(scope, r):
     "Which guardrails a row clearly worsens"
@@ -446,7 +448,7 @@ def beats(
     steering = steering_methods(scope)
     tried = [r for r in scope["rows"] if r["method"] in steering]
     rivals = [r for m in others for r in scope["rows"] if r["arm"] == _arm_of(scope, m)]
-    gains = {(r["method"], o["method"]): gain(scope, r["arm"], o["arm"]) for r in tried for o in rivals}
+    gains = {(_label(r), o["method"]): gain(scope, r["arm"], o["arm"]) for r in tried for o in rivals}
     gains = together({pair: g for pair, g in gains.items() if g})
     if not gains: return None
     by_method = defaultdict(dict)  # method -> rival -> gain
@@ -528,7 +530,7 @@ def _strength_panel(ax, scope, row, points, widest):
     strengths = {c.strength[unit] for c in row["chosen"] if c and c.strength and unit in c.strength}
     for s in strengths: ax.axvline(s, color="black", ls=":", lw=1)
     axis = "" if needs_layer(method) and unit == usual else f", {load_class(method).strength_names[unit]}"
-    ax.set_title(method + axis + ("" if strengths else ": off"), fontsize=8.5)
+    ax.set_title(_label(row) + axis + ("" if strengths else ": off"), fontsize=8.5)
 
 # %% ../nbs/19_report.ipynb #35ce6a7e
 def pareto_figure(scope: dict):  # matplotlib figure
@@ -542,7 +544,7 @@ def pareto_figure(scope: dict):  # matplotlib figure
         last = axes[0, -1]
         right = last.get_xlim()[1]
         for r in rows:
-            direct_label(last, right, _shift(p, r).value, r["method"], _color_of(r["method"])).set(fontsize=8)
+            direct_label(last, right, _shift(p, r).value, _label(r), _color_of(r["method"])).set(fontsize=8)
         last.set_xlim(right=right)
         axes[0, 0].set_ylabel(f"change of {p}" + (" (less is better)" if scope["better"][p] < 0 else ""))
         spread_labels(last, 9.5)
@@ -573,15 +575,15 @@ def layer_figure(scope: dict):  # matplotlib figure
     "Validation: the best primary metric in each layer, over the strengths tried there"
     import matplotlib.pyplot as plt
     from odesteer.plots import direct_label, spread_labels, style
-    way, methods = scope["better"][scope["primary"]], {r["arm"]: r["method"] for r in scope["rows"]}
+    way, rows = scope["better"][scope["primary"]], {r["arm"]: r for r in scope["rows"]}
     found = {arm: _best_by_layer(curves, way) for arm, curves in scope["curves"].items()}
     with style(**{"figure.figsize": (5.4, 1.6 + .14*len(found))}):
         fig, ax = plt.subplots()
         for arm, best in found.items():
             if not best: continue  # a controller acts on all layers
-            method, last = methods[arm], max(best)
-            ax.plot(list(best), list(best.values()), marker="o", color=_color_of(method), lw=1.2)
-            direct_label(ax, last, best[last], method, _color_of(method)).set(fontsize=8)
+            color, last = _color_of(rows[arm]["method"]), max(best)
+            ax.plot(list(best), list(best.values()), marker="o", color=color, lw=1.2)
+            direct_label(ax, last, best[last], _label(rows[arm]), color).set(fontsize=8)
         ax.set(xlabel="layer (block, from 0)", ylabel=f"best {scope['primary']} on validation",
                xticks=sorted({k for best in found.values() for k in best}))
         spread_labels(ax, 9)
@@ -785,5 +787,5 @@ def beside_published(
 ) -> list:  # of `Beside`
     "Published gains beside ours, for the methods that are in both"
     m = metric or scope["primary"]
-    ours = {r["method"]: _change(m, r) for r in scope["rows"] if not _is_off(r)}
+    ours = {r["method"]: _change(m, r) for r in scope["rows"] if not _is_off(r) and "name" not in r}
     return [Beside(name, g, *ours[name]) for name, g in published_gains(column).items() if ours.get(name)]

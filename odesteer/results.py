@@ -174,9 +174,11 @@ def explored(self: Unit, arm) -> int:
 
 @patch
 def mains(self: Unit) -> dict:  # method -> arm
-    "Of each method the arm swept over most layers; if several were, the one with the fewest settings"
+    "Of each method the arm swept over most layers; if several were, the one with the fewest settings; then variants"
+    named = {c["config"]["name"]: arm for arm, found in self.choices.items() for c in found if "name" in c["config"]}
+    plain = [arm for arm, found in self.choices.items() if any("name" not in c["config"] for c in found)]
     rank = lambda arm: (-len(self.choices[arm][0]["config"]["layers"]), len(self.arms[arm][1]))
-    return {self.arms[arm][0]: arm for arm in sorted(self.choices, key=rank, reverse=True)}
+    return {self.arms[arm][0]: arm for arm in sorted(plain, key=rank, reverse=True)} | dict(sorted(named.items()))
 
 # %% ../nbs/18_results.ipynb #81748d1e
 def make_units(
@@ -371,6 +373,7 @@ def row(self: Scope, arm: str,
     settings = [c and Chosen(c["layer"], c["strength"]) for c in choices]
     off = sum(s is not None and s.strength is None for s in settings)  # models on which nothing was safe
     out = dict(arm=arm, method=self.method(arm), chosen=settings, off=off, seeds=max(map(len, steered)), metrics={})
+    if name := self.variant(arm): out["name"] = name
     if len(choices) == 1 and choices[0]: out["why"] = choices[0]["why"]
     for m in dict.fromkeys(m for r in runs for m in r.scores):
         x, y = self.items(steered, m), self.items(plain, m)
@@ -380,6 +383,13 @@ def row(self: Scope, arm: str,
     out |= {k: _typical(runs, k) for k in ("moved", "angle", "effort")}
     out |= dict(speed=self._speed(arm, steered, plain), timed=any(arm in u.ratios for u in self.units))
     return out | self._as_published(steered, plain)
+
+# %% ../nbs/18_results.ipynb #ca63b163
+@patch
+def variant(self: Scope, arm) -> str:
+    "The name under which an arm was compared, if it is a variant of a method; None else"
+    named = [c["config"]["name"] for u in self.units for c in u.choices.get(arm, []) if "name" in c["config"]]
+    return named[0] if named else None
 
 def _typical(runs, key) -> float:
     "Median of what the summaries of runs say; None if none does"

@@ -22,9 +22,9 @@ from .tasks import REAL_TASKS, Task, micro_task
 
 # %% auto #0
 __all__ = ['ABLATIONS', 'MICRO_PARAMS', 'QUICK', 'FULL', 'PRESETS', 'Stop', 'stop_rule', 'Search', 'strength_grid', 'Trial',
-           'Choice', 'sweep', 'ranked_sites', 'auto_layers', 'benchmark', 'Setting', 'chosen', 'guardrails', 'Variant',
-           'Study', 'Arm', 'ablation_arms', 'ablate', 'compare_speed', 'Plan', 'Step', 'plan_steps', 'micro_bench',
-           'run_plan', 'show_preset', 'preset_params', 'preset_plan']
+           'Choice', 'sweep', 'ranked_sites', 'auto_layers', 'variant', 'benchmark', 'Setting', 'chosen', 'guardrails',
+           'Variant', 'Study', 'Arm', 'ablation_arms', 'ablate', 'compare_speed', 'Plan', 'Step', 'plan_steps',
+           'micro_bench', 'run_plan', 'show_preset', 'preset_params', 'preset_plan']
 
 # %% ../nbs/17_sweeps.ipynb #a8512fb2
 @dataclass
@@ -162,11 +162,13 @@ def sweep(
     method: str,
     search: Search = Search(),
     params: dict = {},  # hyper-parameters of the method
+    name: str = None,  # of a variant, see `variant`: tables give it a row of its own
 ) -> Choice:
     "Layer and strength for a method, on validation prompts; kept in a file"
     params = canonical_params(method, {"seed": 0, **params})
     places, strengths = _places(bench, method, search), _strengths(bench, method, search)
     config = _sweep_config(bench, method, params, places, strengths, search)
+    if name: config["name"] = name
     path = bench.out/"choices"/f"{run_key(config)}.json"
     if path.exists(): return _read_choice(path)
     choice = _choose(bench, method, params, places, strengths, search)
@@ -294,10 +296,25 @@ def _closer(strengths, k) -> list:
     more = [{unit: float(f"{math.sqrt(value*b):.3g}")} for b in beside if b > 0] or [{unit: value/2}]
     return sorted([*strengths, *(m for m in more if m not in strengths)], key=_value)
 
+# %% ../nbs/17_sweeps.ipynb #91abe9e3
+def variant(
+    name: str,  # a method, or one with settings, such as "odesteer:metric=covariance" or "odesteer:steps=3:C=100"
+    params: dict = {},  # method -> hyper-parameters, which the settings are added to
+) -> tuple:  # method, hyper-parameters
+    "What a name stands for; values are JSON, or else text"
+    method, *settings = name.split(":")
+    return method, params.get(method, {}) | dict(map(_setting, settings))
+
+def _setting(text) -> tuple:
+    key, equals, value = text.partition("=")
+    if not (key and equals): raise ValueError(f"{text!r} is no setting: write a variant as odesteer:metric=covariance")
+    try: return key, json.loads(value)
+    except json.JSONDecodeError: return key, value
+
 # %% ../nbs/17_sweeps.ipynb #6c0aba8d
 def benchmark(
     bench: Bench,
-    methods: list,  # names
+    methods: list,  # names, of variants too, see `variant`
     search: Search = Search(),
     params: dict = {},  # method -> hyper-parameters
     curve: bool = True,  # run all strengths at the chosen layer, for the figure of a metric against strength
@@ -308,11 +325,12 @@ def benchmark(
     for seed in search.test_seeds:
         for arm in plain: bench.run(split="test", seed=seed, arm=arm)
     if lm_eval: guardrails(bench, lm_eval)
-    for method in methods: _benchmark_method(bench, method, search, params.get(method, {}), curve, lm_eval)
+    for name in methods: _benchmark_method(bench, name, search, params, curve, lm_eval)
 
-def _benchmark_method(bench, method, search, params, curve, lm_eval):
-    choice = sweep(bench, method, search, params)
-    log(f"odesteer: {bench.about['name']} {bench.task.name} {method}: {_in_words(choice)}")
+def _benchmark_method(bench, name, search, params, curve, lm_eval):
+    method, params, name = *variant(name, params), name
+    choice = sweep(bench, method, search, params, name if ":" in name else None)
+    log(f"odesteer: {bench.about['name']} {bench.task.name} {name}: {_in_words(choice)}")
     if choice.strength is None: return
     bench = bench.read_at(choice.reading)
     run = partial(bench.run, method, choice.layer)
@@ -342,8 +360,12 @@ def chosen(
     bench: Bench, methods: list, search: Search = Search(), params: dict = {},  # as of `benchmark`
 ) -> list:  # of `Setting`
     "The settings of the methods for which a strength is safe, whatever was read for them"
-    choices = [(m, sweep(bench, m, search, params.get(m, {}))) for m in methods]
-    return [Setting(m, c.layer, c.strength, params.get(m, {})) for m, c in choices if c.strength]
+    found = []
+    for name in methods:
+        method, own = variant(name, params)
+        choice = sweep(bench, method, search, own, name if ":" in name else None)
+        if choice.strength: found.append(Setting(method, choice.layer, choice.strength, own))
+    return found
 
 # %% ../nbs/17_sweeps.ipynb #0ea4ad56
 def guardrails(
@@ -456,7 +478,7 @@ def ablation_arms(
     "The arms of an ablation"
     if study not in ABLATIONS: raise ValueError(f"there is no ablation {study!r}: choose one of {list(ABLATIONS)}")
     near = [{"spread": s} for s in spreads or ()] or [{"share": s} for s in shares]
-    cap = near[-1]
+    cap = max(near, key=_value)
     meet = {"share": near, "angle": [{"angle": d} for d in angles], "best": ["best"],
             "effort": [{"effort": e} for e in efforts], "level": [cap, *({"level": q} | cap for q in levels)]}
     strengths, arms = [s for at in ABLATIONS[study].at for s in meet[at]], {}
@@ -565,7 +587,7 @@ _EVERYWHERE = "closed loop",
 class Plan:
     "A comparison: every method on every unit, then the studies. All fields are data, `search` too (`asdict`)"
     units: list = ()  # what `make` takes, one tuple for each model and task, such as ("speakers", 0, "truth")
-    methods: list = ()  # names of steerers, controllers and placebos
+    methods: list = ()  # names of steerers, controllers, placebos, and of variants (`variant`)
     search: Search = Search()  # layers, strengths, rule and seeds
     params: dict = field(default_factory=dict)  # method -> hyper-parameters; or first name of a unit -> these
     studies: object = ()  # names in `ABLATIONS`, or "all"

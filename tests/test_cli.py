@@ -264,6 +264,148 @@ def test_chat_format(files, tiny):
     assert read_rows("a.jsonl")[0]["prompt"] == "How about 0?"
 
 
+SYSTEM = "Answer in French."
+
+
+def say(*turns): return [{"role": r, "content": t} for r, t in zip(("user", "assistant") * 9, turns)]
+
+
+def chats(path, rows): Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_a_system_message_is_kept_and_asked_again(files, tiny, capsys, monkeypatch):
+    fit = ["fit", "--model", str(tiny), "--pairs", "pairs.jsonl", "--question", "q", "--method", "caa", "--layer", "1", "--out", "s"]
+    assert main([*fit, "--template", "chat", "--system", SYSTEM]) == 0
+    about = ods.load_steerer("s").about
+    assert about["template"] == "chat" and about["system"] == SYSTEM
+    model, tokenizer = cli.load_model(str(tiny))
+    rows = read_rows("pairs.jsonl")
+    texts = [([{"role": "system", "content": SYSTEM}, *say(r["q"])], r[c]) for c in ("pos", "neg") for r in rows]
+    acts = ods.collect_activations(model, tokenizer, texts, layers=[1], progress=False)[1]
+    steerer = ods.CAA().fit(acts[:16], acts[16:])
+    a = acts[:3]
+    torch.testing.assert_close(ods.load_steerer("s").steer(a, T=1.), steerer.steer(a, T=1.))
+    run = ["generate", "--steerer", "s", "--prompts", "prompts.txt", "--greedy", "--max-new-tokens", "4", "--T", "3"]
+    for system, told in ((SYSTEM, []), ("Be brief.", ["--system", "Be brief."]), (None, ["--system", ""])):
+        assert main([*run, *told, "--out", "a.jsonl"]) == 0
+        asked = [[{"role": "system", "content": system}] * bool(system) + say(f"How about {i}?") for i in range(9)]
+        with ods.steering(model, steerer, layer=1, T=3.): expected = ods.generate_text(model, tokenizer, asked, do_sample=False, max_new_tokens=4)
+        assert [r["output"] for r in read_rows("a.jsonl")] == expected and read_rows("a.jsonl")[0]["prompt"] == "How about 0?"
+    capsys.readouterr()
+    assert main(fit) == 0 and "system" not in ods.load_steerer("s").about  # a plain text has none
+    capsys.readouterr()
+    for wrong in ([*fit, "--system", SYSTEM], [*run, "--system", SYSTEM]): assert "a system message is for chats, and the template is 'Q: {question}" in fails(capsys, *wrong)
+    assert main(["demo", "--model", str(tiny), "--pairs", "pairs.jsonl", "--question", "q", "--template", "chat", "--system", SYSTEM, "--prompts", "prompts.txt", "--prompt", "text", "--method", "caa", "--max-new-tokens", "3", "--out", "o"]) == 0
+    assert ods.load_steerer("o/steerer").about["system"] == SYSTEM
+    answered = [r for p in Path("o/runs").glob("*/answers.jsonl") for r in read_rows(p)]
+    assert answered and all(r["prompt"][0] == {"role": "system", "content": SYSTEM} for r in answered)
+    assert main(["check-pairs", "pairs.jsonl", "--question", "q", "--template", "chat", "--system", SYSTEM]) == 0
+
+
+def sharegpt(turns): return [{"from": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"]), "value": m["content"]} for m in turns]
+
+
+def test_chats_come_as_messages_in_every_usual_form():
+    "Whole conversations, prompts in a column of their own, from and value, labels: the same pairs"
+    before = [say(f"Is {i} odd?", "Perhaps.", "Really?") for i in range(4)]
+    yes, no = ([{"role": "assistant", "content": f"{word} {i}"} for i in range(4)] for word in ("Yes", "No"))
+    forms = dict(whole=[{"chosen": b + [y], "rejected": b + [n]} for b, y, n in zip(before, yes, no)],
+                 apart=[{"prompt": b, "chosen": [y], "rejected": [n]} for b, y, n in zip(before, yes, no)],
+                 text=[{"prompt": b, "chosen": y["content"], "rejected": n["content"]} for b, y, n in zip(before, yes, no)],
+                 sharegpt=[{"chosen": sharegpt(b + [y]), "rejected": sharegpt(b + [n])} for b, y, n in zip(before, yes, no)],
+                 labels=[{"messages": b + [a], "label": int(a is y)} for b, y, n in zip(before, yes, no) for a in (y, n)],
+                 talks=[{"conversations": sharegpt(b + [a]), "label": int(a is y)} for b, y, n in zip(before, yes, no) for a in (y, n)])
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        for name, rows in forms.items(): chats(Path(folder)/f"{name}.jsonl", rows)
+        import pyarrow as pa, pyarrow.parquet as pq
+        pq.write_table(pa.Table.from_pylist(forms["whole"]), Path(folder)/"whole.parquet")
+        found = {p.name: load_pairs(p, system=SYSTEM) for p in Path(folder).iterdir()}
+        prompts = cli.load_prompts(Path(folder)/"apart.jsonl", template="chat", system=SYSTEM)
+        answered = cli.load_prompts(Path(folder)/"labels.jsonl", "messages", "chat", SYSTEM)[::2]  # what stands before the answer
+    first = found["whole.jsonl"]
+    assert len(found) == 7 and all(p == first for p in found.values())
+    assert first.pos == [([{"role": "system", "content": SYSTEM}, *b], y["content"]) for b, y in zip(before, yes)] and first.template == "chat"
+    assert first.neg_answers == [n["content"] for n in no] and len(set(first.groups)) == 4
+    assert prompts == answered == [Prompt(text, group) for (text, _), group in zip(first.pos, first.pos_groups)]
+    assert cli._last_message(prompts[0]) == "... Really?" and cli._last_message(Prompt(say("Why?"), "Why?")) == "Why?"
+
+
+def test_a_system_message_of_its_own_stays(tmp_path):
+    own = [{"role": "system", "content": "Own."}, *say("Why?")]
+    chats(tmp_path/"p.jsonl", [{"chosen": own + say("", "a")[1:], "rejected": own + say("", "b")[1:]}])
+    pairs = load_pairs(tmp_path/"p.jsonl", system=SYSTEM)
+    assert pairs.pos == [(own, "a")] and pairs.pos_groups == ["Why?"]
+
+
+def test_chats_through_fit_and_generate(files, tiny, capsys):
+    chats("chats.jsonl", [{"chosen": say("Hi.", "Hello.", f"Say {i}.", f"It is {i}."), "rejected": say("Hi.", "Hello.", f"Say {i}.", "Never.")} for i in range(6)])
+    chats("asked.jsonl", [{"messages": say("Hi.", "Hello.", f"Now {i}.")} for i in range(3)])
+    assert main(["fit", "--model", str(tiny), "--pairs", "chats.jsonl", "--method", "caa", "--out", "s"]) == 0
+    about = ods.load_steerer("s").about
+    assert about["template"] == "chat" and "chat template" in about["prompt_format"] and about["groups"] == 6
+    assert main(["generate", "--steerer", "s", "--prompts", "asked.jsonl", "--max-new-tokens", "3", "--out", "a.jsonl"]) == 0
+    assert [r["prompt"] for r in read_rows("a.jsonl")] == [f"... Now {i}." for i in range(3)]
+    capsys.readouterr()
+    assert main(["check-pairs", "chats.jsonl"]) == 1 and "only 6 texts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows, words", [
+    ([{"chosen": say("a", "b"), "rejected": say("a", "c")}, {"chosen": say("a"), "rejected": say("a", "c")}], "row 2, column chosen: the last message must be the assistant's, not the user's"),
+    ([{"chosen": say("a", "b"), "rejected": say("z", "c")}], "row 1: the wanted and the unwanted answer end different chats"),
+    ([{"chosen": say("a", " "), "rejected": say("a", "c")}], "row 1, column chosen: message 2, of the assistant, is empty"),
+    ([{"chosen": say("a", "b"), "rejected": [{"role": "user"}]}], "row 1, column rejected: message 1 needs a role and a content"),
+    ([{"chosen": [{"role": "assistant", "content": "b"}], "rejected": say("a", "c")}], "row 1, column chosen: nothing stands before the answer: name the question column"),
+    ([{"chosen": say("a", "b"), "rejected": say("a", "c"), "more": "--template {answer}"}], "the texts are chats, which template '{answer}' cannot hold"),
+    ([{"messages": say("a", "b"), "label": 1}], "no unwanted text in column label"),
+])
+def test_mistakes_in_chats(files, tiny, capsys, monkeypatch, rows, words):
+    monkeypatch.setattr(cli, "load_model", None)
+    chats("c.jsonl", rows)
+    assert words in fails(capsys, "fit", "--model", tiny, "--pairs", "c.jsonl", "--out", "s", *rows[0].get("more", "").split())
+
+
+def test_mistakes_in_chats_that_the_tokenizer_or_the_card_knows(files, tiny, capsys, tmp_path):
+    def copied(name, template):
+        from transformers import AutoTokenizer
+        shutil.copytree(tiny, name)
+        for p in Path(name).glob("chat_template*"): p.unlink()
+        tokenizer = AutoTokenizer.from_pretrained(tiny)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(name)
+        return name
+    chats("c.jsonl", [{"chosen": say("a", "b"), "rejected": say("a", "c")}, {"chosen": [*say("odd one"), *say("again", "b")], "rejected": [*say("odd one"), *say("again", "c")]}])
+    fit = ["--pairs", "c.jsonl", "--method", "caa", "--out", "s"]
+    assert "has no chat template" in fails(capsys, "fit", "--model", copied("plain", None), *fit)
+    strict = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}{{ m.content }}{% endfor %}"
+    told = fails(capsys, "fit", "--model", copied("strict", strict), *fit)
+    assert "text 1 ('again'; roles user, user) is a chat that the tokenizer's template refuses: roles must alternate" in told
+    assert main(["fit", "--model", str(tiny), "--pairs", "pairs.jsonl", "--question", "q", "--method", "caa", "--out", "s"]) == 0
+    capsys.readouterr()
+    chats("asked.jsonl", [{"messages": say("a")}]); chats("ends.jsonl", [{"messages": say("a")}, {"messages": [{"role": "system", "content": "x"}]}])
+    assert "the prompts are chats, which template 'Q: {question}" in fails(capsys, "generate", "--steerer", "s", "--prompts", "asked.jsonl")
+    assert "row 2, column messages: a prompt must end with words of the user; the roles are system" in fails(capsys, "generate", "--steerer", "s", "--prompts", "ends.jsonl")
+
+
+@pytest.mark.parametrize("row, given, expected, said", [
+    ({"question": "Q{i}?", "pos": "yes", "neg": "no"}, {}, ("Q: Q0?\nA: yes", "Q0?"), "wanted 'pos', unwanted 'neg', question 'question'"),
+    ({"prompt": "Q{i}?", "chosen": "yes", "rejected": "no"}, dict(template="chat"), ((say("Q0?"), "yes"), "Q0?"), "question 'prompt'"),
+    ({"Question": "Q{i}?", "a": "yes", "b": "no"}, dict(columns=("a", "b"), template="{answer}"), ("yes", "Q0?"), "question 'Question'"),
+    ({"question": "Q{i}?", "pos": "yes", "neg": "no"}, dict(question=""), ("yes", 0), ""),  # refused
+    ({"question": "Q{i}?", "id": "7", "pos": "yes", "neg": "no"}, dict(group="id"), ("Q: Q0?\nA: yes", "7"), "question 'question'"),
+    ({"prompt": "Q{i}?", "chosen": "Q{i}? yes", "rejected": "Q{i}? no"}, {}, ("Q0? yes", "Q0?"), "template '{answer}'"),  # held already: it makes the groups only
+    ({"prompt": {"text": "Q?"}, "pos": "yes", "neg": "no"}, {}, ("yes", 0), ""),  # no text
+    ({"question": "", "pos": "yes", "neg": "no"}, {}, ("yes", 0), ""),
+    ({"q": "Q{i}?", "pos": "yes", "neg": "no"}, {}, ("yes", 0), ""),
+    ({"question": "Q{i}?", "q": "P{i}?", "pos": "yes", "neg": "no"}, dict(question="q"), ("Q: P0?\nA: yes", "P0?"), ""),
+])
+def test_a_question_of_a_usual_name_is_taken_and_said(tmp_path, capsys, row, given, expected, said):
+    chats(tmp_path/"p.jsonl", [{k: v.replace("{i}", str(i)) if isinstance(v, str) else v for k, v in row.items()} for i in range(3)])
+    pairs = load_pairs(tmp_path/"p.jsonl", **given)
+    err = capsys.readouterr().err
+    assert (pairs.pos[0], pairs.pos_groups[0]) == expected and said in err and err.count("\n") == bool(said) and err.startswith("odesteer: p.jsonl: " if said else "")
+
+
 def test_repe_gets_its_pairs_from_the_questions(files, tiny):
     Path("uneven.jsonl").write_text("".join(json.dumps({"q": f"q{i}", "pos": ["yes", f"yes {i}"], "neg": f"no {i}"}) + "\n" for i in range(6)))
     assert main(["fit", "--model", str(tiny), "--pairs", "uneven.jsonl", "--question", "q", "--method", "repe", "--out", "s"]) == 0
@@ -386,6 +528,10 @@ def test_committed_choices_are_possible():
     ("bench micro-truth truthfulqa --model MODEL", "micro-truth brings its own model"),
     ("bench micro --model MODEL", "--model and --data belong to truthfulqa"),
     ("bench micro --methods caa,magic", "no method 'magic'"),
+    ("bench micro --methods caa,magic:metric=covariance", "no method 'magic'"),
+    ("bench micro --methods odesteer:colour=red", "--methods odesteer:colour=red: "),
+    ("bench micro --methods odesteer:metric=flat", "--methods odesteer:metric=flat: "),
+    ("bench micro --methods odesteer:metric", "'metric' is no setting: write a variant as odesteer:metric=covariance"),
     ("bench micro --ablations colour", "no ablation 'colour'"),
     ("bench micro --part 3/2", "--part 3/2: write it as i/n"),
     ("bench micro --part half", "--part half"),
@@ -604,6 +750,39 @@ def test_guardrail_tasks_of_lm_eval(files, tiny, capsys, monkeypatch):
     rows = list(csv.DictReader(open("r/tables/guardrail-tasks.csv")))
     plain, steered = (json.loads(p.read_text())["scores"]["micro_facts"]["items"]["acc"] for p in sorted(Path("runs/guardrails").glob("*.json"), key=lambda p: "method" in json.loads(p.read_text())["config"]))
     assert [float(r["score"]) for r in rows] == pytest.approx([sum(plain)/12, sum(steered)/12], abs=1e-4) and float(rows[1]["change"]) == pytest.approx((sum(steered) - sum(plain))/12, abs=1e-4)
+
+
+# ---- what a plan costs
+
+def test_plan_only_counts_and_writes_nothing(files, capsys):
+    for line in (["micro-truth", "--methods", "caa,odesteer", "--layers", "1", "--shares", ".2,.4", "--seeds", "1"], ["micro-toxicity", "--quick", "--methods", "caa", "--plan-only"]):
+        before = {p for p in files.rglob("*")}
+        assert main(["bench", *line, "--plan-only"]) == 0
+        out = capsys.readouterr().out
+        assert {p for p in files.rglob("*")} == before
+        for words in ("120 validation and 200 test prompts", "caa", "in all", "tokens", "tokens a second without", "not counted: fitting"): assert words in out
+    assert "the comparison of speed" in out and "odesteer (n_components=2000)" not in out
+
+
+def test_plan_only_counts_real_tasks_files_and_presets(files, tiny, capsys):
+    rows = [{"Question": f"Is {i} odd?", "Best Answer": "It is.", "Best Incorrect Answer": "Never.", "Correct Answers": f"It is.; Yes, {i}.", "Incorrect Answers": "Never.; No."} for i in range(24)]
+    with open("t.csv", "w", newline="") as f: w = csv.DictWriter(f, rows[0]); w.writeheader(); w.writerows(rows)
+    line = ["bench", "truthfulqa-binary", "--model", str(tiny), "--data", "t.csv", "--methods", "caa", "--layers", "1", "--T", "1,2", "--seeds", "1", "--allow", "2"]
+    assert main([*line, "--plan-only"]) == 0
+    out = capsys.readouterr().out
+    assert "tokens    0" in out and "questions a second without" in out and not list(files.glob("runs*"))
+    assert main(line) == 0 and main([*line, "--plan-only"]) == 0 and "nothing is left to do" in capsys.readouterr().out
+    (files/"plan.json").write_text(json.dumps(dict(tasks=["truthfulqa-binary"], model=str(tiny), data=["t.csv"], methods=["caa", "iti"], layers=1, T=[1, 2], seeds=1, allow=2)))
+    assert main(["bench", "plan.json", "--plan-only"]) == 0
+    out = capsys.readouterr().out
+    assert "iti" in out and "caa" not in out.replace("(caa)", "")  # done already
+    preset = ["bench", "--preset", "alqr-llama-3.2-1b", "truthfulqa", "--model", str(tiny), "--data", "t.csv", "--limit", "4", "--plan-only"]
+    from .test_judges import LLAMA, truth
+    truth().save_pretrained("judge"); LLAMA.save_pretrained("judge")
+    capsys.readouterr()
+    assert main([*preset, "--judge", "truth=judge+info=judge"]) == 0
+    out = capsys.readouterr().out
+    assert "alqr (" in out and "spid (" in out and "answers of" not in out and not (files/"runs"/"judged").exists()
 
 
 # ---- labels

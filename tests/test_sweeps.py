@@ -306,3 +306,34 @@ def test_speed_is_measured_where_it_is_not_known(lm, tmp_path):
     both = compare_speed(b, [one, ("alqr", None, {"T": 1.}, {})], rounds=2, tokens=2)
     assert both["caa"] == first["caa"] and len(both["alqr"]) == 2 and len(list((tmp_path/"speed").iterdir())) == 2
     assert compare_speed(b, [("caa", 1, {"share": .4}, {})], rounds=2, tokens=2)["caa"] != first["caa"]
+
+
+# ---- variants of a method
+
+def test_a_variant_has_a_choice_a_row_and_a_name_of_its_own(lm, tmp_path):
+    from odesteer.results import gather
+    from odesteer.report import beats, forest_figure, layer_figure, main_table, pareto_figure, strength_figure
+    names = ["odesteer", "odesteer:metric=covariance", "odesteer:steps=3:gamma=1.0", "caa", "random"]
+    small_sketch = {"odesteer": {"n_components": 64}}
+    plan = Plan([("truth",)], names, Search([1, 2], (.2, .6), refine=0, repeats=1, seeds=1, allow=5), params=small_sketch)
+    run_plan(plan, lambda axis, out, **kwargs: bench(lm, out, axis=axis, **kwargs), tmp_path)
+    found = [json.loads(p.read_text())["config"] for p in (tmp_path/"choices").glob("*.json")]
+    assert sorted(c.get("name", c["method"]) for c in found) == sorted(names)
+    assert {c.get("name"): c["params"] for c in found if c["method"] == "odesteer"} == {None: {"n_components": 64}, names[1]: {"metric": "covariance", "n_components": 64}, names[2]: {"gamma": 1., "n_components": 64, "steps": 3}}
+    scope, = gather([tmp_path])["scopes"]
+    rows = {r.get("name", r["method"]): r for r in scope["rows"]}
+    assert list(rows)[2:] == ["caa", "odesteer", *names[1:3], "random"]
+    table = main_table(scope).markdown()
+    assert all(f"| {name} " in table for name in names[:4]) and "| random (placebo) " in table and "odesteer:metric=covariance" in str(beats(scope, ["random"], "better than chance?").evidence)
+    for figure in (forest_figure, layer_figure, pareto_figure, strength_figure): assert figure(scope)
+    plain = Plan([("truth",)], ["odesteer"], plan.search, params=small_sketch)
+    before = {p.name for p in (tmp_path/"choices").glob("*.json")}
+    run_plan(plain, lambda axis, out, **kwargs: bench(lm, out, axis=axis, **kwargs), tmp_path)
+    assert {p.name for p in (tmp_path/"choices").glob("*.json")} == before  # the same name, the same choice
+
+
+def test_names_of_variants():
+    from odesteer.sweeps import variant
+    assert variant("odesteer:C=100:metric=covariance", {"odesteer": {"C": 1., "gamma": 2.}}) == ("odesteer", {"C": 100, "gamma": 2., "metric": "covariance"})
+    for wrong in ("odesteer:", "odesteer:metric", "odesteer:=3"):
+        with pytest.raises(ValueError, match="is no setting: write a variant as odesteer:metric=covariance"): variant(wrong)
