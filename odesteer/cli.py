@@ -502,10 +502,12 @@ def _sites(o):
     readings = [check_reading(r) for r in comma_list(o.reading)]
     pairs = _read_pairs(o)
     model, tokenizer = load_model(o.model, o.revision, o.device, o.dtype)
-    how = dict(readings=readings, seed=o.seed, shuffle=o.shuffle, limit=o.limit, max_length=o.max_length)
+    how = dict(readings=readings, seed=o.seed, shuffle=o.shuffle, limit=o.limit, coordinates=o.coordinates,
+               max_length=o.max_length)
     found = rank_sites(model, tokenizer, pairs, batch_size=o.batch_size, **how)
     print(found)
-    if o.out: add_ranking(o.out, ranking(found, model, o.model, pairs, Path(o.pairs).stem, **how))
+    name = Path(o.model).name if Path(o.model).exists() else o.model
+    if o.out: add_ranking(o.out, ranking(found, model, name, pairs, Path(o.pairs).stem, **how))
 
 def _check_pairs(o):
     "Look at the labels; exit code 1 if there is a problem that must be mended"
@@ -753,6 +755,8 @@ def _sites_options(c):
     _model_options(c, required=True)
     _pair_options(c, required=True)
     c.add_argument("--reading", default="last,mean", metavar="NAME,...", help=places)
+    c.add_argument("--coordinates", choices=("raw", "centred", "standardised"), default="raw",
+                   help="of the barrier (default raw)")
     c.add_argument("--limit", type=whole_number, default=400, metavar="N", help="texts at most (default 400)")
     c.add_argument("--max-length", type=whole_number, metavar="N", help="tokens of a text at most")
     c.add_argument("--seed", type=int, default=0, help="of the draw, the folds and the sketch (default 0)")
