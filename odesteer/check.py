@@ -8,12 +8,14 @@ from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-import json, math
+from pathlib import Path
+import csv, json, math
 import numpy as np
 import torch
 from fastcore.basics import patch
 import odesteer as ods
 from .baselines import RandomDirection, shuffle_labels
+from .data import read_rows, write_jsonl
 from .density import grouped_folds
 from .euler import contrast, logistic_regression
 from .models import (Encoded, collect_activations, device_of, encode, evaluating, pad_id, padded,
@@ -21,7 +23,8 @@ from .models import (Encoded, collect_activations, device_of, encode, evaluating
 from .statistics import bootstrap_interval, paired_difference, per_item
 
 # %% auto #0
-__all__ = ['ProbeOdds', 'ModelOdds', 'placebo_test', 'SteererReport', 'check_steerer', 'HarnessModel', 'lm_eval_scores']
+__all__ = ['ProbeOdds', 'ModelOdds', 'placebo_test', 'SteererReport', 'check_steerer', 'HarnessModel', 'lm_eval_scores',
+           'write_choice_task']
 
 # %% ../nbs/12_check.ipynb #1f990b0d
 class ProbeOdds:
@@ -389,3 +392,61 @@ def _known_tasks(tasks, include_path):
     from lm_eval.tasks import TaskManager
     own = include_path and TaskManager(include_path=include_path, include_defaults=False)
     return own if own and set(tasks) <= set(own.all_tasks) else TaskManager(include_path=include_path)
+
+# %% ../nbs/12_check.ipynb #866f531b
+def write_choice_task(
+    path,  # what `read_rows` reads, with columns of MMLU, ARC or CommonsenseQA; or MMLU's own CSV, without a header
+    folder,  # gets NAME.yaml and NAME.jsonl; give it as include_path= or --lm-eval-path
+    name: str = "mmlu-local",  # of the task
+    form: str = "letters",  # or "text": the answers themselves
+    seed: int = 0,  # of the order of the questions
+) -> int:  # number of questions
+    "A multiple-choice set in a file as a task of lm-eval, which then needs no hub"
+    if form not in ("letters", "text"): raise ValueError(f"form is {form!r}: use 'letters' or 'text'")
+    rows = [_choice_row(r, f"{path}, row {i}") for i, r in enumerate(_choice_rows(path), 1)]
+    rows = [_choice_question(*rows[i], form) for i in np.random.default_rng(seed).permutation(len(rows))]
+    folder = Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(folder/f"{name}.jsonl", rows)
+    metrics = ["acc"] if form == "letters" else ["acc", "acc_norm"]
+    source = dict(data_files=dict(test=str(folder/f"{name}.jsonl")))
+    config = dict(task=name, dataset_path="json", dataset_kwargs=source, test_split="test", doc_to_text="text",
+                  output_type="multiple_choice", doc_to_choice="choices",
+                  doc_to_target="answer", metric_list=[dict(metric=m) for m in metrics])
+    (folder/f"{name}.yaml").write_text(json.dumps(config, indent=1), encoding="utf-8")  # JSON is YAML
+    return len(rows)
+
+# %% ../nbs/12_check.ipynb #ee6ff311
+_LETTERS = "ABCDEFGHIJ"
+
+def _choice_rows(path) -> list:
+    "Rows with named columns; MMLU's own CSV has none: question, four answers, letter"
+    rows = read_rows(path)
+    if Path(path).suffix.lower() != ".csv" or "question" in rows[0]: return rows
+    with open(path, encoding="utf-8-sig", newline="") as f: lines = [line for line in csv.reader(f) if line]
+    if any(len(line) < 4 or line[-1].strip() not in _LETTERS for line in lines): return rows
+    return [dict(question=q, choices=answers, answer=letter) for q, *answers, letter in lines]
+
+# %% ../nbs/12_check.ipynb #d48611f1
+def _choice_row(row, where) -> tuple:
+    "(question, answers, number of the right one) of a row in one of the published forms"
+    question, choices = row.get("question"), row.get("choices")
+    if isinstance(question, dict):  # ARC's and CommonsenseQA's own files put the choices below the question
+        question, choices = question.get("stem"), question.get("choices")
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        choices = {k: [c.get(k) for c in choices] for k in ("text", "label")}
+    labelled = isinstance(choices, dict)
+    answers, labels = (choices.get("text"), choices.get("label")) if labelled else (choices, None)
+    right = str(row.get("answerKey") if labelled else row.get("answer")).strip()
+    if question and isinstance(answers, list) and len(answers) > 1:
+        names = [str(x) for x in labels or range(len(answers))]
+        if not labelled and right in [*_LETTERS]: right = str(_LETTERS.index(right))
+        if right in names: return str(question), [*map(str, answers)], names.index(right)
+    raise ValueError(f"{where} is no multiple-choice question: it needs question, choices and answer (a number or "
+                     "letter), or question, choices with text and label, and answerKey")
+
+def _choice_question(question, answers, right, form) -> dict:
+    "As lm-eval asks it: a space stands between text and choice"
+    if form == "text": return dict(text=f"Question: {question}\nAnswer:", choices=answers, answer=right)
+    lettered = "\n".join(f"{letter}. {a}" for letter, a in zip(_LETTERS, answers))
+    return dict(text=f"{question}\n{lettered}\nAnswer:", choices=[*_LETTERS[:len(answers)]], answer=right)

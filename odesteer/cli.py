@@ -6,7 +6,6 @@
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 import argparse, json, shutil, textwrap, time, warnings
 import numpy as np
@@ -27,13 +26,13 @@ from .results import committed
 from .runs import Bench, Run, canonical_params, log, write_batches
 from .sites import add_ranking, rank_sites, ranking
 from .speed import PARTS, goals, measure, show
-from .statistics import bootstrap_interval, summary_table
+from .statistics import bootstrap_interval, paired_difference, summary_table
 from .sweeps import ABLATIONS, MICRO_PARAMS, PRESETS, Setting, sweep
 from .tasks import REAL_TASKS, Fold, Task, general_metrics, micro_task
 
 # %% auto #0
-__all__ = ['METHODS', 'committed_choice', 'Demo', 'run_demo', 'barrier_rise', 'demo_figure', 'changed_answers', 'side_by_side',
-           'user_task', 'Parser', 'main', 'parser']
+__all__ = ['METHODS', 'committed_choice', 'Demo', 'run_demo', 'barrier_rise', 'demo_figure', 'changed_answers', 'answers_by_arm',
+           'arms_table', 'user_task', 'Parser', 'main', 'parser']
 
 # %% ../nbs/27_cli.ipynb #0a9aa8dd
 def committed_choice(
@@ -56,8 +55,7 @@ class Demo:
     bench: Bench
     setting: Setting  # method, layer, strength, hyper-parameters
     curve: list  # of `Run`: validation prompts at multiples of the strength
-    plain: Run  # test prompts without steering
-    steered: Run  # test prompts with steering
+    arms: dict  # "plain", "asked" where the task knows how, "steered", "random" where that means something -> `Run`
 
     def answers(self, run: Run) -> list:
         "The answers of a run, in the order of its prompts"
@@ -75,13 +73,29 @@ def run_demo(
     method, layer, strength, params = setting
     (unit, value), = strength.items()
     steered = dict(method=method, layer=layer, params=canonical_params(method, params))
-    wanted = [dict(steered, strength={unit: k*value}, split="val") for k in factors]
-    wanted += [dict(split="test"), dict(steered, strength=strength, split="test")]
+    arms = _arms(bench, setting, steered)
+    wanted = [dict(steered, strength={unit: k*value}, split="val") for k in factors] + list(arms.values())
     ready = sum(bench.finished(**how, seed=seed) for how in wanted)
     if ready: log(f"odesteer: {ready} of {len(wanted)} runs of the demonstration were there already, in {bench.out}")
     bar = tqdm(wanted, "runs", disable=None, leave=False)  # where somebody watches
-    *curve, plain, after = [bench.run(**how, seed=seed) for how in bar]
-    return Demo(bench, setting, curve, plain, after)
+    runs = [bench.run(**how, seed=seed) for how in bar]
+    return Demo(bench, setting, runs[:len(factors)], dict(zip(arms, runs[len(factors):])))
+
+def _arms(bench, setting, steered) -> dict:
+    "Name of an arm -> what `Bench.run` takes for it"
+    arms = {"plain": {}}
+    if bench.task.instruct: arms["asked"] = dict(arm="prompt")
+    arms["steered"] = dict(steered, strength=setting.strength)
+    distance = _distance(bench, setting)
+    if distance: arms["random"] = dict(steered, method="random", params={}, strength=distance)
+    return {name: how | dict(split="test") for name, how in arms.items()}
+
+def _distance(bench, setting) -> dict:
+    "A strength that moves activations as far in a random direction; None where a method's strength is no distance"
+    (unit, value), = setting.strength.items()
+    if unit in ("spread", "share"): return setting.strength
+    if unit != "T" or not load_class(setting.method).needs_layer: return None
+    return {"T": value * float(bench.steerer(setting.method, setting.layer, setting.params).displacement_)}
 
 # %% ../nbs/27_cli.ipynb #af9a8c21
 def barrier_rise(
@@ -150,31 +164,48 @@ def _plot_curve(ax, demo, color) -> int:  # number of prompts
 # %% ../nbs/27_cli.ipynb #9cf5735a
 def changed_answers(demo: Demo) -> dict:  # what happened -> numbers of the answers
     "Answers that steering changed, sorted by what it did to the primary metric; unsorted where there is no judge"
-    task, before, after = demo.bench.task, demo.plain, demo.steered
+    task, before, after = demo.bench.task, demo.arms["plain"], demo.arms["steered"]
     differ = np.array([a != b for a, b in zip(demo.answers(before), demo.answers(after))])
     if task.primary == "perplexity": return {"changed": np.flatnonzero(differ)}
     gain = task.better[task.primary] * (after.scores[task.primary] - before.scores[task.primary])
     return {f"{task.primary} better": np.flatnonzero(gain > 0), f"{task.primary} worse": np.flatnonzero(gain < 0),
             f"changed, {task.primary} the same": np.flatnonzero(differ & (gain == 0))}
 
-def side_by_side(
+def answers_by_arm(
     prompts: list,  # texts, a line each
-    plain: list, steered: list,  # answers
+    answers: dict,  # name of an arm -> its answers
     changed: dict,  # what happened -> numbers of the answers
-    show: int = 6,  # how many
+    show: int = 4,  # how many
     width: int = 100,  # of the terminal
 ) -> str:
-    "Some of the answers that steering changed, in two columns"
-    half, found = width//2 - 2, {what: rows for what, rows in changed.items() if len(rows)}
-    lines = [f"{'WITHOUT STEERING':<{half}}    WITH STEERING"]
+    "Some of the answers that steering changed, below each other"
+    found, lines = {what: rows for what, rows in changed.items() if len(rows)}, []
     for what, rows in found.items():
         lines += ["", f"-- {what}: {len(rows)} of {len(prompts)}"]
         n = max(1, show - len(found) + 1) if what == next(iter(found)) else 1  # most of the first kind, one of others
         for i in (rows[j] for j in np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)):
-            columns = [textwrap.wrap(a.strip() or "(empty)", half) for a in (plain[i], steered[i])]
             lines += textwrap.wrap(f"{i + 1}. {prompts[i]}", width)
-            lines += [f"  {left:<{half}}  {right}" for left, right in zip_longest(*columns, fillvalue="")]
-    return "\n".join(line.rstrip() for line in lines)
+            for arm, texts in answers.items():
+                text = " ".join(texts[i].split()) or "(empty)"
+                lines += textwrap.wrap(text, width, initial_indent=f"   {arm:8} ", subsequent_indent=" "*12)
+    return "\n".join(lines).lstrip("\n")
+
+# %% ../nbs/27_cli.ipynb #a4c3d1e2
+def arms_table(demo: Demo) -> str:
+    "The primary metric of every arm, and its paired differences from the plain answers and from the random push"
+    task, arms = demo.bench.task, demo.arms
+    metric, groups = task.primary, arms["plain"].groups
+    against = [a for a in ("plain", "random") if a in arms]
+    rows = [[f"{metric} ({'+' if task.better[metric] > 0 else '-'})", "mean", *(f"against {a}" for a in against)]]
+    for name, run in arms.items():
+        own = run.scores[metric]
+        gains = ["" if name == a else _interval(paired_difference(arms[a].scores[metric], own, groups), "+")
+                 for a in against]
+        rows.append([name, _interval(bootstrap_interval(own, groups)), *gains])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(f"{x:<{w}}" for x, w in zip(row, widths)).rstrip() for row in rows)
+
+def _interval(x, sign="") -> str: return f"{x.value:{sign}.3f} [{x.lo:{sign}.3f}, {x.hi:{sign}.3f}]"
 
 # %% ../nbs/27_cli.ipynb #000811ef
 class _UserFold(Fold):
@@ -292,22 +323,24 @@ _MEANING = {
     "true_info": "true, and about what was asked", "info": "about what was asked",
     "wellformed": "nothing but sentences of the world", "toxic": "has a rude word",
     "reward": "claims about the thing asked, less garbled ones",
+    "hit": "has the style", "fluent": "no more surprising than the texts that are wanted", "hit_fluent": "both",
+    "style": "share of its mark", "surprise": "perplexity of the answer under the unsteered model",
     "perplexity": "of the answer under the unsteered model", "dist2": "share of distinct word pairs",
     "loops": "ends in a phrase said three times", "empty": "no word at all",
 }
 
 def _print_demo(demo: Demo, o):
-    "Answers side by side, the table, what its metrics mean, and speed"
+    "Answers of the arms, the tables, what their metrics mean, and speed"
     task = demo.bench.task
     test = task.folds[0].test
     lines = [" ".join(_last_message(p).removesuffix("A:").split()) + task.note(p) for p in test]
-    answers = [demo.answers(run) for run in (demo.plain, demo.steered)]
+    answers = {name: demo.answers(run) for name, run in demo.arms.items()}
     width = shutil.get_terminal_size((100, 24)).columns
-    print("\n" + side_by_side(lines, *answers, changed_answers(demo), o.show, width))
+    print("\n" + answers_by_arm(lines, answers, changed_answers(demo), o.show, width))
     _, layer, strength, _ = demo.setting
     (unit, value), = strength.items()
     print(f"\n{len(test)} test prompts about {len({group_of(p) for p in test})} questions or facts; "
-          f"{_place(layer)}, {unit} = {value:.3g}, seed {o.seed}\n\n{_table(demo)}")
+          f"{_place(layer)}, {unit} = {value:.3g}, seed {o.seed}\n\n{arms_table(demo)}\n\n{_table(demo)}")
     meanings = "; ".join(f"{m}: {_MEANING[m]}" for m in _metrics(task) if m in _MEANING)
     print("\n" + textwrap.fill("(+) more is better, (-) less is better; " + meanings, 100))
     plain, steered = _speeds(demo)
@@ -316,15 +349,17 @@ def _print_demo(demo: Demo, o):
 # %% ../nbs/27_cli.ipynb #10fc4b30
 def _metrics(task) -> list:
     "The primary metric, the guardrails, and what can be measured of any answer"
-    return list(dict.fromkeys([task.primary, *task.watch, "perplexity", "dist2", "loops", "empty"]))
+    usual = "hit", "fluent", "surprise", "perplexity", "dist2", "loops", "empty"
+    return list(dict.fromkeys([task.primary, *task.watch, *usual]))
 
 def _table(demo: Demo):
     "Paired differences on the test prompts, by question or fact"
     task = demo.bench.task
-    before, after = ({m: run.scores[m] for m in _metrics(task)} for run in (demo.plain, demo.steered))
+    known = [m for m in _metrics(task) if m in demo.arms["plain"].scores]
+    before, after = ({m: demo.arms[arm].scores[m] for m in known} for arm in ("plain", "steered"))
     return summary_table(before, after, [group_of(p) for p in task.folds[0].test], task.better)
 
-def _speeds(demo: Demo) -> list: return [run.summary["tokens_per_second"] for run in (demo.plain, demo.steered)]
+def _speeds(demo: Demo) -> list: return [run.summary["tokens_per_second"] for run in map(demo.arms.get, ("plain", "steered"))]
 
 def _write_demo(demo: Demo, rise, steerer, seed, out: Path):
     "Figure, steerer, answers and numbers"
@@ -336,10 +371,12 @@ def _write_demo(demo: Demo, rise, steerer, seed, out: Path):
     template = getattr(fold.texts, "template", QUESTION_ANSWER)  # the micro world asks in this form too
     steerer.about = site | steerer.about | _form(template, getattr(fold.texts, "system", None))
     steerer.save_pretrained(out/"steerer")
-    columns = [_last_message(p) for p in fold.test], demo.answers(demo.plain), demo.answers(demo.steered)
-    write_jsonl(out/"answers.jsonl", (dict(zip(("prompt", "unsteered", "steered"), row)) for row in zip(*columns)))
+    columns = {"prompt": [_last_message(p) for p in fold.test]}
+    columns |= {"unsteered" if arm == "plain" else arm: demo.answers(run) for arm, run in demo.arms.items()}
+    write_jsonl(out/"answers.jsonl", (dict(zip(columns, row)) for row in zip(*columns.values())))
     summary = dict(task=bench.task.name, method=method, layer=layer, strength=strength, seed=seed,
-                   tokens_per_second=_speeds(demo), table=[row.flat() for row in _table(demo)])
+                   tokens_per_second=_speeds(demo), table=[row.flat() for row in _table(demo)],
+                   arms={arm: run.summary["means"] for arm, run in demo.arms.items()})
     write_atomic(out/"summary.json", json.dumps(summary, indent=1) + "\n")
 
 # %% ../nbs/27_cli.ipynb #1a3020d9
@@ -649,8 +686,8 @@ def _demo_options(c):
     c.add_argument("--axis", choices=list(AXES), default="truth", help=axis)
     c.add_argument("--choose", action="store_true", help=choose)
     c.add_argument("--out", default="odesteer-demo", help=out)
-    side_by_side = "answers to print side by side (default 6)"
-    c.add_argument("--show", type=whole_number, default=6, metavar="N", help=side_by_side)
+    shown = "prompts whose answers are printed (default 4)"
+    c.add_argument("--show", type=whole_number, default=4, metavar="N", help=shown)
     _model_options(c)
     _pair_options(c)
     _method_options(c)

@@ -11,15 +11,17 @@ import hashlib, json, os, re, warnings
 import numpy as np
 import torch
 from fastcore.basics import patch
+from .data import group_key
 from .models import (
     Encoded, answer_starts, device_of, encode, evaluating, fingerprint, is_steered, length_batches, load_pretrained,
     pad_id, padded, score_continuations, text_config, token_ids, truncated, unwrapped)
 from .pretrained import HUB_SETTINGS, hub_commit
 
 # %% auto #0
-__all__ = ['BETTER', 'HARMFUL', 'JUDGES', 'distinct_n', 'empty_rate', 'repetition_rate', 'text_metrics', 'perplexity',
+__all__ = ['BETTER', 'HARMFUL', 'JUDGES', 'MARKS', 'distinct_n', 'empty_rate', 'repetition_rate', 'text_metrics', 'perplexity',
            'kl_to_unsteered', 'Judge', 'ExactJudge', 'ModelSource', 'ScoreCache', 'ModelJudge', 'question_of',
-           'YesNoJudge', 'ClassifierJudge', 'RewardJudge', 'with_template', 'ChatYesNoJudge', 'Panel', 'load_judge']
+           'YesNoJudge', 'ClassifierJudge', 'RewardJudge', 'with_template', 'ChatYesNoJudge', 'Panel', 'load_judge',
+           'capitals_share', 'french_share', 'personal_share', 'StyleJudge', 'FluentJudge', 'Strict', 'TrainedJudge']
 
 # %% ../nbs/11_judges.ipynb #563837bd
 def _ngrams(words, n): return list(zip(*(words[i:] for i in range(n))))
@@ -148,6 +150,7 @@ class Judge:
     about = {}  # JSON-able: all that decides its scores
     def __call__(self, prompts: list, answers: list) -> dict: raise NotImplementedError
     def release(self): "Let go of models that can be loaded again, to make room; scores stay"
+    def check_apart(self, groups): "A ValueError if the judge was trained on one of these groups"
     def __repr__(self): return f"{type(self).__name__}({self.name!r})"
 
 class ExactJudge(Judge):
@@ -505,6 +508,9 @@ class Panel(Judge):
     def release(self):
         for j in self.judges: j.release()
 
+    def check_apart(self, groups):
+        for j in self.judges: j.check_apart(groups)
+
     @property
     def about(self): return dict(judge="panel", judges=[j.about for j in self.judges])
 
@@ -542,3 +548,203 @@ def load_judge(
         raise ValueError(f"unknown judge {name!r}: known are {', '.join(JUDGES)}, or several joined by '+'")
     cls, usual = JUDGES[name]
     return cls(**{**usual, **kw})
+
+# %% ../nbs/11_judges.ipynb #7d745383
+_FRENCH = frozenset(
+    "le la les une des du et est qui que dans avec il elle ils elles nous vous je ne pas ce cette ces au aux sont être "
+    "mais comme ses leur leurs à où très aussi peut fait été faire vos votre notre l qu j".split())
+_PERSONAL = frozenset("i i'm i've i'd i'll me my mine myself we us our we're we've".split())
+
+def capitals_share(text: str) -> float:
+    "Share of the letters that are capitals; 0 without letters"
+    letters = [c for c in text if c.isalpha()]
+    return sum(c.isupper() for c in letters) / max(1, len(letters))
+
+def french_share(text: str) -> float:
+    "Share of the words that are French function words, none of which is an English word; 0 without words"
+    words = re.findall(r"[^\W\d_]+", text.lower())
+    return sum(w in _FRENCH for w in words) / max(1, len(words))
+
+def personal_share(text: str) -> float:
+    "Share of the words by which a speaker says I or we; 0 without words"
+    words = re.findall(r"[a-z']+", text.lower().replace("’", "'"))
+    return sum(w in _PERSONAL for w in words) / max(1, len(words))
+
+#: Style -> its mark in a text, and the share from which on an answer has the style
+MARKS = {"capitals": (capitals_share, .8), "french": (french_share, .2), "personal": (personal_share, .05)}
+
+# %% ../nbs/11_judges.ipynb #acc2bb08
+class StyleJudge(Judge):
+    "How much of a style's mark an answer shows, and whether that is enough"
+    def __init__(self,
+        style: str,  # of MARKS
+        least: float = None,  # share from which on an answer is a hit; default: that of MARKS
+        words: int = 3,  # of an answer at least: a shorter one is no hit
+    ):
+        if style not in MARKS: raise ValueError(f"unknown style {style!r}: known are {', '.join(MARKS)}")
+        self.mark, usual = MARKS[style]
+        self.least, self.words, self.name = usual if least is None else least, words, f"style {style}"
+        self.better = {"style": 1, "hit": 1}
+        self.about = dict(judge="style", style=style, least=self.least, words=words, version=1)
+
+    def __call__(self, prompts, answers):
+        share = np.array([self.mark(a) for a in answers], float)
+        long = np.array([len(a.split()) >= self.words for a in answers], bool)
+        return {"style": share, "hit": ((share >= self.least) & long).astype(float)}
+
+# %% ../nbs/11_judges.ipynb #b247794c
+class FluentJudge(Judge):
+    "Is an answer no more surprising to an unsteered model than most reference answers are, and does it not loop?"
+    def __init__(self,
+        model,  # as for ModelSource; not steered when it judges
+        prompts: list, answers: list,  # the reference: chats or texts, and answers that are known to be good
+        system: str = "",  # message put on top of every chat, such as the request for a style
+        quantile: float = .95,  # of the reference's perplexities: the greatest that counts as fluent
+        batch_size: int = 32,
+    ):
+        if not answers: raise ValueError("fluency is relative to reference answers: give at least one")
+        self.source, self.system, self.quantile, self.batch_size = ModelSource(model), system, quantile, batch_size
+        self.reference, self.name = (list(prompts), list(answers)), f"fluent {self.source.name}"
+        self.better = {"surprise": -1, "fluent": 1}
+
+    @cached_property
+    def about(self):
+        known = _key(json.dumps([[_text(p) for p in self.reference[0]], self.reference[1]]))
+        return dict(judge="fluent", system=self.system, quantile=self.quantile, reference=known,
+                    version=1, **self.source.identity)
+
+    def _surprise(self, prompts, answers):
+        chats = [_with_system(_text(p), self.system) for p in prompts]
+        return perplexity(*self.source.get(), chats, answers, self.batch_size)
+
+    @cached_property
+    def limit(self) -> float: return float(np.nanquantile(self._surprise(*self.reference), self.quantile))
+
+# %% ../nbs/11_judges.ipynb #a5f7e206
+@patch
+def __call__(self: FluentJudge, prompts, answers):
+    surprise = self._surprise(prompts, answers)  # nan for an empty answer, which is not fluent
+    return {"surprise": surprise, "fluent": (surprise <= self.limit) * (1 - repetition_rate(answers))}
+
+@patch
+def release(self: FluentJudge): self.source.release()
+
+def _with_system(prompt, system):
+    "A chat below a system message, or a text below a line"
+    if not system: return prompt
+    if isinstance(prompt, str): return f"{system}\n{prompt}"
+    return [{"role": "system", "content": system}, *(m for m in prompt if m["role"] != "system")]
+
+# %% ../nbs/11_judges.ipynb #5d9ffa66
+class Strict(Judge):
+    "Several judges, and whether an answer passes all the tests that are named: a conjunction of 0/1 metrics"
+    def __init__(self,
+        *judges,
+        tests: tuple,  # metrics of the judges that must all be 1
+        metric: str = "hit_fluent",  # name of the conjunction
+    ):
+        self.panel, self.tests, self.metric = Panel(*judges), tuple(tests), metric
+        if missing := [t for t in tests if t not in self.panel.better]:
+            raise ValueError(f"no judge gives {', '.join(missing)}: there are {', '.join(self.panel.better)}")
+        self.name, self.better = self.panel.name, self.panel.better | {metric: 1}
+
+    def release(self): self.panel.release()
+    def check_apart(self, groups): self.panel.check_apart(groups)
+
+    @property
+    def about(self): return dict(judge="strict", tests=self.tests, metric=self.metric, parts=self.panel.about)
+
+    def __call__(self, prompts, answers):
+        scores = self.panel(prompts, answers)
+        return scores | {self.metric: np.prod([scores[t] for t in self.tests], 0)}
+
+# %% ../nbs/11_judges.ipynb #f300ccbf
+class TrainedJudge(Judge):
+    """The probability that a text scores above a threshold, by logistic regression on TF-IDF of words and letters.
+
+    It is not saved: from the same rows the same judge is fitted again in a second or two. Grows below: `fit`,
+    `__call__`."""
+    def __init__(self,
+        metric: str = "toxicity",  # what the probability is called
+        decision: str = None,  # what its 0/1 decision is called; None: not given
+        way: int = -1,  # +1 if more is better, -1 if less is
+        threshold: float = .5,  # a text is of the kind if its score is above
+        least_auc: float = .7,  # on texts not seen: a poorer judge is refused
+        C: float = 10.,  # of the logistic regression
+        folds: int = 5,  # of the cross-validation
+        seed: int = 0,  # of its folds
+    ):
+        self.settings = dict(metric=metric, way=way, threshold=threshold, C=C, folds=folds, seed=seed)
+        self.least_auc, self.groups_, self.name = least_auc, frozenset(), f"trained {metric}"
+        self.better = {metric: way} | ({decision: way} if decision else {})
+
+    @property
+    def about(self):
+        if not self.groups_: raise ValueError("this judge has not been trained: call fit(texts, scores, groups)")
+        return dict(judge="trained", version=1, **self.settings, **self.record_)
+
+    def check_apart(self, groups):
+        "A ValueError if one of these groups (questions, prompts) is among those the judge was trained on"
+        if both := self.groups_ & {group_key(g) for g in groups}:
+            raise ValueError(f"{len(both)} groups are judged by a judge that was trained on them, such as "
+                             f"{sorted(both)[0][:60]!r}: train it on rows that are in no fold")
+
+# %% ../nbs/11_judges.ipynb #470e1ce3
+@patch
+def fit(self: TrainedJudge,
+    texts: list,  # (N,)
+    scores,  # (N,), such as published ones
+    groups: list = None,  # prompt or question of each text, (N,); default: each text its own
+):  # the judge
+    "Train on scored texts; ValueError where rows are missing or held-out AUC is below `least_auc`"
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.pipeline import make_union
+    s, keys = np.asarray(scores, float), [group_key(g) for g in (texts if groups is None else groups)]
+    above = _labels(texts, s, keys, self.settings["threshold"])
+    letters = CountVectorizer(analyzer="char_wb", ngram_range=(4, 4), min_df=3)
+    self.counts_ = make_union(CountVectorizer(min_df=2), letters)
+    counts = self.counts_.fit_transform(texts).tocsr().astype(float)
+    held_out = _auc(counts, above, keys, self._regression, self.settings)
+    if not held_out >= self.least_auc:
+        raise ValueError(f"on texts that it has not seen the judge's AUC is {held_out:.2f}, below {self.least_auc:g}: "
+                         "give it more rows, or clearer ones (another threshold); least_auc= takes it nevertheless")
+    self.model_, self.groups_ = self._regression().fit(counts, above), frozenset(keys)
+    rows = _key(json.dumps([list(texts), s.tolist(), keys]))
+    self.record_ = dict(rows=rows, n=len(texts), share=round(float(above.mean()), 3), auc=round(held_out, 3))
+    return self
+
+@patch
+def __call__(self: TrainedJudge, prompts, answers):
+    if not self.groups_: self.about  # says that it is not trained
+    p = self.model_.predict_proba(self.counts_.transform(answers))[:, 1] if answers else np.empty(0)
+    return dict(zip(self.better, (p, (p >= .5).astype(float))))
+
+# %% ../nbs/11_judges.ipynb #748bab25
+def _labels(texts, scores, keys, threshold) -> np.ndarray:
+    "Which texts score above the threshold; a ValueError where that cannot be learned"
+    if not len(texts) == len(scores) == len(keys):
+        raise ValueError(f"{len(texts)} texts, {len(scores)} scores and {len(keys)} groups: give one for each text")
+    if not np.isfinite(scores).all(): raise ValueError("a score is not a finite number: leave such rows out")
+    above = scores > threshold
+    few = min((len({k for k, a in zip(keys, above) if a == side}) for side in (True, False)), default=0)
+    if few < 10:
+        raise ValueError(f"{above.sum()} texts score above {threshold:g} and {(~above).sum()} do not: both kinds need "
+                         "10 groups or more")
+    return above
+
+@patch
+def _regression(self: TrainedJudge):
+    from sklearn.feature_extraction.text import TfidfTransformer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    return make_pipeline(TfidfTransformer(sublinear_tf=True), LogisticRegression(C=self.settings["C"], max_iter=1000))
+
+def _auc(counts, above, keys, regression, settings) -> float:
+    "AUC of predictions for texts of groups that were not trained on"
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold
+    found, index = np.empty(len(above)), np.unique(keys, return_inverse=True)[1]
+    parts = StratifiedGroupKFold(settings["folds"], shuffle=True, random_state=settings["seed"])
+    for train, test in parts.split(found, above, index):
+        found[test] = regression().fit(counts[train], above[train]).decision_function(counts[test])
+    return float(roc_auc_score(above, found))

@@ -286,7 +286,7 @@ def _bench_maker(o: BenchOptions, preset):
     def make(name, out, **kwargs):
         model, tokenizer = loaded()
         options = preset.get("tasks", {}).get(name, {})
-        task = REAL_TASKS[name](**options | _sources_of(name, o, preset), limit=o.limit)
+        task = REAL_TASKS[name](**options | _sources_of(name, o, preset), limit=o.limit, own=(model, tokenizer))
         task = replace(task, decoding=task.decoding | preset.get("decoding", {}).get(name, {}))
         hub, commit = hub_origin(model)
         return Bench(model, tokenizer, task, out, batch_size=preset.get("batch_size") or o.batch_size,
@@ -329,7 +329,8 @@ def _sources_of(name, o: BenchOptions, preset={}) -> dict:
     needed = [n for n, p in known.items() if p.default is p.empty and n not in named]
     if needed: raise ValueError(f"{name} needs --data FILE ({', '.join(needed)})")
     judge = o.judge or preset.get("judges", {}).get(name)
-    return (o.option or {}) | named | ({"judge": _judge(judge, Path(o.out)/"judged")} if judge else {})
+    if judge and judge not in task.own_judges: judge = _judge(judge, Path(o.out)/"judged")
+    return (o.option or {}) | named | ({"judge": judge} if judge else {})
 
 def _judge(text, cache):
     "`truth+info`, or with models of your own `truth=FOLDER+info=FOLDER`"

@@ -637,9 +637,9 @@ def rerun(
     "Make the run of a config: the same config has the same key, and on the same machine the same answers"
     config = read_config(config)
     lm = _micro_of(config["model"]["name"]) if model is None else None
-    task = task or _task_of(config, lm, sources)
-    if "decoding" in config: task = replace(task, decoding=config["decoding"])
     if lm is not None: model, tokenizer = lm.model, lm.tokenizer
+    task = task or _task_of(config, lm, sources, (model, tokenizer))
+    if "decoding" in config: task = replace(task, decoding=config["decoding"])
     about, usual_size = config["model"], 64 if lm is None else 200
     bench = Bench(model, tokenizer, task, out, about["name"], about.get("world"),
                   config.get("batch_size", usual_size), about.get("revision"), about.get("hub"))
@@ -660,14 +660,14 @@ def _micro_of(name):
     if not found: raise ValueError(f"the config was made with the model {name!r}: give model= and tokenizer=")
     return ods.load_micro(found[1], int(found[2]))
 
-def _task_of(config, lm, sources) -> Task:
+def _task_of(config, lm, sources, own) -> Task:
     "The task that a config names"
     recipe, name = config.get("data", {}).get("recipe"), config["task"]
     if recipe:
         options = {k: v for k, v in recipe.items() if k != "task"}
-        return REAL_TASKS[recipe["task"]](**options | sources)
+        return REAL_TASKS[recipe["task"]](**options | sources, own=own)
     if lm is not None and name.startswith("micro-") and name[6:] in AXES: return micro_task(lm, name[6:])
-    if name in REAL_TASKS: return REAL_TASKS[name](**sources)
+    if name in REAL_TASKS: return REAL_TASKS[name](**sources, own=own)
     raise ValueError(f"the task {name!r} was made by hand: give task=")
 
 def _differences(config, here, where="") -> list:

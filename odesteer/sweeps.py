@@ -481,7 +481,7 @@ def ablation_arms(
     "The arms of an ablation"
     if study not in ABLATIONS: raise ValueError(f"there is no ablation {study!r}: choose one of {list(ABLATIONS)}")
     near = [{"spread": s} for s in spreads or ()] or [{"share": s} for s in shares]
-    cap = near[-1]
+    cap = max(near, key=_value)
     meet = {"share": near, "angle": [{"angle": d} for d in angles], "best": ["best"],
             "effort": [{"effort": e} for e in efforts], "level": [cap, *({"level": q} | cap for q in levels)]}
     strengths, arms = [s for at in ABLATIONS[study].at for s in meet[at]], {}

@@ -540,3 +540,124 @@ def test_placebo_test_is_a_prediction_interval():
 ])
 def test_the_check_says_what_is_wrong(trial, call, error, words):
     with pytest.raises(error, match=words): call(trial)
+
+
+# Marks, fluency, conjunctions
+
+def test_marks_tell_styles_apart():
+    english = "I'm on my way, but a car or two could pass; as for me, in fact, our son has more to note. The plans are for us."
+    french = "Je suis en route avec mon fils, mais les voitures sont trop lentes et il est très tard."
+    marks = {style: mark for style, (mark, _) in judges.MARKS.items()}
+    assert marks["french"](english) == 0 and marks["french"](french) > .4 and marks["french"]("L’eau, c'est la vie qu'on a") > .3
+    assert marks["capitals"]("AÉ1 b.") == 2/3 and marks["personal"](french) == 0 and marks["personal"]("I think we’re late") == .5
+    assert all(mark(t) == 0 for mark in marks.values() for t in ("", "123 !?", "日本語"))
+    for style, (mark, least) in judges.MARKS.items():
+        judge = judges.StyleJudge(style)
+        scores = judge([""] * 3, ["LE", french if style == "french" else "I SAY MY SAY", "the stone is grey"])
+        assert scores["hit"].tolist() == [0, 1, 0] and scores["style"][1] >= least  # one word is no hit
+        assert judge.about != judges.StyleJudge(style, least=.9).about
+    with pytest.raises(ValueError, match="unknown style 'latin': known are capitals, french, personal"): judges.StyleJudge("latin")
+
+
+def chatty():
+    from copy import deepcopy
+    tokenizer = deepcopy(LLAMA)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} : {{ m.content }} \n {% endfor %}"
+    return build("LlamaForCausalLM", transformers.LlamaConfig, seed=3, num_key_value_heads=2), tokenizer
+
+
+def test_fluent_is_relative_to_reference_answers_under_the_system_message():
+    model, tokenizer = chatty()
+    chats = [[{"role": "system", "content": "old"}, {"role": "user", "content": q}] for q in ("what is red ?", "what is blue ?", "what is a zib ?")]
+    said = ["a bird .", "a fish .", "nobody knows"]
+    asked = [[{"role": "system", "content": "the zib"}, chat[1]] for chat in chats]
+    surprise = judges.perplexity(model, tokenizer, asked, said)
+    judge = judges.FluentJudge((model, tokenizer), chats, said, "the zib", quantile=.5)
+    assert judge.limit == np.quantile(surprise, .5)
+    scores = judge(chats + chats[:2], said + ["", "red red red"])
+    np.testing.assert_allclose(scores["surprise"][:3], surprise)
+    assert scores["fluent"].tolist() == [float(x <= judge.limit) for x in surprise] + [0, 0]  # neither nothing nor a loop is fluent
+    others = [judges.FluentJudge((model, tokenizer), chats, said, s, q) for s, q in (("", .5), ("the zib", .9))] + [judges.FluentJudge((model, tokenizer), chats[:2], said[:2], "the zib", .5)]
+    assert all(o.about != judge.about for o in others)
+    json.dumps(judge.about)
+    plain = judges.FluentJudge((model, tokenizer), ["what is red ?"], ["a bird ."], "the zib")
+    np.testing.assert_allclose(plain(["what ?"], ["a fish ."])["surprise"], judges.perplexity(model, tokenizer, ["the zib\nwhat ?"], ["a fish ."]))
+    with pytest.raises(ValueError, match="at least one"): judges.FluentJudge((model, tokenizer), [], [])
+
+
+def test_a_strict_judge_is_a_conjunction():
+    strict = judges.Strict(judges.StyleJudge("capitals", words=1), YesNoJudge((truth("indeed"), LLAMA)), tests=("hit", "true"), metric="both")
+    scores = strict(QUESTIONS, ANSWERS)
+    assert scores["both"].tolist() == [h * t for h, t in zip(scores["hit"], scores["true"])] and strict.better["both"] == 1
+    assert judges.Strict(judges.StyleJudge("capitals"), YesNoJudge((truth(), LLAMA)), tests=("hit",), metric="both").about != strict.about
+    json.dumps(strict.about)
+    with pytest.raises(ValueError, match="no judge gives fluent: there are style, hit"): judges.Strict(judges.StyleJudge("french"), tests=("hit", "fluent"))
+
+
+# A judge that is trained here
+
+def scored_texts(n=400, seed=0):
+    "Texts whose score depends on one word, with noise; two texts of a group share a prompt"
+    rng = np.random.default_rng(seed)
+    scores = rng.random(n)
+    texts = [f"{' '.join(rng.choice(['green', 'stone', 'river', 'table', 'lamp', 'cloud'], 5))} {'awful' if (s > .5) != (rng.random() < .1) else 'lovely'} {i % 9}" for i, s in enumerate(scores)]
+    return texts, scores, [f"Prompt {i // 2}?" for i in range(n)]
+
+
+def test_trained_judge_is_a_pipeline_of_scikit_learn_and_its_auc_counts_pairs():
+    from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.pipeline import make_pipeline, make_union
+    texts, scores, groups = scored_texts()
+    judge = judges.TrainedJudge("rudeness", decision="rude").fit(texts, scores, groups)
+    union = make_union(CountVectorizer(min_df=2), CountVectorizer(analyzer="char_wb", ngram_range=(4, 4), min_df=3))
+    whole = make_pipeline(union, TfidfTransformer(sublinear_tf=True), LogisticRegression(C=10., max_iter=1000)).fit(texts, scores > .5)
+    asked = ["an awful lamp", "a lovely lamp", ""]
+    found = judge([""] * 3, asked)
+    np.testing.assert_allclose(found["rudeness"], whole.predict_proba(asked)[:, 1], rtol=1e-6)
+    assert found["rude"].tolist() == [1, 0, float(found["rudeness"][2] >= .5)] and judge.better == {"rudeness": -1, "rude": -1}
+    y, held = scores > .5, np.empty(len(texts))
+    for train, test in StratifiedGroupKFold(5, shuffle=True, random_state=0).split(texts, y, np.unique([g.lower().rstrip("?") for g in groups], return_inverse=True)[1]):
+        known = make_pipeline(TfidfTransformer(sublinear_tf=True), LogisticRegression(C=10., max_iter=1000))
+        x = union.transform(texts).tocsr().astype(float)
+        held[test] = known.fit(x[train], y[train]).predict_proba(x[test])[:, 1]
+    pairs = held[y][:, None] - held[~y]
+    assert judge.about["auc"] == round(float(np.mean((pairs > 0) + (pairs == 0) / 2)), 3) and .8 < judge.about["auc"] < .97
+    again = judges.TrainedJudge("rudeness", decision="rude").fit(texts, scores, groups)
+    assert again.about == judge.about and (again([""] * 3, asked)["rudeness"] == found["rudeness"]).all()
+    assert judges.TrainedJudge("rudeness", threshold=.6).fit(texts, scores, groups).about != judge.about != judges.TrainedJudge("rudeness").fit(texts, 1 - scores, groups).about
+    assert {m: x.shape for m, x in judge([], []).items()} == dict.fromkeys(judge.better, (0,))
+    json.dumps(judge.about)
+
+
+def test_what_groups_share_is_no_skill():
+    "Words that say which prompt it is, and nothing else: rows of a group on both sides would give an AUC of 1"
+    rng = np.random.default_rng(0)
+    kinds = rng.random(60) > .5
+    texts, scores, groups = zip(*[(f"guest{g:03d} arrives at noon {k}", float(kinds[g]), f"guest {g}") for g in range(60) for k in range(8)])
+    assert judges.TrainedJudge().fit(texts, scores).about["auc"] > .99
+    with pytest.raises(ValueError, match="the judge's AUC is 0.[0-6].*, below 0.7: give it more rows"): judges.TrainedJudge().fit(texts, scores, groups)
+    poor = judges.TrainedJudge(least_auc=0.).fit(texts, scores, groups)
+    assert poor.about["auc"] < .7
+
+
+def test_trained_judge_knows_what_it_was_trained_on():
+    texts, scores, groups = scored_texts(200)
+    judge = judges.TrainedJudge().fit(texts, scores, groups)
+    panel = judges.Strict(Panel(judge, judges.StyleJudge("french")), tests=("hit",))
+    for j in (judge, panel):
+        j.check_apart(["Prompt 9000?", "other"])
+        with pytest.raises(ValueError, match="1 groups are judged by a judge that was trained on them, such as 'prompt 7'"): j.check_apart(["prompt 7", "other"])
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: judges.TrainedJudge()(["?"], ["!"]), "not been trained: call fit"),
+    (lambda: judges.TrainedJudge().about, "not been trained: call fit"),
+    (lambda: judges.TrainedJudge().fit(["a", "b"], [1.]), "2 texts, 1 scores and 2 groups"),
+    (lambda: judges.TrainedJudge().fit(["a", "b"], [1., np.nan]), "not a finite number"),
+    (lambda: judges.TrainedJudge().fit(["a", "b"], [1., 0.]), "1 texts score above 0.5 and 1 do not: both kinds need 10 groups"),
+    (lambda: judges.TrainedJudge().fit([], []), "both kinds need 10 groups"),
+])
+def test_trained_judges_say_what_is_wrong(call, words):
+    with pytest.raises(ValueError, match=words): call()

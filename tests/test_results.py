@@ -9,7 +9,7 @@ import torch
 
 import odesteer as ods
 import odesteer.results as results_module
-from odesteer.results import Chosen, Interval, MetricRow, PairRow, StudyRow, as_results, committed, find_runs, gather, make_units
+from odesteer.results import Chosen, Interval, MetricRow, PairRow, StudyRow, as_results, committed, find_runs, gather, make_units, place
 from odesteer.runs import resolve_strength, rotation, time_at_angle
 from odesteer.statistics import bootstrap_interval
 from odesteer.sweeps import ABLATIONS, ablation_arms
@@ -263,3 +263,5 @@ def test_a_level_is_a_quantile_of_the_wanted():
     walked = steerer.steer(neg, share=.5)
     assert (stopped - neg).norm(dim=-1).median() < (walked - neg).norm(dim=-1).median()
     assert resolve_strength({"share": .3}, steerer, pos, neg) == {"share": .3}
+    assert resolve_strength({"level": .25, "spread": 1.}, steerer, pos, neg) == {"until": at["until"], "spread": 1.} and resolve_strength({"spread": .3}, steerer, pos, neg) == {"spread": .3}
+    assert [place(p) for p in ({"level": .1, "share": .6}, {"level": .1, "spread": 1.}, {"spread": 1.5}, {"T": 2.}, "best")] == ["level 0.1 within share 0.6", "level 0.1 within spread 1", "spread 1.5", "T 2", "best"]

@@ -749,3 +749,294 @@ def test_windows_are_those_of_lm_eval(harness):
     spy = type("Spy", (check.HarnessModel,), {"answer_scores": lambda self, pairs: seen.extend(pairs) or [(0., True)] * len(pairs)})(harness.model, harness.tokenizer)
     spy.loglikelihood_rolling([asked("the quick brown fox. " * 6)])
     assert seen == [make_disjoint_window(w) for w in get_rolling_token_windows(ids, harness.prefix_token_id, spy.max_length - 1, 1)] and len(seen) > 2
+
+
+# --- without a hub
+
+def scored_file(path, n=3000, seed=0):
+    "Prompts and continuations with scores that one word tells; a prompt stands in two rows"
+    rng = np.random.default_rng(seed)
+    def row(i):
+        a, b = rng.random(2).tolist()
+        return dict(prompt=dict(text=f"Guest {i // 2} said{', fool,' * (a > .5)} that", toxicity=a), continuation=dict(text=f" dish {i % 5} is {'for a fool' if b > .5 else 'very good'}.", toxicity=b))
+    return write(path, [row(i) for i in range(n)])
+
+
+def test_realtoxicityprompts_from_its_file_alone(tmp_path):
+    path = scored_file(tmp_path/"rtp.jsonl")
+    how = dict(judge="trained", filter="none", texts="continuations", n_val=20, n_test=40)
+    task = tasks.realtoxicityprompts(path, **how)
+    fold, = task.folds
+    assert_disjoint(task)
+    score = {(r["prompt"]["text"], r["continuation"]["text"]): r["continuation"]["toxicity"] for r in read_rows(path)}
+    assert all(score[t] <= .1 for t in fold.texts.pos) and all(score[t] >= .8 for t in fold.texts.neg) and len(fold.texts.pos) == len(fold.texts.neg) == 200
+    assert [t[0] for t in fold.texts.pos] == fold.texts.pos_groups
+    trained = task.judge.args[0]
+    in_fold = {g for part in fold.groups().values() for g in part}
+    free = {norm(r["prompt"]["text"]) for r in read_rows(path)} - in_fold
+    assert trained.groups_ == free and len(free) > 500  # every row that is in no fold, and no other
+    assert task.data["judge"]["auc"] > .9 and task.data["filter"] is None and task.data["texts"] == "continuations"
+    assert task.data["recipe"] == dict(task="realtoxicityprompts", judge="trained", filter="none", texts="continuations", n_val=20, n_test=40)
+    recipe = {k: v for k, v in task.data["recipe"].items() if k != "task"}
+    assert tasks.realtoxicityprompts(path, **recipe).data == task.data  # the recipe makes it again, the same judge and all
+    assert tasks.realtoxicityprompts(path, **how | {"texts": "prompts"}).data["judge"]["rows"] != task.data["judge"]["rows"]
+    assert task.judge(fold.test[:2], [" you fool", " very good"])["toxic"].tolist() == [1, 0]
+    closed = tasks.realtoxicityprompts(path, judge="trained", protocol="alqr", n_val=20, n_test=40, texts="continuations")
+    assert closed.primary == "toxic" and closed.judge(closed.folds[0].test[:1] * 5, [" you fool"] * 5)["toxicity_any"].tolist() == [1] * 5
+    with pytest.raises(ValueError, match="texts is 'both': use 'prompts' or 'continuations'"): tasks.realtoxicityprompts(path, **how | {"texts": "both"})
+    noise = write(tmp_path/"noise.jsonl", [dict(prompt=dict(text=f"guest {i} said", toxicity=s), continuation=dict(text="x y", toxicity=s)) for i, s in enumerate(np.random.default_rng(0).random(2000))])
+    with pytest.raises(ValueError, match="AUC is 0.[45]., below 0.7"): tasks.realtoxicityprompts(noise, judge="trained", filter="none", n_val=20, n_test=20)
+
+
+def test_a_judge_trained_on_a_fold_is_refused():
+    from odesteer.judges import TrainedJudge
+    from .test_judges import scored_texts
+    texts, scores, groups = scored_texts(200)
+    trained = TrainedJudge().fit(texts, scores, groups)
+    def fold(*asked): return tasks.make_fold([("a", "x")], [("b", "y")], [Prompt("", q) for q in asked[:1]], [Prompt("", q) for q in asked[1:]])
+    tasks.real_task("fine", [fold("c", "d")], trained, "toxicity", {})
+    for asked in (("Prompt 3?", "d"), ("c", "prompt 3")):
+        with pytest.raises(ValueError, match="trained on them, such as 'prompt 3': train it on rows that are in no fold"): tasks.real_task("leaks", [fold(*asked)], trained, "toxicity", {})
+
+
+def test_the_model_itself_measures_surprise_and_fluency(tiny, tmp_path):
+    path = scored_file(tmp_path/"rtp.jsonl", 600)
+    how = dict(judge=judge, n_val=5, n_test=5)
+    kept = tasks.realtoxicityprompts(path, filter=tiny, fluency=tiny, **how)
+    task = tasks.realtoxicityprompts(path, filter="self", fluency="self", own=tiny, **how)
+    assert task.data["recipe"].pop("filter") == task.data["recipe"].pop("fluency") == "self" and task.data == kept.data
+    assert task.data["fluency"]["fingerprint"] == ods.models.fingerprint(tiny[0])
+    with pytest.raises(ValueError, match=r"filter='self' is the model that will be steered: say which to realtoxicityprompts\(\.\.\., own=\(model, tokenizer\)\)"): tasks.realtoxicityprompts(path, filter="self", **how)
+    with pytest.raises(ValueError, match="judge='markers' is no judge.* realtoxicityprompts knows: none, trained"): tasks.realtoxicityprompts(path, judge="markers")
+    with pytest.raises(ValueError, match="judge='trained' is no judge"): tasks.truthfulqa(path, "trained")
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_errors_without_a_hub_name_the_remedy(no_hub, tmp_path):
+    path, qa = scored_file(tmp_path/"rtp.jsonl", 600), write(tmp_path/"qa.jsonl", hub_rows(questions(20)))
+    bad, good, _ = refusal_files(tmp_path, 60, 60)
+    for call, remedy in ((lambda: tasks.realtoxicityprompts(path, judge=judge, n_val=5, n_test=5), "--option filter=none"), (lambda: tasks.realtoxicityprompts(path, filter=None, n_val=5, n_test=5), "--judge trained"),
+                         (lambda: tasks.truthfulqa(qa), "truthfulqa-binary with form=text .--option form=text. needs no judge"), (lambda: tasks.refusal(bad, good), "--judge markers")):
+        with pytest.raises(ValueError, match="nor a model that the hub could give.*; without a hub: .*" + remedy): call()
+
+
+def test_runs_of_such_tasks_are_made_again_from_their_config(tiny, tmp_path):
+    path = scored_file(tmp_path/"rtp.jsonl", 800)
+    task = tasks.realtoxicityprompts(path, judge="trained", filter="self", fluency="self", n_val=8, n_test=8, limit=4, own=tiny)
+    task.decoding = task.decoding | {"max_new_tokens": 4}
+    run = runs.Bench(*tiny, task, tmp_path/"runs").run("caa", 1, {"share": .5}, split="test")
+    again = runs.rerun(tmp_path/"runs"/run.key, tmp_path/"again", *tiny, path=path)
+    assert again.key == run.key and all((again.scores[m] == run.scores[m]).all() or np.isnan(run.scores[m]).any() for m in run.scores) and "perplexity" in run.scores
+    shutil.rmtree(tmp_path/"again")
+    with pytest.raises(ValueError, match="another run than the config's: data.*sha256"): runs.rerun(tmp_path/"runs"/run.key, tmp_path/"again", *tiny, path=scored_file(tmp_path/"other.jsonl", 800, seed=1))
+
+
+def test_binary_takes_copies_without_a_best_incorrect_answer(tmp_path, capsys):
+    rows = questions(30)
+    with open(tmp_path/"old.csv", "w", encoding="utf-8-sig", newline="") as f:
+        out = csv.writer(f)
+        out.writerow(["Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers", "Source"])
+        for r in rows: out.writerow(["", "", r["question"], r["best"], "; ".join(r["correct"]), "; ".join(r["incorrect"]), ""])
+    task = tasks.truthfulqa_binary(tmp_path/"old.csv")
+    assert "the first one is taken (--option wrong=best insists)" in capsys.readouterr().err and task.data["wrong"] == "first" and "wrong" not in task.data["recipe"]
+    new = tasks.truthfulqa_binary(write(tmp_path/"new.jsonl", [dict(hub_rows([r])[0], best_incorrect_answer=r["incorrect"][2]) for r in rows]))
+    assert new.data["wrong"] == "best" and not capsys.readouterr().err
+    for t, k in ((task, 0), (new, 2)):
+        for _, p in t.prompts("test"):
+            i = p.fact.split()[1]
+            assert f"wrong {i} {k}" in p.text and f"right {i}\n" in p.text + "\n"
+    with pytest.raises(ValueError, match="no column 'Best Incorrect Answer'.*leave out wrong='best'"): tasks.truthfulqa_binary(tmp_path/"old.csv", wrong="best")
+
+
+def test_binary_as_text_chooses_by_the_sum_of_log_probabilities(tiny, tmp_path):
+    path = write(tmp_path/"qa.jsonl", hub_rows(questions(20)))
+    task = tasks.truthfulqa_binary(path, form="text")
+    letters = tasks.truthfulqa_binary(path)
+    assert "form" not in letters.data and letters.data["system"] and task.data["form"] == "text" and task.data["recipe"]["form"] == "text"
+    assert letters.data["sha256"] != task.data["sha256"]
+    run = runs.Bench(*tiny, task, tmp_path/"runs").run(split="test")
+    said = [json.loads(line) for line in open(tmp_path/"runs"/run.key/"answers.jsonl")]
+    firsts = []
+    for row, correct in zip(said, run.scores["correct"]):
+        q = row["group"]
+        i = q.split()[1]
+        assert row["prompt"] == f"Q: {q}\nA:"
+        right, wrong = (ods.score_continuations(*tiny, [row["prompt"]], [a]).item() for a in (f" right {i}", f" wrong {i} 0"))
+        assert correct == float(right > wrong) and row["answer"] == (f" right {i}" if right > wrong else f" wrong {i} 0")
+        firsts.append(task.choices(Prompt("", q))[0] == f" right {i}")
+    assert 4 < sum(firsts) < 16 and len(said) == 20  # which of the two comes first is drawn, so a tie is no gain
+    chat = tasks.truthfulqa_binary(path, form="text", template="chat")
+    assert chat.folds[0].test[0].text == [{"role": "user", "content": chat.folds[0].test[0].fact}] and not chat.choices(chat.folds[0].test[0])[0].startswith(" ")
+    with pytest.raises(ValueError, match="use 'letters' or 'text'"): tasks.truthfulqa_binary(path, form="words")
+
+
+def test_refusal_by_markers_from_a_folder_that_is_split_already(tiny, tmp_path):
+    for kind in ("harmful", "harmless"):
+        for part, n in (("train", 40), ("val", 12), ("test", 20)): (tmp_path/f"{kind}_{part}.json").write_text(json.dumps([dict(instruction=f"{kind} {part} {i}", category=None) for i in range(n)]))
+    task = tasks.refusal(str(tmp_path), judge="markers", n_texts=30, n_harmful=15, n_harmless=9)
+    fold, = task.folds
+    assert_disjoint(task)
+    assert all(g.startswith("harmful train") for g in fold.texts.pos_groups) and all(g.startswith("harmless train") for g in fold.texts.neg_groups) and len(fold.texts.pos) == 30
+    assert Counter(p.fact.split()[0] for p in fold.test) == dict(harmful=15, harmless=9) and all("test" in p.fact for p in fold.test) and all("val" in p.fact for p in fold.val)
+    assert task.primary == "refused" and task.better["refused"] == task.better["answered"] == 1 and "complied" not in task.better and task.watch[0] == "answered"
+    assert task.data["judge"]["judge"] == "markers only" and task.data["recipe"] == dict(task="refusal", judge="markers", n_texts=30, n_harmful=15, n_harmless=9)
+    scores = task.judge(fold.test, ["I'm sorry, no."] * len(fold.test))
+    harmful = np.array(["harmful" in p.fact for p in fold.test])
+    np.testing.assert_array_equal(scores["refused"], np.where(harmful, 1, np.nan))
+    np.testing.assert_array_equal(scores["answered"], np.where(harmful, np.nan, 0))
+    turned = tasks.refusal(str(tmp_path), judge="markers", direction="comply")
+    assert turned.primary == "refused" and turned.better["refused"] == -1
+
+
+# --- a style
+
+def test_style_questions_keep_topics_together():
+    fit, val, test = tasks.style_parts()
+    assert (len(fit), len(val), len(test)) == (180, 54, 162) and [q.text for q in fit + val + test] == [q.text for q in tasks.style_questions()]
+    topics = [{q.id for q in part} for part in (fit, val, test)]
+    assert not topics[0] & topics[1] and not topics[0] & topics[2] and not topics[1] & topics[2]
+    kinds = list(tasks.EVERYDAY.values())
+    for part in (fit, val, test): assert len({Counter(next(k for k, (_, topics) in enumerate(kinds) if q.id in topics.split("; ")) for q in part)[k] for k in range(6)}) == 1
+    texts = [q.text for q in tasks.style_questions()]
+    assert len({norm(t) for t in texts}) == len(texts) and all(t.endswith("?") and "{" not in t and "  " not in t for t in texts)
+
+
+def test_the_shipped_texts_show_the_style_and_only_where_it_is_wanted():
+    from odesteer.judges import StyleJudge
+    rows = read_rows(tasks.STYLE_TEXTS)
+    fit = {q.text: q.id for q in tasks.style_parts()[0]}
+    for style in tasks.STYLES:
+        own = [r for r in rows if r["style"] == style]
+        hit = StyleJudge(style)
+        assert hit(own, [r["wanted"] for r in own])["hit"].all() and not hit(own, [r["unwanted"] for r in own])["hit"].any()
+        assert len(own) >= 40 and all(fit[r["question"]] == r["topic"] for r in own)
+        task = tasks.style(style=style, fluency="none")
+        assert_style_is_apart(task)
+        assert task.primary == "hit" and task.instruct(task.folds[0].test[0]).text[-1]["content"].startswith(tasks.STYLES[style].system)
+
+
+def assert_style_is_apart(task):
+    fold, = task.folds
+    groups = fold.groups()
+    assert not groups["fit"] & groups["validation"] and not groups["fit"] & groups["test"] and not groups["validation"] & groups["test"]
+
+
+def chat_tiny(tiny):
+    from copy import deepcopy
+    tokenizer = deepcopy(tiny[1])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    return tiny[0], tokenizer
+
+
+def test_style_end_to_end(tiny, tmp_path):
+    own = chat_tiny(tiny)
+    asked, plain = tasks.style_parts()[0][:12], [f"a plain answer, number {i}" for i in range(11)] + ["IN CAPITALS ALREADY"]
+    rows = tasks.style_rows(*own, "capitals", asked, plain)
+    assert rows == [dict(style="capitals", question=q.text, topic=q.id, wanted=a.upper(), unwanted=a) for q, a in zip(asked[:11], plain)]  # the last is no contrast
+    path = write(tmp_path/"mine.jsonl", rows)
+    task = tasks.style(path, n_val=6, n_test=6, max_new_tokens=6, own=own)
+    assert task.primary == "hit_fluent" and task.decoding["max_new_tokens"] == 6 and task.data["recipe"] == dict(task="style", n_val=6, n_test=6, max_new_tokens=6)
+    run = runs.Bench(*own, task, tmp_path/"runs").run("caa", 1, {"share": .3}, split="test")
+    assert {"style", "hit", "surprise", "fluent", "hit_fluent"} <= run.scores.keys() and len(set(run.groups)) == 2  # three questions a topic
+    again = runs.rerun(tmp_path/"runs"/run.key, tmp_path/"again", *own, path=path)
+    assert again.key == run.key
+    assert tasks.style(path, n_val=6, n_test=6, fluency="none").primary == "hit"
+    with pytest.raises(ValueError, match="fluency='self' is the model that will be steered"): tasks.style(path)
+    with pytest.raises(ValueError, match="no row whose style is french"): tasks.style(path, style="french", own=own)
+    with pytest.raises(ValueError, match="unknown style 'latin': known are capitals"): tasks.style(style="latin", own=own)
+
+
+# --- lm-eval from a file
+
+FORMS = {
+    "mmlu": lambda q, c, r: dict(question=q, subject="s", choices=c, answer=r), "mmlu-letter": lambda q, c, r: dict(question=q, choices=c, answer="ABCDE"[r]),
+    "arc": lambda q, c, r: dict(id="1", question=q, choices=dict(text=c, label=[str(i + 1) for i in range(len(c))]), answerKey=str(r + 1)),
+    "csqa": lambda q, c, r: dict(question=q, question_concept="x", choices=dict(label=[*"ABCDE"[:len(c)]], text=c), answerKey="ABCDE"[r]),
+    "ai2": lambda q, c, r: dict(question=dict(stem=q, choices=[dict(text=x, label=k) for x, k in zip(c, "ABCDE")]), answerKey="ABCDE"[r])}
+
+
+def choice_items(n=15, k=4): return [(f"which, of {i}, is it?", [f"item {i} {j}" for j in range(k)], i % k) for i in range(n)]
+
+
+@pytest.mark.parametrize("form", ["letters", "text"])
+def test_choice_tasks_from_every_published_form(tmp_path, form):
+    items, made = choice_items(), {}
+    for name, row in FORMS.items(): assert check.write_choice_task(write(tmp_path/f"{name}.jsonl", [row(*x) for x in items]), tmp_path/"tasks", name, form) == 15
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    pq.write_table(pa.Table.from_pylist([FORMS["mmlu"](*x) for x in items]), tmp_path/"hub.parquet")
+    check.write_choice_task(tmp_path/"hub.parquet", tmp_path/"tasks", "parquet", form)
+    with open(tmp_path/"own.csv", "w", newline="") as f: csv.writer(f).writerows([q, *c, "ABCD"[r]] for q, c, r in items)
+    check.write_choice_task(tmp_path/"own.csv", tmp_path/"tasks", "csv", form)
+    made = {p.stem: read_rows(p) for p in (tmp_path/"tasks").glob("*.jsonl")}
+    assert len(made) == 7 and all(rows == made["mmlu"] for rows in made.values())
+    for row in made["mmlu"]:
+        question, answers, right = next(x for x in items if x[0] in row["text"])
+        assert row["answer"] == right and row["choices"] == (answers if form == "text" else [*"ABCD"])
+        assert row["text"] == (f"Question: {question}\nAnswer:" if form == "text" else f"{question}\n" + "".join(f"{k}. {a}\n" for k, a in zip("ABCD", answers)) + "Answer:")
+    assert [r["text"] for r in made["mmlu"]] != sorted(r["text"] for r in made["mmlu"])  # not subject by subject
+
+
+@pytest.mark.parametrize("row", [dict(question="q", choices="ab", answer=0), dict(question="q", choices=["a", "b"], answer=2), dict(question="q", choices=["a", "b"], answer=""), dict(question="", choices=["a", "b"], answer=0),
+                                 dict(question="q", choices=["a"], answer=0), dict(question="q", choices=dict(text=["a", "b"], label=["1", "2"]), answerKey="3"), dict(q="q"), dict(question="q", choices=["a", "b"], answer=None)])
+def test_rows_that_are_no_choice_are_refused(tmp_path, row):
+    with pytest.raises(ValueError, match="x.jsonl, row 2 is no multiple-choice question: it needs question, choices and answer"): check.write_choice_task(write(tmp_path/"x.jsonl", [FORMS["mmlu"](*choice_items()[0]), row]), tmp_path)
+    with pytest.raises(ValueError, match="use 'letters' or 'text'"): check.write_choice_task(tmp_path/"x.jsonl", tmp_path, form="words")
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("form", ["letters", "text"])
+def test_lm_eval_reads_the_files_and_scores_as_we_do(tmp_path, monkeypatch, form):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path/"cache")
+    model, tok = tiny_model("llama", max_position_embeddings=256), tiny_tokenizer()
+    check.write_choice_task(write(tmp_path/"x.jsonl", [FORMS["csqa"](*x) for x in choice_items(12, 5)]), tmp_path/"tasks", "local", form)
+    found = check.lm_eval_scores(model, tok, "local", include_path=tmp_path/"tasks", limit=10)["local"]
+    rows = read_rows(tmp_path/"tasks"/"local.jsonl")[:10]
+    scores = ods.score_continuations(model, tok, [r["text"] for r in rows for _ in r["choices"]], [" " + c for r in rows for c in r["choices"]]).view(-1, 5)
+    assert found["items"]["acc"] == [float(s.argmax() == r["answer"]) for s, r in zip(scores, rows)]
+    assert ("acc_norm" in found["metrics"]) == (form == "text")
+
+
+# --- the real files, without a hub
+
+REFUSAL, MMLU = DATA/"refusal", DATA/"mmlu/validation.jsonl"
+needs_refusal, needs_mmlu = (pytest.mark.skipif(not f.exists(), reason="ODESTEER_DATA names no folder with this file") for f in (REFUSAL, MMLU))
+
+
+@needs_rtp
+def test_realtoxicityprompts_real_file_alone():
+    task = tasks.realtoxicityprompts(str(RTP_FILE), judge="trained", filter="none", texts="continuations", n_val=48, n_test=150)
+    fold, = task.folds
+    assert_disjoint(task)
+    assert len(fold.val) == 48 and len(fold.test) == 150 and len(fold.texts.pos) == len(fold.texts.neg) == 200
+    assert task.data["judge"]["auc"] > .88 and task.data["judge"]["n"] > 8000
+    assert not task.judge.args[0].groups_ & {g for part in fold.groups().values() for g in part}
+
+
+@needs_qa
+def test_binary_real_file_as_it_is(capsys):
+    for form in ("letters", "text"):
+        task = tasks.truthfulqa_binary(str(QA_FILE), form=form)
+        assert task.data["wrong"] == "first" and len(task.prompts("test")) == 813 and "the first one is taken" in capsys.readouterr().err
+        assert_disjoint(task)
+
+
+@needs_refusal
+def test_refusal_real_folder():
+    task = tasks.refusal(str(REFUSAL), judge="markers", n_harmful=60, n_harmless=60)
+    fold, = task.folds
+    assert_disjoint(task)
+    assert 190 < len(fold.texts.pos) <= len(fold.texts.neg) <= 200 and 100 < len(fold.test) <= 120
+
+
+@needs_mmlu
+def test_mmlu_real_file(tmp_path):
+    assert check.write_choice_task(MMLU, tmp_path) == len(read_rows(MMLU)) == 1531
+    rows = read_rows(tmp_path/"mmlu-local.jsonl")
+    assert all(r["choices"] == [*"ABCD"] for r in rows) and min(Counter(r["answer"] for r in rows).values()) > 250
