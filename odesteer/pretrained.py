@@ -17,7 +17,7 @@ from .models import load_pretrained, no_progress_bars
 
 # %% auto #0
 __all__ = ['NAMED', 'HUB_SETTINGS', 'Named', 'installed_file', 'ModelError', 'GGUF', 'read_gguf', 'cache_folder',
-           'native_bfloat16', 'free_memory', 'hub_commit', 'load_model', 'count_layers', 'hub_origin']
+           'native_bfloat16', 'free_memory', 'HubError', 'hub_commit', 'load_model', 'count_layers', 'hub_origin']
 
 # %% ../nbs/07_pretrained.ipynb #3d5b8ecc
 @dataclass(frozen=True)
@@ -318,6 +318,8 @@ def _gigabytes(n) -> str: return f"{n/1e9:,.0f} GB" if n > 1e10 else f"{n/1e9:.2
 #: settings of `from_pretrained` that finding a file on the hub needs
 HUB_SETTINGS = "cache_dir", "local_files_only", "token", "force_download"
 
+class HubError(ValueError): "The hub could not be reached, or has no such model"
+
 def hub_commit(
     name: str,  # owner/name on the hub
     revision: str = None,  # branch, tag or commit; None: the default branch
@@ -329,8 +331,8 @@ def hub_commit(
     try: path = hf_hub_download(name, "config.json", revision=revision, **known)
     except Exception as e:
         at = f" at revision {revision!r}" if revision else ""
-        raise ValueError(f"{name!r} is neither a folder here nor a model that the hub could give{at}: "
-                         f"{_first_line(e)}") from e
+        raise HubError(f"{name!r} is neither a folder here nor a model that the hub could give{at}: "
+                       f"{_first_line(e)}") from e
     return re.search(r"snapshots/([0-9a-f]{40})/", Path(path).as_posix())[1]
 
 def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]

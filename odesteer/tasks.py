@@ -15,8 +15,9 @@ import numpy as np
 from .data import (
     SAMPLING, ContrastTexts, Prompt, cell, check_reading, digest, group_key, group_of, read_rows, sample, write_jsonl)
 from .judges import (
-    BETTER, FluentJudge, HubError, ModelSource, Strict, StyleJudge, TrainedJudge, load_judge, perplexity, question_of,
+    BETTER, FluentJudge, ModelSource, Strict, StyleJudge, TrainedJudge, load_judge, perplexity, question_of,
     text_metrics, with_template)
+from .pretrained import HubError
 from .statistics import toxicity_metrics
 
 # %% auto #0
