@@ -300,10 +300,16 @@ def _closer(strengths, k) -> list:
 def variant(
     name: str,  # a method, or one with settings, such as "odesteer:metric=covariance" or "odesteer:steps=3:C=100"
     params: dict = {},  # method -> hyper-parameters, which the settings are added to
-) -> tuple:  # method, hyper-parameters
+) -> tuple:  # method, hyper-parameters, and `reading` among them if the name says where texts are read
     "What a name stands for; values are JSON, or else text"
     method, *settings = name.split(":")
     return method, params.get(method, {}) | dict(map(_setting, settings))
+
+def _as_asked(name, search, params) -> tuple:
+    "Method, search and hyper-parameters of a name"
+    method, own = variant(name, params)
+    if "reading" in own: search = replace(search, readings=[own["reading"]])
+    return method, search, {k: v for k, v in own.items() if k != "reading"}
 
 def _setting(text) -> tuple:
     key, equals, value = text.partition("=")
@@ -328,7 +334,7 @@ def benchmark(
     for name in methods: _benchmark_method(bench, name, search, params, curve, lm_eval)
 
 def _benchmark_method(bench, name, search, params, curve, lm_eval):
-    method, params, name = *variant(name, params), name
+    method, search, params = _as_asked(name, search, params)
     choice = sweep(bench, method, search, params, name if ":" in name else None)
     log(f"odesteer: {bench.about['name']} {bench.task.name} {name}: {_in_words(choice)}")
     if choice.strength is None: return
@@ -362,8 +368,8 @@ def chosen(
     "The settings of the methods for which a strength is safe, whatever was read for them"
     found = []
     for name in methods:
-        method, own = variant(name, params)
-        choice = sweep(bench, method, search, own, name if ":" in name else None)
+        method, place, own = _as_asked(name, search, params)
+        choice = sweep(bench, method, place, own, name if ":" in name else None)
         if choice.strength: found.append(Setting(method, choice.layer, choice.strength, own))
     return found
 
