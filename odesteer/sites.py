@@ -182,6 +182,7 @@ def add_ranking(
     kept = [r for r in json.loads(path.read_text(encoding="utf-8")) if not same(r)] if path.exists() else []
     write_atomic(path, json.dumps([*kept, record], indent=1) + "\n")
 
+# %% ../nbs/08_sites.ipynb #da04435a
 def read_rankings(
     path=None,  # JSON file of `odesteer sites --out`; None: the rankings that come with the library
 ) -> list:  # of dicts as `ranking` makes them, but with `Sites`
