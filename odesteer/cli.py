@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import odesteer as ods
 from .barrier import certificate, implied_barrier
-from .data import (QUESTION_ANSWER, SAMPLING, check_pairs, check_reading, digest, fit_steerer, group_of, load_pairs,
+from .data import (QUESTION_ANSWER, SAMPLING, check_pairs, check_reading, digest, fit_steerer, group_of,
+                           load_pairs,
                            load_prompts, read_rows, sample_batch, write_jsonl)
 from .euler import load_class, write_atomic
 from .judges import BETTER
