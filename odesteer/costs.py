@@ -9,7 +9,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
-import io, json, math, tempfile, time
+import copy, io, json, math, shutil, tempfile, time
 import numpy as np
 from fastcore.basics import patch
 import odesteer as ods
@@ -34,8 +34,11 @@ class Rehearsal(Bench):
         self.model, self.tokenizer, self.task, self.about = bench.model, bench.tokenizer, bench.task, bench.about
         self.batch_size, self.before, self.out, self.most = bench.batch_size, bench.out, Path(out), most
         self.wanted = {}  # key -> config of a run that is asked for and missing
-        self.texts, self._layers, self._readers = 0, set(), set()  # to read; which were read for what
-        self._set_grids(search)
+        self._texts, self._readers = Counter(), set()  # to read; what was read for whom
+        self._set_search(search)
+
+    @property
+    def texts(self) -> int: return self._texts.total()
 
     def run(self, *args, **kwargs) -> Run:
         config, n = self.config(*args, **kwargs), 1 if self.most else 2
@@ -49,8 +52,8 @@ class Rehearsal(Bench):
 _NUDGE = 1 + 1e-9
 
 @patch
-def _set_grids(self: Rehearsal, search):
-    "Nudged grids of all methods, as a search, and the choices that were made already"
+def _set_search(self: Rehearsal, search):
+    "The search with nudged grids of all methods, and the choices and rankings that were made already"
     task, given = self.task.name, search.strengths
     grids = {m: given.get((task, m)) if isinstance(given, dict) else given for m in ods.REGISTRY}
     if isinstance(given, dict): grids = {m: grid for m, grid in grids.items() if grid is not None}
@@ -58,6 +61,7 @@ def _set_grids(self: Rehearsal, search):
     self.real = {x * _NUDGE: x for grid in grids.values() for s in grid for x in s.values()}
     self.grids = {m: _nudged(grid) for m, grid in grids.items()}
     self.search = replace(search, strengths={(task, m): grid for m, grid in self.grids.items()})
+    if search.layers == "ranked": self._rank()
     (self.out/"choices").mkdir(parents=True)
     for path in (self.before/"choices").glob("*.json"):
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -94,11 +98,29 @@ def _gain(self: Rehearsal, method, layer, strength) -> float:
 
 # %% ../nbs/25_costs.ipynb #c05a0014
 @patch
-def read_layers(self: Rehearsal, layers):
-    missing = set(layers) - self._layers
-    self._layers |= missing
-    if missing: self.texts += sum(len(f.texts.pos) + len(f.texts.neg) for f in self.task.folds)
+def _all_texts(self: Rehearsal) -> int: return sum(len(f.texts.pos) + len(f.texts.neg) for f in self.task.folds)
 
+@patch
+def _rank(self: Rehearsal):
+    "A ranking that was made counts; one that was not is paid, and any places stand for the best ones"
+    if (self.before/"sites").is_dir(): return shutil.copytree(self.before/"sites", self.out/"sites")
+    readings = self.search.readings or [self.task.reading]
+    self._texts["ranking"] += len(readings) * self._all_texts()
+    self.search = replace(self.search, layers=list(range(self.search.most)), readings=readings[:1])
+
+@patch
+def read_at(self: Rehearsal, reading) -> Rehearsal:
+    other = copy.copy(self)
+    other.task = replace(self.task, reading=reading)
+    return other
+
+@patch
+def read_layers(self: Rehearsal, layers):
+    missing = {(self.task.reading, layer) for layer in layers} - self._readers
+    self._readers |= missing
+    if missing: self._texts["steerers"] += self._all_texts()
+
+# %% ../nbs/25_costs.ipynb #69310142
 @patch
 def steerer(self: Rehearsal, method, layer, params, fold=0):
     if not (load_class(method).needs_layer or self.most): raise ValueError("in the cheapest case it finds nothing")
@@ -117,7 +139,7 @@ def _reads(self: Rehearsal, method, layer, params):
     reader = "prompts" if prompts else method, layer, json.dumps(params, sort_keys=True) * (not prompts)
     if reader in self._readers or not (prompts or not cls.needs_layer): return
     self._readers.add(reader)
-    self.texts += sum(len(f.texts.pos) + len(f.texts.neg) * (not prompts) for f in self.task.folds)
+    self._texts[method] += sum(len(f.texts.pos) + len(f.texts.neg) * (not prompts) for f in self.task.folds)
 
 # %% ../nbs/25_costs.ipynb #c05a0016
 def rehearse(

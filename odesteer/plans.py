@@ -229,7 +229,9 @@ def bench_plan(
 def _check_variant(name, names):
     method, params = variant(name)
     if method not in names: raise ValueError(f"there is no method {method!r}; choose from {', '.join(names)}")
-    try: ods.make_steerer(method, **params)
+    try:
+        check_reading(params.pop("reading", "last"), method)
+        ods.make_steerer(method, **params)
     except (TypeError, ValueError) as e: raise ValueError(f"--methods {name}: {e}") from None
 
 def _search(o: BenchOptions, usual: Search) -> Search:

@@ -172,18 +172,21 @@ def sweep(
     path = bench.out/"choices"/f"{run_key(config)}.json"
     if path.exists(): return _read_choice(path)
     choice = _choose(bench, method, params, places, strengths, search)
+    is_ranked = search.layers == "ranked" and load_class(method).needs_layer
+    ranking = {"ranking": _ranking(bench, search).rows()} if is_ranked else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps({"config": config, **asdict(choice)}, indent=1))
+    write_atomic(path, json.dumps({"config": config, **asdict(choice), **ranking}, indent=1))
     return choice
 
 # %% ../nbs/17_sweeps.ipynb #fd7b8345
 def _places(bench, method, search) -> list:
     "(layer, place of reading) of every fit to try"
     if not load_class(method).needs_layer: return [(None, "last")]
-    readings = search.readings or [bench.task.reading]
-    if search.layers == "ranked": return [(s.layer, s.reading) for s in ranked_sites(bench, readings).best(search.most)]
-    n = len(ods.decoder_layers(bench.model))
+    if search.layers == "ranked": return [(s.layer, s.reading) for s in _ranking(bench, search).best(search.most)]
+    n, readings = len(ods.decoder_layers(bench.model)), search.readings or [bench.task.reading]
     return [(k % n, reading) for reading in readings for k in search.layers or auto_layers(bench.model)]
+
+def _ranking(bench, search) -> Sites: return ranked_sites(bench, search.readings or [bench.task.reading])
 
 def _strengths(bench, method, search) -> list:
     given = search.strengths
@@ -297,10 +300,16 @@ def _closer(strengths, k) -> list:
 def variant(
     name: str,  # a method, or one with settings, such as "odesteer:metric=covariance" or "odesteer:steps=3:C=100"
     params: dict = {},  # method -> hyper-parameters, which the settings are added to
-) -> tuple:  # method, hyper-parameters
+) -> tuple:  # method, hyper-parameters, and `reading` among them if the name says where texts are read
     "What a name stands for; values are JSON, or else text"
     method, *settings = name.split(":")
     return method, params.get(method, {}) | dict(map(_setting, settings))
+
+def _as_asked(name, search, params) -> tuple:
+    "Method, search and hyper-parameters of a name"
+    method, own = variant(name, params)
+    if "reading" in own: search = replace(search, readings=[own["reading"]])
+    return method, search, {k: v for k, v in own.items() if k != "reading"}
 
 def _setting(text) -> tuple:
     key, equals, value = text.partition("=")
@@ -325,7 +334,7 @@ def benchmark(
     for name in methods: _benchmark_method(bench, name, search, params, curve, lm_eval)
 
 def _benchmark_method(bench, name, search, params, curve, lm_eval):
-    method, params, name = *variant(name, params), name
+    method, search, params = _as_asked(name, search, params)
     choice = sweep(bench, method, search, params, name if ":" in name else None)
     log(f"odesteer: {bench.about['name']} {bench.task.name} {name}: {_in_words(choice)}")
     if choice.strength is None: return
@@ -359,8 +368,8 @@ def chosen(
     "The settings of the methods for which a strength is safe, whatever was read for them"
     found = []
     for name in methods:
-        method, own = variant(name, params)
-        choice = sweep(bench, method, search, own, name if ":" in name else None)
+        method, place, own = _as_asked(name, search, params)
+        choice = sweep(bench, method, place, own, name if ":" in name else None)
         if choice.strength: found.append(Setting(method, choice.layer, choice.strength, own))
     return found
 

@@ -83,10 +83,11 @@ def test_counts_by_hand(lm, tmp_path):
 
 
 def test_a_real_plan_stays_within_and_what_is_done_is_not_paid_again(lm, tmp_path):
-    plan = Plan([UNIT], ["caa", "random"], Search([1], (.2, .4), refine=1, repeats=1, seeds=1, allow=.5), studies=["multistep"])
+    plan = Plan([UNIT], ["caa", "random"], Search("ranked", (.2, .4), refine=1, repeats=1, seeds=1, allow=.5, readings=["last", "mean"], most=2), studies=["multistep"])
     make = lambda axis, out, **kwargs: bench(lm, out, axis=axis, **kwargs)
     real = bench(lm, tmp_path/"runs")
     before = plan_cost(plan, UNIT, real)
+    assert before.least.texts == before.most.texts == 3 * sum(len(f.texts.pos + f.texts.neg) for f in real.task.folds)  # two readings are ranked, then the best places are read
     lo, hi = (len(r.wanted) for r in (before.least, before.most))
     run_plan(replace(plan, methods=["caa"], studies=()), make, tmp_path/"runs")
     partly = contents(tmp_path/"runs")

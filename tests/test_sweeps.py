@@ -324,7 +324,7 @@ def test_a_variant_has_a_choice_a_row_and_a_name_of_its_own(lm, tmp_path):
     rows = {r.get("name", r["method"]): r for r in scope["rows"]}
     assert list(rows)[2:] == ["caa", "odesteer", *names[1:3], "random"]
     table = main_table(scope).markdown()
-    assert all(f"| {name} " in table for name in names[:4]) and "| random (placebo) " in table and "odesteer:metric=covariance" in str(beats(scope, ["random"], "better than chance?").evidence)
+    assert all(name in table for name in names) and "odesteer:metric=covariance" in str(beats(scope, ["random"], "better than chance?").evidence)
     for figure in (forest_figure, layer_figure, pareto_figure, strength_figure): assert figure(scope)
     plain = Plan([("truth",)], ["odesteer"], plan.search, params=small_sketch)
     before = {p.name for p in (tmp_path/"choices").glob("*.json")}
