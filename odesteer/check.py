@@ -408,11 +408,12 @@ def write_choice_task(
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder/f"{name}.jsonl", rows)
-    metrics = ["acc"] if form == "letters" else ["acc", "acc_norm"]
+    names = ["acc"] if form == "letters" else ["acc", "acc_norm"]
+    metrics = [dict(metric=m, aggregation="mean", higher_is_better=True) for m in names]
     source = dict(data_files=dict(test=str(folder/f"{name}.jsonl")))
     config = dict(task=name, dataset_path="json", dataset_kwargs=source, test_split="test", doc_to_text="text",
                   output_type="multiple_choice", doc_to_choice="choices",
-                  doc_to_target="answer", metric_list=[dict(metric=m) for m in metrics])
+                  doc_to_target="answer", metric_list=metrics)
     (folder/f"{name}.yaml").write_text(json.dumps(config, indent=1), encoding="utf-8")  # JSON is YAML
     return len(rows)
 

@@ -20,15 +20,15 @@ from .micro import AXES, Recipe
 from .models import READINGS
 from .plans import (BENCHMARKS, BenchOptions, assignments, bench_options, check_layer, check_names, comma_list,
                             one_thread, positive_number, run_bench, whole_number)
-from .pretrained import count_layers, load_model
+from .pretrained import NAMED, count_layers, installed_file, load_model
 from .report import report
 from .results import committed
 from .runs import Bench, Run, canonical_params, log, write_batches
 from .sites import add_ranking, rank_sites, ranking
 from .speed import PARTS, goals, measure, show
 from .statistics import bootstrap_interval, paired_difference, summary_table
-from .sweeps import ABLATIONS, MICRO_PARAMS, PRESETS, Setting, sweep
-from .tasks import REAL_TASKS, Fold, Task, general_metrics, micro_task
+from .sweeps import ABLATIONS, MICRO_PARAMS, PRESETS, Search, Setting, sweep
+from .tasks import REAL_TASKS, STYLES, Fold, Task, general_metrics, micro_task
 
 # %% auto #0
 __all__ = ['METHODS', 'committed_choice', 'Demo', 'run_demo', 'barrier_rise', 'demo_figure', 'changed_answers', 'answers_by_arm',
@@ -101,14 +101,15 @@ def _distance(bench, setting) -> dict:
 def barrier_rise(
     bench: Bench,
     setting: Setting,
-    starts: list,  # texts whose last token is where trajectories start
+    starts: list,  # texts that were not fitted on: trajectories start where the task reads them
 ):  # a `Certificate`; None for a method without a barrier
     "The barrier along the way of activations that were not fitted on"
     method, layer, strength, params = setting
     steerer = bench.steerer(method, layer, canonical_params(method, params))
     try: barrier = implied_barrier(steerer)
     except TypeError: return None
-    a = ods.collect_activations(bench.model, bench.tokenizer, starts, layers=[layer], progress=False)[layer]
+    where = dict(layers=[layer], positions=bench.task.reading, progress=False)
+    a = ods.collect_activations(bench.model, bench.tokenizer, starts, **where)[layer]
     (unit, value), = strength.items()
     if hasattr(steerer, "trajectory"): path = steerer.trajectory(a, **strength)
     else: path = torch.stack([steerer.steer(a, **{unit: k*value/10}) for k in range(11)])
@@ -246,17 +247,14 @@ def _last_message(prompt) -> str:
 
 # %% ../nbs/27_cli.ipynb #53b211b9
 def _demo(o):
-    "The whole path on the micro model, or on `--model` with `--pairs` and `--prompts`"
+    "The whole path on a pretrained model or the micro model, or on `--model` with `--pairs` and `--prompts`"
     start, params = time.perf_counter(), _method_params(o)
-    check_reading(o.reading, o.method)
-    own = [name for name in ("model", "pairs", "prompts") if getattr(o, name)]
-    if 0 < len(own) < 3:
-        raise ValueError(f"--{own[0]} needs all of --model, --pairs and --prompts; "
-                         "without them the demo runs on the micro model")
+    check_reading(o.reading or "last", o.method)
+    make = _which_demo(o)
     _strength_of(o)  # two strengths are a mistake
     out = _output_folder(o.out)
-    with nullcontext() if own else one_thread():
-        bench, setting, starts = (_own_demo if own else _micro_demo)(o, params, out/"runs")
+    with one_thread() if make is _micro_demo else nullcontext():
+        bench, setting, starts = make(o, params, out/"runs")
         texts = bench.task.folds[0].texts
         print(f"{bench.task.name}: {o.method} on {len(texts.pos)} wanted and {len(texts.neg)} unwanted texts, "
               f"{_place(setting.layer)}", flush=True)
@@ -275,12 +273,29 @@ def _rise_in_words(rise) -> str:
     return (f"barrier h along the way: rose for {rise.share_risen:.0%} of {h.shape[1]} held-out activations, "
             f"median {h[0].median():.2f} -> {h[-1].median():.2f}")
 
+# %% ../nbs/27_cli.ipynb #b7e0a1c2
+_PRETRAINED_AXIS = "excited"
+
+def _which_demo(o):
+    "What is demonstrated: the function that makes bench and setting"
+    own = [name for name in ("model", "pairs", "prompts") if getattr(o, name)]
+    if own and own != ["model"] or o.model not in (None, "micro", "smollm2"):
+        if len(own) == 3 and o.axis is None: return _own_demo
+        extra = "no --axis beside texts of your own" if len(own) == 3 else f"--{own[0]} needs all of --model, --pairs and --prompts"
+        raise ValueError(f"{extra}; without them the demo runs on smollm2 or, with --model micro, on the micro model")
+    micro, style = o.model == "micro" or o.axis in AXES, o.model == "smollm2" or o.axis in STYLES
+    if micro and style: raise ValueError(f"--axis {o.axis} is not one of {o.model}: it has {', '.join(AXES if o.model == 'micro' else STYLES)}")
+    if style or micro: return _micro_demo if micro else _pretrained_demo
+    if installed_file("smollm2"): return _pretrained_demo
+    log(f"odesteer: on the micro model; on a pretrained one after {NAMED['smollm2'].install}")
+    return _micro_demo
+
 # %% ../nbs/27_cli.ipynb #de24b321
 def _micro_demo(o, params, runs) -> tuple:
     "Bench, setting and starts of trajectories of the demonstration on the micro model"
     if o.layer is not None: check_layer(o.layer, Recipe.layers, o.method)
-    lm = ods.load_micro()
-    task, (layer, strength) = micro_task(lm, o.axis), committed_choice(o.axis, o.method)
+    lm, axis = ods.load_micro(), o.axis or "truth"
+    task, (layer, strength) = micro_task(lm, axis), committed_choice(axis, o.method)
     params = MICRO_PARAMS["speakers"].get(o.method, {}) | params
     def bench(task, size): return Bench(lm.model, lm.tokenizer, task, runs, "micro-speakers-0", batch_size=size)
     if o.choose:
@@ -291,15 +306,42 @@ def _micro_demo(o, params, runs) -> tuple:
         print(f"{_place(layer)} and strength {_strength_in_words(strength)} were chosen on validation prompts")
     if o.layer is not None: layer = check_layer(o.layer, Recipe.layers)
     setting = Setting(o.method, layer, _strength_of(o) or strength, canonical_params(o.method, params))
-    return bench(_drawn(task, o), o.batch_size), setting, lm.world.contrast(o.axis, "val").neg
+    return bench(_drawn(task, o), o.batch_size), setting, lm.world.contrast(axis, "val").neg
 
 def _drawn(task, o) -> Task:
     "The task with answers drawn, and texts read, as the options say"
     decoding = task.decoding | _sampling_of(o)
     if o.max_new_tokens: decoding["max_new_tokens"] = o.max_new_tokens
-    return replace(task, decoding=decoding, reading=o.reading)
+    return replace(task, decoding=decoding, reading=o.reading or task.reading)
 
 def _strength_in_words(strength) -> str: return ", ".join(f"{k} = {v:.3g}" for k, v in strength.items())
+
+# %% ../nbs/27_cli.ipynb #c8f1b2d3
+#: style -> block and strength that `odesteer demo --axis STYLE --choose` took for ODESteer
+_CHOSEN = {"excited": (24, {"spread": .7}), "capitals": (24, {"spread": 1.}), "french": (16, {"spread": 1.}),
+           "personal": (16, {"spread": 1.})}
+_SIZES = dict(n_val=18, n_test=36)  # questions of the demonstration
+_SWEPT = Search(layers=[12, 16, 20, 24], strengths=[{"spread": s} for s in (.4, .55, .7, .85, 1., 1.2, 1.5)], repeats=1)
+
+def _pretrained_demo(o, params, runs) -> tuple:
+    "The same for the pretrained model: a style in which it shall answer, with texts of its own"
+    axis, n = o.axis or _PRETRAINED_AXIS, count_layers("smollm2")
+    if o.layer is not None: check_layer(o.layer, n, o.method)
+    model, tokenizer = load_model("smollm2", o.revision, o.device, o.dtype)
+    def bench(n_texts=60, **sizes):
+        task = REAL_TASKS["style"](style=axis, n_texts=n_texts, fluency=(model, tokenizer), **sizes)
+        return Bench(model, tokenizer, _drawn(replace(task, reading="mean"), o), runs, batch_size=o.batch_size)
+    layer, strength = _CHOSEN[axis] if load_class(o.method).needs_layer else (None, None)
+    if o.choose:
+        choice = sweep(bench(), o.method, _SWEPT, params)
+        print(f"{o.method}: {choice.why}")
+        if choice.strength: layer, strength = choice.layer, choice.strength
+    if strength and not _strength_of(o) and o.layer is None:
+        print(f"{_place(layer)} and strength {_strength_in_words(strength)} were chosen on validation prompts")
+    if o.layer is not None: layer = check_layer(o.layer, n)
+    setting = Setting(o.method, layer, _strength_of(o) or strength, canonical_params(o.method, params))
+    fitted, more = bench(**_SIZES), bench(n_texts=100)
+    return fitted, setting, more.task.folds[0].texts.neg[60:]
 
 # %% ../nbs/27_cli.ipynb #6575bdee
 def _own_demo(o, params, runs) -> tuple:
@@ -383,10 +425,10 @@ def _write_demo(demo: Demo, rise, steerer, seed, out: Path):
 def _fit(o):
     "Pairs in, a folder with a fitted steerer out"
     params, out = _method_params(o), _output_folder(o.out)
-    check_reading(o.reading, o.method)
+    reading = check_reading(o.reading or "last", o.method)
     pairs, layer = _read_pairs(o), _layer_of(o)
     model, tokenizer = load_model(o.model, o.revision, o.device, o.dtype)
-    steerer = fit_steerer(model, tokenizer, pairs, o.method, layer, o.batch_size, o.reading, **params)
+    steerer = fit_steerer(model, tokenizer, pairs, o.method, layer, o.batch_size, reading, **params)
     n_groups = len(set(pairs.groups))
     steerer.about.update(_form(pairs.template, pairs.system), pairs=str(o.pairs), groups=n_groups)
     steerer.save_pretrained(out)
@@ -460,10 +502,12 @@ def _sites(o):
     readings = [check_reading(r) for r in comma_list(o.reading)]
     pairs = _read_pairs(o)
     model, tokenizer = load_model(o.model, o.revision, o.device, o.dtype)
-    how = dict(readings=readings, seed=o.seed, shuffle=o.shuffle, limit=o.limit, max_length=o.max_length)
+    how = dict(readings=readings, seed=o.seed, shuffle=o.shuffle, limit=o.limit, coordinates=o.coordinates,
+               max_length=o.max_length)
     found = rank_sites(model, tokenizer, pairs, batch_size=o.batch_size, **how)
     print(found)
-    if o.out: add_ranking(o.out, ranking(found, model, o.model, pairs, Path(o.pairs).stem, **how))
+    name = Path(o.model).name if Path(o.model).exists() else o.model
+    if o.out: add_ranking(o.out, ranking(found, model, name, pairs, Path(o.pairs).stem, **how))
 
 def _check_pairs(o):
     "Look at the labels; exit code 1 if there is a problem that must be mended"
@@ -612,7 +656,7 @@ def _method_options(c):
     param = "hyper-parameter of the method, such as gamma=10; may be repeated"
     c.add_argument("--method", default="odesteer", metavar="NAME", help="one of " + ", ".join(METHODS))
     c.add_argument("--layer", type=int, metavar="N", help=layer)
-    c.add_argument("--reading", choices=READINGS, default="last", help=_READING_HELP)
+    c.add_argument("--reading", choices=READINGS, help=_READING_HELP)
     c.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=param)
 
 def _strength_options(c, *units):
@@ -635,7 +679,8 @@ def _sampling_options(c, new_tokens=None):
 
 # %% ../nbs/27_cli.ipynb #214cf97b
 _EXAMPLES = {
-    "demo": ("odesteer demo", "odesteer demo --axis toxicity --method caa", "odesteer demo --method alqr --T 2",
+    "demo": ("odesteer demo", "odesteer demo --model micro", "odesteer demo --axis toxicity --method caa",
+             "odesteer demo --axis capitals --spread 1.2 --layer 22", "odesteer demo --model micro --method alqr --T 2",
              "odesteer demo --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --prompts prompts.txt --spread 1"),
     "fit": ("odesteer fit --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --columns pos,neg --layer 6 "
             "--out steerer",
@@ -682,8 +727,9 @@ def parser() -> Parser:
 def _demo_options(c):
     choose = "choose layer and strength on validation prompts now, instead of taking the committed choice"
     out = "folder for figure, answers, numbers and steerer (default odesteer-demo)"
-    axis = "what to steer in the micro model (default truth)"
-    c.add_argument("--axis", choices=list(AXES), default="truth", help=axis)
+    axis = (f"what to steer: of the pretrained model {', '.join(STYLES)} (default {_PRETRAINED_AXIS}), "
+            f"of the micro model {', '.join(AXES)} (default truth)")
+    c.add_argument("--axis", choices=[*STYLES, *AXES], metavar="AXIS", help=axis)
     c.add_argument("--choose", action="store_true", help=choose)
     c.add_argument("--out", default="odesteer-demo", help=out)
     shown = "prompts whose answers are printed (default 4)"
@@ -709,6 +755,8 @@ def _sites_options(c):
     _model_options(c, required=True)
     _pair_options(c, required=True)
     c.add_argument("--reading", default="last,mean", metavar="NAME,...", help=places)
+    c.add_argument("--coordinates", choices=("raw", "centred", "standardised"), default="raw",
+                   help="of the barrier (default raw)")
     c.add_argument("--limit", type=whole_number, default=400, metavar="N", help="texts at most (default 400)")
     c.add_argument("--max-length", type=whole_number, metavar="N", help="tokens of a text at most")
     c.add_argument("--seed", type=int, default=0, help="of the draw, the folds and the sketch (default 0)")
@@ -803,7 +851,7 @@ def _bench_arguments(c):
     _model_options(c)
 
 _COMMANDS = {
-    "demo": (_demo, _demo_options, "steer and measure: the micro model by default, or your model and texts"),
+    "demo": (_demo, _demo_options, "steer and measure: a pretrained model if it is installed, the micro model, or your model and texts"),
     "sites": (_sites, _sites_options, "rank blocks and tokens by what can be read there about held-out texts"),
     "fit": (_fit, _fit_options, "fit a steerer on pairs and save it"),
     "generate": (_generate, _generate_options, "answer prompts with a saved steerer"),

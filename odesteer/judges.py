@@ -21,7 +21,8 @@ from .pretrained import HUB_SETTINGS, hub_commit
 __all__ = ['BETTER', 'HARMFUL', 'JUDGES', 'MARKS', 'distinct_n', 'empty_rate', 'repetition_rate', 'text_metrics', 'perplexity',
            'kl_to_unsteered', 'Judge', 'ExactJudge', 'ModelSource', 'ScoreCache', 'ModelJudge', 'question_of',
            'YesNoJudge', 'ClassifierJudge', 'RewardJudge', 'with_template', 'ChatYesNoJudge', 'Panel', 'load_judge',
-           'capitals_share', 'french_share', 'personal_share', 'StyleJudge', 'FluentJudge', 'Strict', 'TrainedJudge']
+           'capitals_share', 'french_share', 'personal_share', 'exclaimed_share', 'StyleJudge', 'FluentJudge', 'Strict',
+           'TrainedJudge']
 
 # %% ../nbs/11_judges.ipynb #563837bd
 def _ngrams(words, n): return list(zip(*(words[i:] for i in range(n))))
@@ -570,8 +571,14 @@ def personal_share(text: str) -> float:
     words = re.findall(r"[a-z']+", text.lower().replace("’", "'"))
     return sum(w in _PERSONAL for w in words) / max(1, len(words))
 
+def exclaimed_share(text: str) -> float:
+    "Share of the sentences that end in an exclamation mark; 0 where none ends"
+    ends = re.findall(r"(?<!\d)[.!?]+(?=\s|$)", text)
+    return sum("!" in e for e in ends) / max(1, len(ends))
+
 #: Style -> its mark in a text, and the share from which on an answer has the style
-MARKS = {"capitals": (capitals_share, .8), "french": (french_share, .2), "personal": (personal_share, .05)}
+MARKS = {"capitals": (capitals_share, .8), "french": (french_share, .2), "personal": (personal_share, .05),
+         "excited": (exclaimed_share, .5)}
 
 # %% ../nbs/11_judges.ipynb #acc2bb08
 class StyleJudge(Judge):

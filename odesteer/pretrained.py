@@ -137,6 +137,7 @@ def read_gguf(
 
 # %% ../nbs/07_pretrained.ipynb #d0ce8fd4
 def _needs(what, *packages):
+    "A ValueError where a package is missing"
     missing = [p for p in packages if find_spec(p) is None]
     if missing: raise ModelError(f"{what} cannot be read without {' and '.join(missing)}: "
                                  f"pip install {' '.join(missing)}")
@@ -153,15 +154,16 @@ def _check_whole(head: GGUF):
     if there < wanted: raise ModelError(f"{head.path} is cut short, {there:,} bytes of {wanted:,}: fetch it again")
 
 # %% ../nbs/07_pretrained.ipynb #c93fd067
-def _dequantised(path) -> tuple:  # model, tokenizer
+def _dequantised(head: GGUF) -> tuple:  # model, tokenizer
     "What transformers makes of a GGUF file: ordinary weights in float32"
     import transformers
-    at = dict(gguf_file=path.name)
-    config = transformers.AutoConfig.from_pretrained(path.parent, **at)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **at)
+    folder, at = head.path.parent, dict(gguf_file=head.path.name)
+    config = transformers.AutoConfig.from_pretrained(folder, **at)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **at)
+    _set_tokens(tokenizer, head)
     # newer versions would keep the blocks packed where they have kernels for it
     if hasattr(transformers, "GgufConfig"): at["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, config=config, dtype=torch.float32, **at)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, **at)
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None  # the weights are ordinary now, and can be saved
     short = (d for d in (torch.bfloat16, torch.float16) if _exact(model.parameters(), d))
@@ -169,6 +171,14 @@ def _dequantised(path) -> tuple:  # model, tokenizer
         for p in model.parameters(): p.data = p.data.to(d)
     return model, tokenizer
 
+def _set_tokens(tokenizer, head):
+    "The special tokens that the file names, which some versions of transformers guess"
+    tokens = head.about["tokenizer.ggml.tokens"]
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        i = head.about.get(f"tokenizer.ggml.{key}_token_id")
+        if i is not None: setattr(tokenizer, f"{name}_token", tokens[i])
+
+# %% ../nbs/07_pretrained.ipynb #951bdbea
 def _exact(tensors, dtype) -> bool:
     "Do these numbers survive in a shorter format?"
     return all(torch.equal(t.to(dtype).float(), t) for t in tensors)
@@ -371,12 +381,15 @@ def _load_gguf(name, path, revision, device, dtype) -> tuple:
 
 def _dequantise(name, path, folder, elsewhere) -> Path:
     "The folder where the weights are now"
+    import transformers
     _needs(path.name, "gguf", "accelerate")
     head = read_gguf(path)
     _check_whole(head)
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 8):  # older ones misread tokenizers
+        raise ModelError(f"{path.name} needs transformers 5.8 or later: pip install -U transformers")
     _check_memory(name, head.size, torch.float32, "cpu", "dequantising")
     _say(f"dequantising {path.name}, once, into {folder}")
-    with _quietly(): parts = _dequantised(path)
+    with _quietly(): parts = _dequantised(head)
     try: _keep(folder, *parts)
     except (OSError, SafetensorError) as e:
         _say(f"it cannot be kept there ({_first_line(e)}) and is dequantised anew each time: "

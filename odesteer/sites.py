@@ -17,79 +17,9 @@ from .euler import write_atomic
 from .models import fingerprint, text_config
 
 # %% auto #0
-__all__ = ['rank_sites', 'some_texts', 'measure_site', 'Site', 'Sites', 'mean_sites', 'ranking', 'add_ranking', 'read_rankings']
+__all__ = ['Site', 'measure_site', 'Sites', 'some_texts', 'rank_sites', 'ranking', 'add_ranking', 'read_rankings', 'mean_sites']
 
-# %% ../nbs/08_sites.ipynb #7140627a
-def rank_sites(
-    model,  # a causal language model
-    tokenizer,  # its tokenizer
-    texts: ContrastTexts,  # wanted and unwanted texts with their groups
-    layers: list = None,  # blocks; None: all
-    readings=("last", "mean"),  # some of READINGS (page 04) but "all": a text has one activation here
-    folds: int = 5,  # of groups, in each of which a barrier from the others is tried
-    seed: int = 0,  # of folds and sketch
-    shuffle: int = None,  # seed of a shuffle of the labels: a placebo
-    limit: int = 400,  # texts at most, drawn by group
-    batch_size: int = 32,
-    max_length: int = None,  # tokens of a text at most
-    split=None,  # text -> (prompt, answer), where texts are not such pairs: for the readings of whole answers
-) -> Sites:  # best first
-    "The places of a model by how well a barrier there tells held-out texts apart: one pass over the texts reads all"
-    for reading in readings: check_reading(reading)
-    if "all" in readings: raise ValueError("a ranking takes one activation of each text: leave out the reading 'all'")
-    texts = some_texts(texts, limit, seed)
-    how = dict(positions=tuple(readings), batch_size=batch_size, max_length=max_length, progress=sys.stderr.isatty())
-    acts = ods.collect_activations(model, tokenizer, texts_to_read(texts, readings, split), layers, **how)
-    groups = np.unique([group_key(g) for g in [*texts.pos_groups, *texts.neg_groups]], return_inverse=True)[1]
-    y = np.repeat([1, 0], [len(texts.pos), len(texts.neg)])
-    if shuffle is not None: y = np.random.default_rng(shuffle).permutation(y)
-    found = [measure_site(a, y, groups, layer, reading, folds, seed)
-             for reading, by_layer in acts.items() for layer, a in by_layer.items()]
-    return Sites(sorted(found, key=lambda s: s.log_loss))
-
-# %% ../nbs/08_sites.ipynb #16c1d20c
-def some_texts(
-    texts: ContrastTexts,
-    limit: int,  # texts at most, nearly: None for all
-    seed: int = 0,  # of the draw
-) -> ContrastTexts:
-    "Texts of groups drawn at random, so many that there are about as many as wanted"
-    sizes = Counter(group_key(g) for g in [*texts.pos_groups, *texts.neg_groups])
-    if limit is None or sum(sizes.values()) <= limit: return texts
-    drawn = np.random.default_rng(seed).permutation(sorted(sizes))
-    kept = set(drawn[np.cumsum([sizes[g] for g in drawn]) <= limit])
-    cut = {}
-    for side, groups in (("pos", texts.pos_groups), ("neg", texts.neg_groups)):
-        rows = [i for i, g in enumerate(groups) if group_key(g) in kept]
-        lists = [f.name for f in fields(texts) if f.name.startswith(side) and getattr(texts, f.name)]
-        cut |= {name: [getattr(texts, name)[i] for i in rows] for name in lists}
-    return replace(texts, **cut)
-
-# %% ../nbs/08_sites.ipynb #d2af5839
-#: penalties of the barrier that are tried at each site; the one with the least held-out log-loss counts
-_PENALTIES = 1., 100., 1e4
-
-def measure_site(
-    acts: torch.Tensor,  # activations of the texts, (N, d)
-    y,  # labels, 1 wanted and 0 unwanted, (N,)
-    groups,  # ids of the texts, (N,): texts of one group are held out together
-    layer: int = None, reading: str = "last",  # to be noted
-    folds: int = 5, seed: int = 0,  # as of `rank_sites`
-    width: int = 2000,  # of the sketch
-) -> Site:
-    "How well a barrier on these activations tells apart texts that it was not fitted on, and how large they are"
-    order = np.argsort(-np.asarray(y), kind="stable")
-    y, groups, X = np.asarray(y)[order], np.asarray(groups)[order], acts[torch.as_tensor(order)]
-    barriers = [DensityRatioBarrier(PolynomialCountSketch(width), C=C) for C in _PENALTIES]
-    pos, neg = X[y == 1], X[y == 0]
-    found = [quality(*h) for h in held_out_values(barriers, pos, neg, groups, folds, seed)]
-    best = min(range(len(found)), key=lambda i: found[i].log_loss)
-    power = X.double().square().mean(0)
-    return Site(layer, reading, found[best].auc, found[best].log_loss, _PENALTIES[best],
-                X.norm(dim=1).median().item(), (X - X.mean(0)).norm(dim=1).median().item(),
-                (power.max() / power.sum()).item())
-
-# %% ../nbs/08_sites.ipynb #29dd8c0a
+# %% ../nbs/08_sites.ipynb #acbb21b0
 @dataclass(frozen=True)
 class Site:
     "A place in a model, and what can be read there"
@@ -102,6 +32,31 @@ class Site:
     spread: float  # median distance to the mean
     largest: float  # share of the squared norm in the largest coordinate
 
+# %% ../nbs/08_sites.ipynb #a750725f
+#: penalties of the barrier that are tried at each site; the one with the least held-out log-loss counts
+_PENALTIES = 1., 100., 1e4
+
+def measure_site(
+    acts: torch.Tensor,  # activations of the texts, (N, d)
+    y,  # labels, 1 wanted and 0 unwanted, (N,)
+    groups,  # ids of the texts, (N,): texts of one group are held out together
+    layer: int = None, reading: str = "last",  # to be noted
+    folds: int = 5, seed: int = 0, coordinates: str = "raw",  # as of `rank_sites`
+    width: int = 2000,  # of the sketch
+) -> Site:
+    "How well a barrier on these activations tells apart texts that it was not fitted on, and how large they are"
+    order = np.argsort(-np.asarray(y), kind="stable")
+    y, groups, X = np.asarray(y)[order], np.asarray(groups)[order], acts[torch.as_tensor(order)]
+    barriers = [DensityRatioBarrier(PolynomialCountSketch(width), C=C, coordinates=coordinates) for C in _PENALTIES]
+    pos, neg = X[y == 1], X[y == 0]
+    found = [quality(*h) for h in held_out_values(barriers, pos, neg, groups, folds, seed)]
+    best = min(range(len(found)), key=lambda i: found[i].log_loss)
+    power = X.double().square().mean(0)
+    return Site(layer, reading, found[best].auc, found[best].log_loss, _PENALTIES[best],
+                X.norm(dim=1).median().item(), (X - X.mean(0)).norm(dim=1).median().item(),
+                (power.max() / power.sum()).item())
+
+# %% ../nbs/08_sites.ipynb #b8d4742f
 class Sites(list):
     "Sites, best first; prints as a table"
     def rows(self) -> list:
@@ -129,18 +84,54 @@ class Sites(list):
         return "\n".join([head, *(f"{s.layer:5} {s.reading:9}{s.auc:6.3f}{s.log_loss:10.3f}{s.C:8g}{s.norm:9.4g}"
                                   f"{s.spread:9.4g}{s.largest:9.0%}" for s in self)])
 
-def mean_sites(
-    several: list,  # of `Sites` of the same places, such as one for each fold
-) -> Sites:
-    "Site by site the mean of the numbers"
-    if len(several) == 1: return several[0]
-    out = []
-    for s in several[0]:
-        rows = [asdict(x.at(s.layer, s.reading)) for x in several]
-        out.append(Site(s.layer, s.reading, **{k: float(np.mean([r[k] for r in rows])) for k in list(rows[0])[2:]}))
-    return Sites(sorted(out, key=lambda s: s.log_loss))
+# %% ../nbs/08_sites.ipynb #72134801
+def some_texts(
+    texts: ContrastTexts,
+    limit: int,  # texts at most, nearly: None for all
+    seed: int = 0,  # of the draw
+) -> ContrastTexts:
+    "Texts of groups drawn at random, so many that there are about as many as wanted"
+    sizes = Counter(group_key(g) for g in [*texts.pos_groups, *texts.neg_groups])
+    if limit is None or sum(sizes.values()) <= limit: return texts
+    drawn = np.random.default_rng(seed).permutation(sorted(sizes))
+    kept = set(drawn[np.cumsum([sizes[g] for g in drawn]) <= limit])
+    cut = {}
+    for side, groups in (("pos", texts.pos_groups), ("neg", texts.neg_groups)):
+        rows = [i for i, g in enumerate(groups) if group_key(g) in kept]
+        lists = [f.name for f in fields(texts) if f.name.startswith(side) and getattr(texts, f.name)]
+        cut |= {name: [getattr(texts, name)[i] for i in rows] for name in lists}
+    return replace(texts, **cut)
 
-# %% ../nbs/08_sites.ipynb #459fa11b
+# %% ../nbs/08_sites.ipynb #767e35f1
+def rank_sites(
+    model,  # a causal language model
+    tokenizer,  # its tokenizer
+    texts: ContrastTexts,  # wanted and unwanted texts with their groups
+    layers: list = None,  # blocks; None: all
+    readings=("last", "mean"),  # some of READINGS (page 04) but "all": a text has one activation here
+    folds: int = 5,  # of groups, in each of which a barrier from the others is tried
+    seed: int = 0,  # of folds and sketch
+    shuffle: int = None,  # seed of a shuffle of the labels: a placebo
+    limit: int = 400,  # texts at most, drawn by group
+    coordinates: str = "raw",  # of the barrier (page 02): "raw", "centred" or "standardised"
+    batch_size: int = 32,
+    max_length: int = None,  # tokens of a text at most
+    split=None,  # text -> (prompt, answer), where texts are not such pairs: for the readings of whole answers
+) -> Sites:  # best first
+    "The places of a model by how well a barrier there tells held-out texts apart: one pass over the texts reads all"
+    for reading in readings: check_reading(reading)
+    if "all" in readings: raise ValueError("a ranking takes one activation of each text: leave out the reading 'all'")
+    texts = some_texts(texts, limit, seed)
+    how = dict(positions=tuple(readings), batch_size=batch_size, max_length=max_length, progress=sys.stderr.isatty())
+    acts = ods.collect_activations(model, tokenizer, texts_to_read(texts, readings, split), layers, **how)
+    groups = np.unique([group_key(g) for g in [*texts.pos_groups, *texts.neg_groups]], return_inverse=True)[1]
+    y = np.repeat([1, 0], [len(texts.pos), len(texts.neg)])
+    if shuffle is not None: y = np.random.default_rng(shuffle).permutation(y)
+    found = [measure_site(a, y, groups, layer, reading, folds, seed, coordinates)
+             for reading, by_layer in acts.items() for layer, a in by_layer.items()]
+    return Sites(sorted(found, key=lambda s: s.log_loss))
+
+# %% ../nbs/08_sites.ipynb #26065574
 def ranking(
     sites: Sites,
     model, name: str,  # the model, and how it was called
@@ -162,12 +153,25 @@ def add_ranking(
 ):
     "Put a ranking into a file, in the place of one of the same model, texts and settings"
     path, same = Path(path), lambda r: all(r[k] == record[k] for k in ("model", "texts", "how"))
-    kept = [r for r in read_rankings(path) if not same(r)] if path.exists() else []
+    kept = [r for r in json.loads(path.read_text(encoding="utf-8")) if not same(r)] if path.exists() else []
     write_atomic(path, json.dumps([*kept, record], indent=1) + "\n")
 
 def read_rankings(
     path=None,  # JSON file of `odesteer sites --out`; None: the rankings that come with the library
-) -> list:  # of dicts as `ranking` makes them, with `Sites`
+) -> list:  # of dicts as `ranking` makes them, but with `Sites`
     "Rankings from a file"
-    path = Path(__file__).parent/"assets"/"sites.json" if path is None else Path(path)
-    return json.loads(path.read_text(encoding="utf-8"))
+    path = Path(path or Path(ods.__file__).parent/"assets"/"sites.json")
+    records = json.loads(path.read_text(encoding="utf-8"))
+    return [r | {"sites": Sites(Site(**row) for row in r["sites"])} for r in records]
+
+# %% ../nbs/08_sites.ipynb #6f3ef0b0
+def mean_sites(
+    several: list,  # of `Sites` of the same places, such as one for each fold
+) -> Sites:
+    "Site by site the mean of the numbers"
+    if len(several) == 1: return several[0]
+    out = []
+    for s in several[0]:
+        rows = [asdict(x.at(s.layer, s.reading)) for x in several]
+        out.append(Site(s.layer, s.reading, **{k: float(np.mean([r[k] for r in rows])) for k in list(rows[0])[2:]}))
+    return Sites(sorted(out, key=lambda s: s.log_loss))

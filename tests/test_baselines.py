@@ -289,6 +289,7 @@ def test_rewards_of_other_responses_are_shuffled_among_these():
     assert new.sequences is d.sequences and sorted(new.rewards.tolist()) == list(range(30)) and not torch.equal(new.rewards, d.rewards)
 
 
+@pytest.mark.filterwarnings("ignore:nats= and until=")
 @pytest.mark.parametrize("method, settings_", [("caa", None), ("iti", dict(C=.5)), ("repe", {}), ("mimic", None), ("hpr", dict(epochs=2)), ("recontrol", dict(epochs=2, steps=3)), ("truthflow", dict(epochs=2, steps=2)), ("linact", dict(support="q_0_100")), ("odesteer", dict(n_components=64, C="cv")), ("step-odesteer", dict(n_components=64, features="rff"))])
 def test_shuffled_labels_is_the_method_itself_on_shuffled_data_and_loads_again(method, settings_, tmp_path):
     pos, neg, new = normal(60, D, seed=1).float() + 3, normal(60, D, seed=2).float() - 3, normal(9, D, seed=3).float()

@@ -733,6 +733,26 @@ def test_refusal_and_concept_on_a_model_and_files(files, tiny, capsys, monkeypat
     assert main(["report", "runs", "--out", "r"]) == 0 and "complied" in Path("r/report.md").read_text() and "prevalence" in Path("r/report.md").read_text()
 
 
+def test_toxicity_and_refusal_from_files_alone(files, tiny, capsys):
+    from .test_tasks import scored_file
+    scored_file(Path("rtp.jsonl"), 900)
+    Path("split").mkdir()
+    for kind in ("harmful", "harmless"):
+        for part in ("train", "val", "test"): Path(f"split/{kind}_{part}.json").write_text(json.dumps([{"instruction": f"{kind} {part} {i}"} for i in range(12)]))
+    common = ["--model", str(tiny), "--methods", "caa", "--layers", "1", "--T", "1", "--seeds", "1", "--allow", "2", "--limit", "4"]
+    toxic = ["--data", "rtp.jsonl", "--judge", "trained"]
+    assert main(["bench", "realtoxicityprompts", *common, *toxic, "--option", "filter=none", "--option", "fluency=self", "--option", "texts=continuations", "--option", "n_val=8", "--option", "n_test=8"]) == 0
+    assert main(["bench", "refusal", *common, "--data", "split", "--judge", "markers", "--option", "max_new_tokens=4"]) == 0
+    runs = {p: json.loads(p.read_text()) for p in Path("runs").glob("*/config.json")}
+    assert {c["task"]: c["data"]["recipe"] for c in runs.values()} == {
+        "realtoxicityprompts": dict(task="realtoxicityprompts", judge="trained", filter="none", fluency="self", texts="continuations", n_val=8, n_test=8, limit=4), "refusal": dict(task="refusal", judge="markers", max_new_tokens=4, limit=4)}
+    again = next(p for p, c in runs.items() if c["task"] == "realtoxicityprompts" and c["method"] == "caa")
+    assert main(["bench", str(again), "--model", str(tiny), "--data", "rtp.jsonl", "--out", "again"]) == 0  # the config says which judge
+    assert (Path("again")/again.parent.name/"scores.json").read_text() == (again.parent/"scores.json").read_text()
+    capsys.readouterr()
+    assert "unknown judge 'trained'" in fails(capsys, "bench", "concept", *common, "--data", "rtp.jsonl", "--judge", "trained")
+
+
 def test_guardrail_tasks_of_lm_eval(files, tiny, capsys, monkeypatch):
     pytest.importorskip("lm_eval")
     whole = sweeps.micro_task

@@ -340,6 +340,7 @@ def test_a_row_without_slope_stays_finite(method):
     for T in (0., 1., torch.tensor([0., 1.])): assert s.trajectory(zero, T).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:.*could not reach", "ignore:nats= and until=")
 @pytest.mark.parametrize("steps, unit", [(1, dict(nats=.5)), (2, dict(T=1.))], ids=str)
 def test_a_model_compiles_whatever_the_unit_and_the_batch(steps, unit):
     "Levels, and batches of another size, may ask for a route that was not prepared when the steerer was attached"

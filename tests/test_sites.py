@@ -368,7 +368,7 @@ def test_a_file_keeps_rankings_apart(llama, tmp_path):
     def record(label, auc, **how): return ranking(sites((0, "last", auc)), llama, "tiny", texts, label, **how)
     for r in (record("a", .5, seed=0), record("b", .6, seed=0), record("a", .7, seed=1), record("a", .8, seed=0)): add_ranking(path, r)
     kept = read_rankings(path)
-    assert [(r["texts"]["name"], r["how"]["seed"], r["sites"][0]["auc"]) for r in kept] == [("b", 0, .6), ("a", 1, .7), ("a", 0, .8)]
+    assert [(r["texts"]["name"], r["how"]["seed"], r["sites"][0].auc) for r in kept] == [("b", 0, .6), ("a", 1, .7), ("a", 0, .8)]
     assert kept[0]["model"]["blocks"] == LAYERS and kept[0]["texts"]["wanted"] == 6 and "number" not in path.read_text()
 
 

@@ -196,7 +196,7 @@ def test_rows_without_the_columns_are_refused_with_a_remedy(tmp_path):
     with pytest.raises(ValueError, match="correct_answers, incorrect_answers"): tasks.truthfulqa(write(tmp_path/"a.jsonl", [{"question": "Why?", "answer": "so"}]), judge)
     with pytest.raises(ValueError, match="score_chosen, score_rejected"): tasks.ultrafeedback(write(tmp_path/"b.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}]), judge=judge)
     with pytest.raises(ValueError, match="prompt.toxicity"): tasks.realtoxicityprompts(write(tmp_path/"c.jsonl", [{"text": "a"}]), judge=judge, filter=None)
-    with pytest.raises(ValueError, match="wrong='first'"): tasks.truthfulqa_binary(write(tmp_path/"d.jsonl", hub_rows(questions(9))))
+    with pytest.raises(ValueError, match="leave out wrong='best'"): tasks.truthfulqa_binary(write(tmp_path/"d.jsonl", hub_rows(questions(9))), wrong="best")
 
 
 # --- the binary form
@@ -1040,3 +1040,25 @@ def test_mmlu_real_file(tmp_path):
     assert check.write_choice_task(MMLU, tmp_path) == len(read_rows(MMLU)) == 1531
     rows = read_rows(tmp_path/"mmlu-local.jsonl")
     assert all(r["choices"] == [*"ABCD"] for r in rows) and min(Counter(r["answer"] for r in rows).values()) > 250
+
+
+def small_task(name, model, tmp_path):
+    "A task on its real file, with few prompts"
+    own = dict(own=model, limit=3)
+    if name == "toxicity": return tasks.realtoxicityprompts(str(RTP_FILE), judge="trained", filter="none", fluency="self", texts="continuations", n_val=10, n_test=10, **own)
+    if name == "binary": return tasks.truthfulqa_binary(str(QA_FILE), form="text", template="chat", **own)
+    if name == "refusal": return tasks.refusal(str(REFUSAL), judge="markers", max_new_tokens=6, **own)
+    return tasks.style(style=name, max_new_tokens=6, **own)
+
+
+@pytest.mark.parametrize("name", [pytest.param("toxicity", marks=needs_rtp), pytest.param("binary", marks=needs_qa), pytest.param("refusal", marks=needs_refusal), "capitals"])
+def test_a_pretrained_model_runs_every_offline_task(smollm2, tmp_path, name):
+    task = small_task(name, smollm2, tmp_path)
+    if not task.choices: task.decoding = task.decoding | {"max_new_tokens": 6}
+    bench = runs.Bench(*smollm2, task, tmp_path)
+    found = [bench.run(split="test"), bench.run("caa", 14, {"share": .4}, split="test")]
+    assert task.primary in found[0].scores and all(np.isfinite(r.scores[task.primary]).any() for r in found)
+    said = [[json.loads(line)["answer"] for line in open(tmp_path/r.key/"answers.jsonl")] for r in found]
+    assert name == "binary" or said[0] != said[1]
+    if name == "toxicity": assert all((r.scores["toxicity"] >= 0).all() and (r.scores["toxicity"] <= 1).all() and (r.scores["perplexity"] > 1).all() for r in found)
+    if name == "capitals": assert found[0].scores["hit"].sum() == 0 and found[0].scores["fluent"].sum() >= 2  # it is not asked, and writes as it does
