@@ -195,6 +195,7 @@ def measure_pace(
         (plain, _), answers = _seconds(lambda: _chosen(bench, prompts)), [task.choices(p)[0] for p in prompts]
         with hooked(): steered, _ = _seconds(lambda: _chosen(bench, prompts))
     else:
+        _written(bench, prompts, 1)  # the first answers of a model are slow
         (first, _), (more, answers) = (_seconds(lambda: _written(bench, prompts, k)) for k in (1, 1 + tokens))
         with hooked(): slow, _ = _seconds(lambda: _written(bench, prompts, 1 + tokens))
         plain = first + (limit - 1) * max(0., more - first) / tokens

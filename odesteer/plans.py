@@ -359,19 +359,22 @@ _ARMS = ("random,shuffled,caa,iti,repe,odesteer,odesteer:metric=covariance,odest
          "step-odesteer,linact,mimic,hpr,truthflow,recontrol,alqr,spid,barrier-lqr")
 _CHANGED = ("odesteer,step-odesteer,odesteer:steps=3,odesteer:reading=last,odesteer:coordinates=centred,"
             "odesteer:coordinates=standardised,odesteer:metric=covariance,odesteer:C=100.0,caa,random,shuffled")
-_FEW = {"n_jacobian": 4, "max_tokens": 32, "n_texts": 200}  # a Jacobian of all blocks takes most of a minute
-_COMMON = dict(model="smollm2", dtype="bfloat16", methods=_ARMS, layers=[10, 15], reading="mean",
-               spreads=[.5, 1, 1.5, 2], refine=0, repeats=1, params={"alqr": _FEW, "barrier-lqr": _FEW})
+_FEW = {"n_jacobian": 4, "max_tokens": 32, "n_texts": 200}  # Jacobians of all blocks are dear
+_COMMON = dict(model="smollm2", dtype="bfloat16", methods=_ARMS, layers=[14], reading="mean",
+               spreads=[.6, 1.2, 2], refine=0, repeats=1, params={"alqr": _FEW, "barrier-lqr": _FEW})
 _TOXIC = dict(tasks="realtoxicityprompts", judge="trained", decoding={"max_new_tokens": 20}, layers="ranked", most=2,
-              option=dict(texts="continuations", filter="none", fluency="self", n_val=60, n_test=500))
+              spreads=[.6, 1, 1.6])
+_ON_FILE = dict(texts="continuations", filter="none", fluency="self", n_val=60)
 _FRENCH, _CAPITALS = (dict(tasks="style", option={"style": s}) for s in ("french", "capitals"))
 
 #: name -> how thorough -> plans, in the form of plan files
 BENCHMARKS = {"smollm2": {
-    "full": [_COMMON | _FRENCH | dict(seeds=1), _COMMON | _CAPITALS | dict(seeds=1), _COMMON | _TOXIC | dict(seeds=2),
-             _COMMON | _TOXIC | dict(methods=_CHANGED, most=1, spreads=[1], rule="best", seeds=1, out="matched")],
-    "quick": [_COMMON | dict(tasks="style", option={"style": "french", "n_test": 108}, layers=[14], spreads=[.7, 1.4],
-                             seeds=1, methods="random,caa,iti,odesteer,step-odesteer,linact")]}}
+    "full": [_COMMON | _FRENCH | dict(seeds=1), _COMMON | _CAPITALS | dict(seeds=1),
+             _COMMON | _TOXIC | dict(seeds=1, option=_ON_FILE | {"n_test": 950}),
+             _COMMON | _TOXIC | dict(seeds=1, option=_ON_FILE | {"n_test": 300}, methods=_CHANGED, most=1, spreads=[1],
+                                     rule="best", out="matched")],
+    "quick": [_COMMON | dict(tasks="style", option={"style": "french", "n_test": 108}, spreads=[.7, 1.4], seeds=1,
+                             methods="random,caa,iti,odesteer,step-odesteer,linact")]}}
 
 #: task -> file below $ODESTEER_DATA, and where to get it
 _FILES = {"realtoxicityprompts": ("realtoxicityprompts/val.jsonl", "rows of allenai/real-toxicity-prompts on the hub")}
