@@ -972,14 +972,14 @@ def style_texts(
 # %% ../nbs/15_tasks.ipynb #7ab35a2d
 def style_judge(
     style: str,  # of MARKS
-    rows: list,  # of `style_rows`, whose wanted answers say what is fluent
+    rows: list,  # of `style_rows`, of which the first 64 wanted answers say what is fluent
     model=None,  # of `FluentJudge`: (model, tokenizer), not steered when it judges; None: hits only
 ):  # a judge that gives style, hit and, with a model, surprise, fluent and hit_fluent
     "Does an answer have the style, and is it as fluent as those that were wanted?"
     marks = StyleJudge(style)
     if model is None: return marks
-    chats, wanted = ([_message("user", r["question"])] for r in rows), [r["wanted"] for r in rows]
-    fluent = FluentJudge(model, list(chats), wanted, STYLES[style].system if style in STYLES else "")
+    chats, wanted = zip(*(([_message("user", r["question"])], r["wanted"]) for r in rows[:64]))
+    fluent = FluentJudge(model, chats, list(wanted), STYLES[style].system if style in STYLES else "")
     return Strict(marks, fluent, tests=("hit", "fluent"))
 
 # %% ../nbs/15_tasks.ipynb #992122ae

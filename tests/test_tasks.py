@@ -1044,11 +1044,11 @@ def test_mmlu_real_file(tmp_path):
 
 def small_task(name, model, tmp_path):
     "A task on its real file, with few prompts"
-    own = dict(own=model, limit=3)
+    own = dict(own=model, limit=2)
     if name == "toxicity": return tasks.realtoxicityprompts(str(RTP_FILE), judge="trained", filter="none", fluency="self", texts="continuations", n_val=10, n_test=10, **own)
     if name == "binary": return tasks.truthfulqa_binary(str(QA_FILE), form="text", template="chat", **own)
     if name == "refusal": return tasks.refusal(str(REFUSAL), judge="markers", max_new_tokens=6, **own)
-    return tasks.style(style=name, max_new_tokens=6, **own)
+    return tasks.style(style=name, max_new_tokens=6, n_texts=8, **own)
 
 
 @pytest.mark.parametrize("name", [pytest.param("toxicity", marks=needs_rtp), pytest.param("binary", marks=needs_qa), pytest.param("refusal", marks=needs_refusal), "capitals"])
@@ -1061,4 +1061,4 @@ def test_a_pretrained_model_runs_every_offline_task(smollm2, tmp_path, name):
     said = [[json.loads(line)["answer"] for line in open(tmp_path/r.key/"answers.jsonl")] for r in found]
     assert name == "binary" or said[0] != said[1]
     if name == "toxicity": assert all((r.scores["toxicity"] >= 0).all() and (r.scores["toxicity"] <= 1).all() and (r.scores["perplexity"] > 1).all() for r in found)
-    if name == "capitals": assert found[0].scores["hit"].sum() == 0 and found[0].scores["fluent"].sum() >= 2  # it is not asked, and writes as it does
+    if name == "capitals": assert found[0].scores["hit"].sum() == 0 and found[0].scores["fluent"].sum() >= 1  # it is not asked, and writes as it does
