@@ -722,7 +722,7 @@ def fit(self: TrainedJudge,
 
 @patch
 def __call__(self: TrainedJudge, prompts, answers):
-    if not self.groups_: self.about  # says that it is not trained
+    _ = self.about  # a RuntimeError where it is not trained
     p = self.model_.predict_proba(self.counts_.transform(answers))[:, 1] if answers else np.empty(0)
     return dict(zip(self.better, (p, (p >= .5).astype(float))))
 
