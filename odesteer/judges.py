@@ -687,7 +687,7 @@ class TrainedJudge(Judge):
 
     @property
     def about(self):
-        if not self.groups_: raise ValueError("this judge has not been trained: call fit(texts, scores, groups)")
+        _check_trained(self)
         return dict(judge="trained", version=1, **self.settings, **self.record_)
 
     def check_apart(self, groups):
@@ -722,11 +722,14 @@ def fit(self: TrainedJudge,
 
 @patch
 def __call__(self: TrainedJudge, prompts, answers):
-    if not self.groups_: self.about  # says that it is not trained
+    _check_trained(self)
     p = self.model_.predict_proba(self.counts_.transform(answers))[:, 1] if answers else np.empty(0)
     return dict(zip(self.better, (p, (p >= .5).astype(float))))
 
 # %% ../nbs/11_judges.ipynb #748bab25
+def _check_trained(judge):
+    if not judge.groups_: raise ValueError("this judge has not been trained: call fit(texts, scores, groups)")
+
 def _labels(texts, scores, keys, threshold) -> np.ndarray:
     "Which texts score above the threshold; a ValueError where that cannot be learned"
     if not len(texts) == len(scores) == len(keys):

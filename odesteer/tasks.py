@@ -75,11 +75,9 @@ class Task:
     note: callable = lambda prompt: ""  # what a reader should know about a prompt
 
     def __post_init__(self):
-        if self.primary not in self.better:
-            raise ValueError(f"say in better= whether more of {self.primary!r} is better (+1) or less (-1)")
+        if self.primary not in self.better: raise ValueError(f"say in better= which way {self.primary!r} is: +1 or -1")
         check_reading(self.reading)
-        if self.data is None: return
-        for fold in self.folds: fold.check()
+        for fold in self.folds if self.data is not None else (): fold.check()
 
     def prompts(self, split) -> list:
         "(fold number, `Prompt`) of a split, over all folds, each as often as it is answered"
