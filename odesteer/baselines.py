@@ -217,6 +217,7 @@ def _by_token(data):
     pos, neg, known = token_rows(data.sequences[:n], data.sequences[n:], groups, data.pairs, data.source)
     return contrast(pos, neg, **known | {"rewards": data.rewards})
 
+# %% ../nbs/09_baselines.ipynb #32b22b47
 def _row_pairs(data):
     "The pairs of rows that must stay pairs: those given, else row i with row i where the questions agree."
     n = len(data.pos)

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 import odesteer as ods
 from .barrier import certificate, implied_barrier
-from .data import (QUESTION_ANSWER, SAMPLING, check_pairs, check_reading, digest, fit_steerer, group_of, load_pairs,
+from .data import (QUESTION_ANSWER, SAMPLING, check_pairs, check_reading, digest, fit_steerer, group_of,
+                           load_pairs,
                            load_prompts, read_rows, sample_batch, write_jsonl)
 from .euler import load_class, write_atomic
 from .judges import BETTER
 from .micro import AXES, Recipe
 from .models import READINGS
-from .plans import (BenchOptions, assignments, bench_options, check_layer, check_names, comma_list, one_thread,
-                            positive_number, run_bench, whole_number)
+from .plans import (BENCHMARKS, BenchOptions, assignments, bench_options, check_layer, check_names, comma_list,
+                            one_thread, positive_number, run_bench, whole_number)
 from .pretrained import NAMED, count_layers, installed_file, load_model
 from .report import report
 from .results import committed
@@ -695,7 +696,7 @@ _EXAMPLES = {
                  "odesteer generate --steerer steerer --prompts questions.csv --prompt Question --both"),
     "check-pairs": ("odesteer check-pairs pairs.jsonl",
                     "odesteer check-pairs comments.csv --columns text,label --group thread"),
-    "bench": ("odesteer bench micro --quick", "odesteer bench micro --quick --plan-only",
+    "bench": ("odesteer bench smollm2 --quick", "odesteer bench smollm2 --plan-only", "odesteer bench micro --quick",
               "odesteer bench micro-truth --methods all --T auto --layers auto --seeds 3 --out runs/",
               "odesteer bench truthfulqa --model meta-llama/Llama-3.2-1B --methods caa,odesteer",
               "odesteer bench refusal --model MODEL --data harmful.csv,harmless.jsonl --methods alqr,caa",
@@ -794,7 +795,8 @@ def _speed_options(c):
     c.add_argument("--out", metavar="FILE", help=out)
 
 # %% ../nbs/27_cli.ipynb #d3cd11bd
-_TASKS_HELP = ("micro (all its axes), " + ", ".join(f"micro-{a}" for a in AXES) + ", " + ", ".join(REAL_TASKS)
+_TASKS_HELP = (", ".join(BENCHMARKS) + " (a whole benchmark), micro (all its axes), "
+               + ", ".join([*(f"micro-{a}" for a in AXES), *REAL_TASKS])
                + "; or config.json of a run, to make it again; or a plan, a JSON file of these options")
 
 _BENCH_HELP = {  # option -> (what stands for its value, help); no value: a flag
@@ -807,10 +809,14 @@ _BENCH_HELP = {  # option -> (what stands for its value, help); no value: a flag
     "layers": ("N,...", "layers to try (default auto: all of a small model, eight of a large one; ranked: the three "
                         "where held-out texts are told apart best)"),
     "reading": ("NAME,...", "where texts may be read, some of " + ", ".join(READINGS) + " (default last)"),
+    "most": ("N", "of ranked layers, so many are tried (default 3)"),
+    "refine": ("N", "rounds of looking closer at the strength taken (default 1)"),
+    "repeats": ("N", "answers to each validation prompt in the layer taken (default 2)"),
+    "rule": ("{stop,best}", "stop before a guardrail breaks (default), or take the best strength whatever it breaks"),
     "seeds": ("N", "seeds of the test runs (default 3)"),
     "allow": ("X", f"what a guardrail may lose (default {BenchOptions.allow})"),
     "ablations": ("NAME,...", "all, or some of " + ", ".join(ABLATIONS)),
-    "quick": ("", "micro: the shipped model, a coarse grid"),
+    "quick": ("", "micro: the shipped model, a coarse grid; smollm2: one task, six methods, twenty minutes"),
     "full": ("", "micro: three models of both worlds, a fine grid, all ablations"),
     "world": ("{speakers,experts}", f"of the micro model (default {BenchOptions.world})"),
     "models": ("N", f"how many micro models, trained from other seeds (default {BenchOptions.models})"),
@@ -823,6 +829,7 @@ _BENCH_HELP = {  # option -> (what stands for its value, help); no value: a flag
 # %% ../nbs/27_cli.ipynb #9a5e83e2
 _BENCH_HELP |= {  # where it comes from, how it is judged, where it goes
     "option": ("NAME=VALUE", "of the task, such as protocol=alqr, direction=refuse, target=football; may be repeated"),
+    "decoding": ("NAME=VALUE", "of answers, such as max_new_tokens=20; may be repeated"),
     "judge": ("NAMES", "such as truth+info, toxicity+toxic-bert, reward (default: the task's); "
                        "with models of your own truth=FOLDER+info=FOLDER"),
     "lm_eval": ("TASKS", "guardrail tasks of lm-eval, such as mmlu,arc_challenge, for the unsteered model and for each "
@@ -840,7 +847,7 @@ def _bench_arguments(c):
     c.add_argument("tasks", nargs="*", metavar="TASK", default=BenchOptions.tasks, help=_TASKS_HELP)
     for name, (metavar, help) in _BENCH_HELP.items():
         if metavar == "": how = dict(action="store_true")
-        else: how = dict(metavar=metavar, action="append" if name == "option" else None)
+        else: how = dict(metavar=metavar, action="append" if name in ("option", "decoding") else None)
         c.add_argument(f"--{name.replace('_', '-')}", default=getattr(BenchOptions, name), help=help, **how)
     _model_options(c)
 

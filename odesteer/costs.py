@@ -20,7 +20,7 @@ from .runs import VARIES, Bench, Run, arm_label, canonical_params, run_key
 from .sweeps import Plan, Search, plan_steps, run_plan, strength_grid
 
 # %% auto #0
-__all__ = ['Rehearsal', 'rehearse', 'Pace', 'measure_pace', 'Cost', 'plan_cost', 'plan_costs']
+__all__ = ['Rehearsal', 'rehearse', 'Pace', 'measure_pace', 'Cost', 'plan_cost', 'plan_costs', 'total_cost']
 
 # %% ../nbs/25_costs.ipynb #c05a0008
 class Rehearsal(Bench):
@@ -182,9 +182,9 @@ def measure_pace(
     method: str = "caa",  # whose hook is timed: fitted on a few texts
     params: dict = {},  # its hyper-parameters
     layer: int = None,  # default: in the middle
-    tokens: int = 4,  # answers are timed over so many
+    tokens: int = 2,  # after the first one, over which answers are timed
 ) -> Pace:
-    "About ten seconds of work on the bench's model; nothing is written"
+    "A short trial on the bench's model, ten seconds where it answers fast; nothing is written"
     task, model, tokenizer, limit = bench.task, bench.model, bench.tokenizer, _longest(bench.task)
     fold, n = task.folds[0], min(bench.batch_size, max(len(f.test) for f in task.folds) * task.samples)
     prompts = (fold.test * math.ceil(n / len(fold.test)))[:n]
@@ -199,12 +199,14 @@ def measure_pace(
         with hooked(): slow, _ = _seconds(lambda: _written(bench, prompts, 1 + tokens))
         plain = first + (limit - 1) * max(0., more - first) / tokens
         steered = plain * slow/more
+    few = max(1, 16 // task.samples) * task.samples
+    prompts, answers = prompts[:few], [a or "." for a in answers[:few]]
     judged, note = _judge_pace(task, prompts, answers)
-    some = [p.text for p in prompts[:16]], [a or "." for a in answers[:16]]
-    read, _ = _seconds(lambda: ods.score_continuations(model, tokenizer, *some, len(some[0])))
+    some = [p.text for p in prompts], answers
+    read, _ = _seconds(lambda: ods.score_continuations(model, tokenizer, *some, len(answers)))
     lengths = [(len(e.ids), e.answer + limit) for e in encode(tokenizer, list(zip(*some)))]
     read *= sum(whole for _, whole in lengths) / sum(now for now, _ in lengths) / len(lengths)
-    return Pace(plain/n, steered/n, judged/n, read, text, method, n, note)
+    return Pace(plain/n, steered/n, judged, read, text, method, n, note)
 
 # %% ../nbs/25_costs.ipynb #c05a0023
 def _quick_fit(bench, method, params, layer, few=8) -> tuple:  # seconds a text, steerer
@@ -229,8 +231,10 @@ def _chosen(bench, prompts):
     before, after = zip(*[(p.text, c) for p in prompts for c in bench.task.choices(p)])
     return ods.score_continuations(bench.model, bench.tokenizer, before, after, bench.batch_size)
 
-def _judge_pace(task, prompts, answers) -> tuple:  # seconds, why they are missing
-    try: return _seconds(lambda: task.judge(prompts, answers))[0], ""
+def _judge_pace(task, prompts, answers) -> tuple:  # seconds for an answer, why they are missing
+    try:
+        task.judge(prompts[:task.samples], answers[:task.samples])  # what it does once is not counted
+        return _seconds(lambda: task.judge(prompts, answers))[0] / len(answers), ""
     except (OSError, ValueError, ImportError, RuntimeError) as e:
         return 0., f"the judge ({(str(e).splitlines() or [type(e).__name__])[0][:80]})"
 
@@ -247,7 +251,7 @@ class Cost:
 
     def runs(self) -> dict:  # arm -> (at least, at most)
         "Runs of each arm"
-        few, many = (Counter(map(_arm, r.wanted.values())) for r in (self.least, self.most))
+        few, many = (Counter(_arm(r, c) for c in r.wanted.values()) for r in (self.least, self.most))
         return {arm: (few[arm], many[arm]) for arm in many}
 
     def answers(self) -> tuple:
@@ -264,9 +268,12 @@ class Cost:
 
 
 # %% ../nbs/25_costs.ipynb #c05a0027
-def _arm(config) -> str:
+def _arm(rehearsal, config) -> str:
     names = {"none": "unsteered", "prompt": "asked in the prompt"}
-    return names.get(config["arm"]) or arm_label(config["method"], config["params"])
+    if config["arm"] in names: return names[config["arm"]]
+    reading, usual = config.get("reading", "last"), rehearsal.search.readings or [rehearsal.task.reading]
+    unusual = load_class(config["method"]).needs_layer and reading not in usual
+    return arm_label(config["method"], config["params"]) + (f", read: {reading}" if unusual else "")
 
 def _answers(rehearsal, config) -> int: return len(rehearsal.task.prompts(config["split"]))
 
@@ -342,15 +349,17 @@ def plan_costs(
     plan: Plan,
     make,  # (*unit, out=) -> `Bench`, as of `run_plan`
     out="runs",  # folder whose finished runs need not be paid again
-    show=print,  # is told each `Cost`, and what they come to
+    show=print,  # is told each `Cost`
 ) -> list:  # of `Cost`
     "What this machine's part of a plan costs; nothing is written"
     costs = []
     for unit in dict.fromkeys(step.unit for step in plan_steps(plan)):
         costs.append(plan_cost(plan, unit, make(*unit, out=out)))
         show(f"{costs[-1]}\n")
-    if len(costs) > 1:
-        runs, seconds = (tuple(map(sum, zip(*pairs))) for pairs in (
-            [(len(c.least.wanted), len(c.most.wanted)) for c in costs], [c.seconds() for c in costs]))
-        show(f"{len(costs)} units: {_span(runs)} runs, {_span(seconds, _clock)}")
     return costs
+
+def total_cost(costs: list) -> str:
+    "What several units come to, in a line"
+    runs, seconds = (tuple(map(sum, zip(*pairs))) for pairs in (
+        [(len(c.least.wanted), len(c.most.wanted)) for c in costs], [c.seconds() for c in costs]))
+    return f"{len(costs)} units: {_span(runs)} runs, {_span(seconds, _clock)}"

@@ -538,6 +538,7 @@ def fit_on(
     else: pos, neg = acts[:n], acts[n:]
     return ods.make_steerer(method, **params).fit(pos, neg, **known)
 
+# %% ../nbs/05_data.ipynb #7794d05e
 def token_rows(
     pos: list, neg: list,  # activations of each text, (n_tokens, d)
     groups, pairs=None, source=None,  # of the texts, as of `contrast`
@@ -581,6 +582,7 @@ def fit_steerer(
     steerer.about.update(ods.describe_site(model, tokenizer, layer, reading, example=texts.pos[0]))
     return steerer
 
+# %% ../nbs/05_data.ipynb #5abfb5f0
 def texts_to_read(
     texts: ContrastTexts,
     readings,  # where they will be read

@@ -736,8 +736,7 @@ def _labels(texts, scores, keys, threshold) -> np.ndarray:
         raise ValueError(f"{len(texts)} texts, {len(scores)} scores and {len(keys)} groups: give one for each text")
     if not np.isfinite(scores).all(): raise ValueError("a score is not a finite number: leave such rows out")
     above = scores > threshold
-    few = min((len({k for k, a in zip(keys, above) if a == side}) for side in (True, False)), default=0)
-    if few < 10:
+    if min(len({k for k, a in zip(keys, above) if a == side}) for side in (True, False)) < 10:
         raise ValueError(f"{above.sum()} texts score above {threshold:g} and {(~above).sum()} do not: both kinds need "
                          "10 groups or more")
     return above

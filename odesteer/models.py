@@ -179,6 +179,7 @@ def _answer_start(tokenizer, chat, i, ids) -> int:
     head = token_ids(tokenizer, *_as_text(tokenizer, chat[:-1], i))
     return next((k for k, (a, b) in enumerate(zip(head, ids)) if a != b), min(len(head), len(ids)))
 
+# %% ../nbs/04_models.ipynb #caceaab1
 def token_ids(
     tokenizer,  # of the model
     text: str,
@@ -476,6 +477,7 @@ def collect_activations(
     out = {p: _by_text(found[p], index, spans[p], p) for p in readings}
     return out if isinstance(positions, tuple) else out[positions]
 
+# %% ../nbs/04_models.ipynb #36fc39b8
 def _by_text(found, index, spans, position) -> dict:
     "Rows of the layers that were asked for; of \"all\" a list of texts"
     if position != "all": return {layer: found[i] for layer, i in index.items()}

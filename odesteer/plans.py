@@ -8,11 +8,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-import argparse, inspect, json, re, tempfile
+import argparse, inspect, json, os, re, tempfile, time
 import numpy as np
 import torch
 import odesteer as ods
-from .costs import plan_costs
+from .costs import plan_costs, total_cost
 from .data import check_reading
 from .euler import load_class
 from .judges import Panel, load_judge
@@ -26,8 +26,8 @@ from .sweeps import micro_bench, preset_plan, run_plan, show_preset, variant
 from .tasks import REAL_TASKS
 
 # %% auto #0
-__all__ = ['check_layer', 'one_thread', 'assignments', 'whole_number', 'positive_number', 'comma_list', 'check_names',
-           'BenchOptions', 'bench_options', 'bench_plan', 'run_bench']
+__all__ = ['BENCHMARKS', 'check_layer', 'one_thread', 'assignments', 'whole_number', 'positive_number', 'comma_list',
+           'check_names', 'BenchOptions', 'bench_options', 'bench_plan', 'named_plans', 'run_bench']
 
 # %% ../nbs/26_plans.ipynb #25469e38
 def check_layer(layer, n: int, method=None) -> int:
@@ -61,6 +61,10 @@ def whole_number(text) -> int:
     text = str(text)
     if text.isdecimal() and int(text) > 0: return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+
+def _count(text) -> int:
+    "A whole number from 0 on"
+    return 0 if str(text) == "0" else whole_number(text)
 
 def positive_number(text) -> float:
     "A number above 0"
@@ -149,6 +153,12 @@ def _layers(value):
 
 def _readings(value) -> list: return [check_reading(r) for r in comma_list(value)]
 
+def _decoding(value) -> dict:
+    "Settings of `generate`, in the same form"
+    if isinstance(value, dict): return value
+    texts = value if isinstance(value, list) else [value]
+    return assignments(texts, "--decoding", "NAME=VALUE, such as max_new_tokens=20")
+
 def _option(read, default=None): return field(default=default, metadata={"read": read})
 
 # %% ../nbs/26_plans.ipynb #c518f22e
@@ -162,6 +172,10 @@ class BenchOptions:
     shares: list = _option(_numbers("--shares"))  # shares of the median norm to try
     layers: object = _option(_layers)  # None: `auto_layers`; or "ranked"
     reading: list = _option(_readings)  # where texts may be read; None: where the task says
+    most: int = _option(whole_number)  # places to try where layers are ranked; None: 3
+    refine: int = _option(_count)  # rounds of looking closer; None: 1
+    repeats: int = _option(whole_number)  # answers to each validation prompt in the place taken; None: 2
+    rule: str = _option(_one_of("stop", "best"), "stop")  # how a strength is chosen
     seeds: int = _option(whole_number)  # None: those of the plan, 3
     allow: float = _option(positive_number, .15)  # what a guardrail may lose
     ablations: list = _option(comma_list)  # names of studies, or "all" among them
@@ -174,6 +188,7 @@ class BenchOptions:
     data: list = _option(comma_list)  # files of the task
     limit: int = _option(whole_number)  # for trials: so many questions
     option: dict = _option(_task_options)  # of the task
+    decoding: dict = _option(_decoding)  # how answers are drawn, beside the task's own
     judge: str = _option(_text)  # None: the task's
     lm_eval: str = _option(_text)  # guardrail tasks
     lm_eval_path: str = _option(_text)  # folder with task files
@@ -236,8 +251,8 @@ def _check_variant(name, names):
 
 def _search(o: BenchOptions, usual: Search) -> Search:
     "The usual search but for what was said"
-    search = replace(usual, allow=o.allow, seeds=o.seeds or usual.seeds, layers=o.layers or usual.layers,
-                     readings=o.reading or usual.readings)
+    said = dict(seeds=o.seeds, layers=o.layers, readings=o.reading, refine=o.refine, repeats=o.repeats, most=o.most)
+    search = replace(usual, allow=o.allow, rule=o.rule, **{k: v for k, v in said.items() if v is not None})
     grids = {"T": o.T, "spread": o.spreads, "share": o.shares}
     given = {unit: grid for unit, grid in grids.items() if grid}
     if len(given) > 1: raise ValueError("give one grid of strengths: one of --spreads, --shares and --T")
@@ -287,7 +302,7 @@ def _bench_maker(o: BenchOptions, preset):
         model, tokenizer = loaded()
         options = preset.get("tasks", {}).get(name, {})
         task = REAL_TASKS[name](**options | _sources_of(name, o, preset), limit=o.limit, own=(model, tokenizer))
-        task = replace(task, decoding=task.decoding | preset.get("decoding", {}).get(name, {}))
+        task = replace(task, decoding=task.decoding | preset.get("decoding", {}).get(name, {}) | (o.decoding or {}))
         hub, commit = hub_origin(model)
         return Bench(model, tokenizer, task, out, batch_size=preset.get("batch_size") or o.batch_size,
                      revision=commit, hub=hub, **kwargs)
@@ -295,7 +310,8 @@ def _bench_maker(o: BenchOptions, preset):
 
 # %% ../nbs/26_plans.ipynb #2b42bd40
 #: options that a preset fixes
-_FIXED = "T", "spreads", "shares", "layers", "reading", "methods", "quick", "full", "ablations", "params"
+_FIXED = ("T", "spreads", "shares", "layers", "most", "reading", "refine", "repeats", "rule", "methods", "quick",
+          "full", "ablations", "params", "decoding")
 
 def _preset_plan(o: BenchOptions) -> tuple:
     "What a published table did, and nothing else"
@@ -338,11 +354,67 @@ def _judge(text, cache):
     judges = [load_judge(name, **({"model": model} if model else {}), cache=cache) for name, _, model in named]
     return judges[0] if len(judges) == 1 else Panel(*judges)
 
+# %% ../nbs/26_plans.ipynb #981f9c01
+_ARMS = ("random,shuffled,caa,iti,repe,odesteer,odesteer:metric=covariance,odesteer:coordinates=standardised,"
+         "step-odesteer,linact,mimic,hpr,truthflow,recontrol,alqr,spid,barrier-lqr")
+_CHANGED = ("odesteer,step-odesteer,odesteer:steps=3,odesteer:reading=last,odesteer:coordinates=centred,"
+            "odesteer:coordinates=standardised,odesteer:metric=covariance,odesteer:C=100.0,caa,random,shuffled")
+_FEW = {"n_jacobian": 4, "max_tokens": 32, "n_texts": 200}  # a Jacobian of all blocks takes most of a minute
+_COMMON = dict(model="smollm2", dtype="bfloat16", methods=_ARMS, layers=[10, 15], reading="mean",
+               spreads=[.5, 1, 1.5, 2], refine=0, repeats=1, params={"alqr": _FEW, "barrier-lqr": _FEW})
+_TOXIC = dict(tasks="realtoxicityprompts", judge="trained", decoding={"max_new_tokens": 20}, layers="ranked", most=2,
+              option=dict(texts="continuations", filter="none", fluency="self", n_val=60, n_test=500))
+_FRENCH, _CAPITALS = (dict(tasks="style", option={"style": s}) for s in ("french", "capitals"))
+
+#: name -> how thorough -> plans, in the form of plan files
+BENCHMARKS = {"smollm2": {
+    "full": [_COMMON | _FRENCH | dict(seeds=1), _COMMON | _CAPITALS | dict(seeds=1), _COMMON | _TOXIC | dict(seeds=2),
+             _COMMON | _TOXIC | dict(methods=_CHANGED, most=1, spreads=[1], rule="best", seeds=1, out="matched")],
+    "quick": [_COMMON | dict(tasks="style", option={"style": "french", "n_test": 108}, layers=[14], spreads=[.7, 1.4],
+                             seeds=1, methods="random,caa,iti,odesteer,step-odesteer,linact")]}}
+
+#: task -> file below $ODESTEER_DATA, and where to get it
+_FILES = {"realtoxicityprompts": ("realtoxicityprompts/val.jsonl", "rows of allenai/real-toxicity-prompts on the hub")}
+
+# %% ../nbs/26_plans.ipynb #865f4f22
+def named_plans(
+    o: BenchOptions,  # the name of a benchmark, and what may be said beside it
+) -> list:  # of `BenchOptions`
+    "The plans of a benchmark with a name; a ValueError for options that it fixes, or where a file is missing"
+    name = next(t for t in o.tasks if t in BENCHMARKS)
+    if len(o.tasks) > 1: raise ValueError(f"{name} is a whole benchmark: run it apart from other tasks")
+    said = {k: v for k, v in _changed(o).items() if k not in ("tasks", "quick", "data", "out")}
+    fixed = said.keys() - {"plan_only", "minutes", "limit", "device", "dtype", "lm_eval", "lm_eval_path"}
+    if fixed:
+        raise ValueError(f"{name} fixes what --{min(fixed).replace('_', '-')} would change: "
+                         f"write a plan file, or name a task, such as odesteer bench style --model {name}")
+    plans = [bench_options(plan) for plan in BENCHMARKS[name]["quick" if o.quick else "full"]]
+    def out(plan): return o.out if plan.out == BenchOptions.out else str(Path(o.out)/plan.out)
+    return [replace(plan, out=out(plan), data=_file_for(plan.tasks[0], o), **said) for plan in plans]
+
+def _file_for(task, o: BenchOptions):
+    "The file of a task that needs one: given, or in the folder of data"
+    if task not in _FILES: return None
+    below, source = _FILES[task]
+    there = Path(os.environ.get("ODESTEER_DATA", "nowhere"))/below
+    if o.data or there.is_file(): return o.data or [str(there)]
+    raise ValueError(f"{task} needs a file that is not shipped, {source}: give --data FILE, or the folder of "
+                     f"{below} as $ODESTEER_DATA; without it run --quick, or a task alone")
+
+# %% ../nbs/26_plans.ipynb #811c1748
+def _bench_named(o: BenchOptions):
+    plans, start = named_plans(o), time.monotonic()
+    if o.plan_only: return _print_costs(*plans)
+    for plan in plans:
+        left = o.minutes - (time.monotonic() - start) / 60
+        if run_bench(replace(plan, minutes=max(left, 1e-9))): return 3
+
 # %% ../nbs/26_plans.ipynb #981ff942
 def run_bench(o: BenchOptions):  # exit code 3: the time is used up
     "Every method on every task: choose on validation, report on test; interrupted or stopped, the same command goes on"
     files = [t for t in o.tasks if t.endswith(".json") or (Path(t)/"config.json").is_file()]
     if files: return _bench_files(o, files)
+    if any(t in BENCHMARKS for t in o.tasks): return _bench_named(o)
     if o.plan_only: return _print_costs(o)
     plan, make = bench_plan(o)
     try:
@@ -364,11 +436,14 @@ def _plan_options(path, plan) -> BenchOptions:
     return bench_options(plan)
 
 # %% ../nbs/26_plans.ipynb #d7c8c090
-def _print_costs(o: BenchOptions):
+def _print_costs(*several: BenchOptions):
     "What would be run, and how long it would take; nothing is written"
-    with tempfile.TemporaryDirectory() as cache:  # of judges
-        plan, make = bench_plan(replace(o, out=cache))
-        with one_thread() if make is micro_bench else nullcontext(): plan_costs(plan, make, o.out)
+    costs = []
+    for o in several:
+        with tempfile.TemporaryDirectory() as cache:  # of judges
+            plan, make = bench_plan(replace(o, out=cache))
+            with one_thread() if make is micro_bench else nullcontext(): costs += plan_costs(plan, make, o.out)
+    if len(costs) > 1: print(total_cost(costs))
 
 def _bench_files(o: BenchOptions, files):
     "Runs from their configs, or the comparison that a plan describes"

@@ -598,6 +598,7 @@ def study_runs(self: Unit, study: str) -> dict:  # label of an arm -> place -> t
         if best: out[a.label]["best"] = best
     return out
 
+# %% ../nbs/18_results.ipynb #c322f2b2
 @patch
 def _study_arm(self: Unit, a, reading, own) -> str:
     "The name of an arm of a study, fitted where ODESteer is; in a study that says so, where its own choice is"

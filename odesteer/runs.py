@@ -136,6 +136,7 @@ def _unusual_reading(self: Bench, method) -> dict:
     usual = self.task.reading == "last" or not load_class(method).needs_layer
     return {} if usual else {"reading": self.task.reading}
 
+# %% ../nbs/16_runs.ipynb #aa83cba9
 def run_key(config: dict) -> str:
     "The name of a run or choice: a hash of its config, 16 hex digits; the order of its fields does not matter"
     return digest(json.dumps(config, sort_keys=True))
@@ -212,6 +213,7 @@ def steerer(self: Bench,
         self._steerers[key] = kept
     return self._steerers[key]
 
+# %% ../nbs/16_runs.ipynb #021af508
 @patch
 def _fit_method(self: Bench, method, layer, params, fold):
     cls, texts = load_class(method), self.task.folds[fold].texts

@@ -17,7 +17,8 @@ from .euler import write_atomic
 from .models import fingerprint, text_config
 
 # %% auto #0
-__all__ = ['Site', 'measure_site', 'Sites', 'some_texts', 'rank_sites', 'ranking', 'add_ranking', 'read_rankings', 'mean_sites']
+__all__ = ['Site', 'measure_site', 'deal_labels', 'Sites', 'mean_sites', 'some_texts', 'rank_sites', 'ranking', 'add_ranking',
+           'read_rankings']
 
 # %% ../nbs/08_sites.ipynb #acbb21b0
 @dataclass(frozen=True)
@@ -56,6 +57,19 @@ def measure_site(
                 X.norm(dim=1).median().item(), (X - X.mean(0)).norm(dim=1).median().item(),
                 (power.max() / power.sum()).item())
 
+# %% ../nbs/08_sites.ipynb #f5228df3
+def deal_labels(
+    y,  # labels, 1 wanted and 0 unwanted, (N,)
+    groups,  # ids of the texts, (N,)
+    seed: int = 0,
+) -> np.ndarray:  # (N,)
+    "Labels dealt out again within each group that has both kinds, and among all texts of the other groups"
+    y, groups, rng = np.asarray(y), np.unique(groups, return_inverse=True)[1], np.random.default_rng(seed)
+    mixed = np.isin(groups, np.intersect1d(groups[y == 1], groups[y == 0]))
+    block, dealt = np.where(mixed, groups, -1), np.empty_like(y)
+    dealt[np.lexsort((np.arange(len(y)), block))] = y[np.lexsort((rng.random(len(y)), block))]
+    return dealt
+
 # %% ../nbs/08_sites.ipynb #b8d4742f
 class Sites(list):
     "Sites, best first; prints as a table"
@@ -84,6 +98,18 @@ class Sites(list):
         return "\n".join([head, *(f"{s.layer:5} {s.reading:9}{s.auc:6.3f}{s.log_loss:10.3f}{s.C:8g}{s.norm:9.4g}"
                                   f"{s.spread:9.4g}{s.largest:9.0%}" for s in self)])
 
+# %% ../nbs/08_sites.ipynb #6f3ef0b0
+def mean_sites(
+    several: list,  # of `Sites` of the same places, such as one for each fold
+) -> Sites:
+    "Site by site the mean of the numbers"
+    if len(several) == 1: return several[0]
+    out = []
+    for s in several[0]:
+        rows = [asdict(x.at(s.layer, s.reading)) for x in several]
+        out.append(Site(s.layer, s.reading, **{k: float(np.mean([r[k] for r in rows])) for k in list(rows[0])[2:]}))
+    return Sites(sorted(out, key=lambda s: s.log_loss))
+
 # %% ../nbs/08_sites.ipynb #72134801
 def some_texts(
     texts: ContrastTexts,
@@ -111,7 +137,7 @@ def rank_sites(
     readings=("last", "mean"),  # some of READINGS (page 04) but "all": a text has one activation here
     folds: int = 5,  # of groups, in each of which a barrier from the others is tried
     seed: int = 0,  # of folds and sketch
-    shuffle: int = None,  # seed of a shuffle of the labels: a placebo
+    shuffle: int = None,  # seed of `deal_labels`: a placebo
     limit: int = 400,  # texts at most, drawn by group
     coordinates: str = "raw",  # of the barrier (page 02): "raw", "centred" or "standardised"
     batch_size: int = 32,
@@ -126,7 +152,7 @@ def rank_sites(
     acts = ods.collect_activations(model, tokenizer, texts_to_read(texts, readings, split), layers, **how)
     groups = np.unique([group_key(g) for g in [*texts.pos_groups, *texts.neg_groups]], return_inverse=True)[1]
     y = np.repeat([1, 0], [len(texts.pos), len(texts.neg)])
-    if shuffle is not None: y = np.random.default_rng(shuffle).permutation(y)
+    if shuffle is not None: y = deal_labels(y, groups, shuffle)
     found = [measure_site(a, y, groups, layer, reading, folds, seed, coordinates)
              for reading, by_layer in acts.items() for layer, a in by_layer.items()]
     return Sites(sorted(found, key=lambda s: s.log_loss))
@@ -156,6 +182,7 @@ def add_ranking(
     kept = [r for r in json.loads(path.read_text(encoding="utf-8")) if not same(r)] if path.exists() else []
     write_atomic(path, json.dumps([*kept, record], indent=1) + "\n")
 
+# %% ../nbs/08_sites.ipynb #da04435a
 def read_rankings(
     path=None,  # JSON file of `odesteer sites --out`; None: the rankings that come with the library
 ) -> list:  # of dicts as `ranking` makes them, but with `Sites`
@@ -163,15 +190,3 @@ def read_rankings(
     path = Path(path or Path(ods.__file__).parent/"assets"/"sites.json")
     records = json.loads(path.read_text(encoding="utf-8"))
     return [r | {"sites": Sites(Site(**row) for row in r["sites"])} for r in records]
-
-# %% ../nbs/08_sites.ipynb #6f3ef0b0
-def mean_sites(
-    several: list,  # of `Sites` of the same places, such as one for each fold
-) -> Sites:
-    "Site by site the mean of the numbers"
-    if len(several) == 1: return several[0]
-    out = []
-    for s in several[0]:
-        rows = [asdict(x.at(s.layer, s.reading)) for x in several]
-        out.append(Site(s.layer, s.reading, **{k: float(np.mean([r[k] for r in rows])) for k in list(rows[0])[2:]}))
-    return Sites(sorted(out, key=lambda s: s.log_loss))

@@ -96,12 +96,7 @@ class Search:
     most: int = 3  # places to try where layers are ranked
 
     def __post_init__(self):
-        if isinstance(self.layers, str) and self.layers != "ranked":
-            raise ValueError(f"layers must be a list of blocks, None or 'ranked', got {self.layers!r}")
-        if self.most < 1: raise ValueError(f"most must be 1 or more, got {self.most!r}")
-        for reading in self.readings or []: check_reading(reading)
-        if self.layers == "ranked" and "all" in (self.readings or []):
-            raise ValueError("a ranking takes one activation of each text: leave out the reading 'all'")
+        _check_places(self.layers, self.readings or [], self.most)
         if self.rule not in ("stop", "best"): raise ValueError(f"rule must be 'stop' or 'best', got {self.rule!r}")
         if not self.allow >= 0: raise ValueError(f"allow must be 0 or more, got {self.allow!r}")
         if self.refine < 0: raise ValueError(f"refine must be 0 or more rounds, got {self.refine!r}")
@@ -116,6 +111,16 @@ class Search:
         return list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
 
 # %% ../nbs/17_sweeps.ipynb #3ef7ff12
+def _check_places(layers, readings, most):
+    "Blocks or the word ranked, and known places of reading; a ValueError else"
+    if isinstance(layers, str) and layers != "ranked":
+        raise ValueError(f"layers must be a list of blocks, None or 'ranked', got {layers!r}")
+    if most < 1: raise ValueError(f"most must be 1 or more, got {most!r}")
+    for reading in readings: check_reading(reading)
+    if layers == "ranked" and "all" in readings:
+        raise ValueError("a ranking takes one activation of each text: leave out the reading 'all'")
+
+# %% ../nbs/17_sweeps.ipynb #4e2f48a0
 def _as_strengths(grid) -> list: return [s if isinstance(s, dict) else {"share": s} for s in grid]
 def _value(strength: dict) -> float: return next(iter(strength.values()))
 
@@ -205,6 +210,7 @@ def _read_choice(path) -> Choice:
     trials = [Trial(*t) for t in saved["trials"]]
     return Choice(saved["layer"], saved["strength"], saved["why"], trials, saved.get("reading", "last"))
 
+# %% ../nbs/17_sweeps.ipynb #6f1829d8
 def ranked_sites(
     bench: Bench,
     readings: list,  # of READINGS

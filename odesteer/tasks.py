@@ -75,13 +75,18 @@ class Task:
     note: callable = lambda prompt: ""  # what a reader should know about a prompt
 
     def __post_init__(self):
-        if self.primary not in self.better: raise ValueError(f"say in better= which way {self.primary!r} is: +1 or -1")
+        _check_metrics(self.primary, self.better)
         check_reading(self.reading)
         for fold in self.folds if self.data is not None else (): fold.check()
 
     def prompts(self, split) -> list:
         "(fold number, `Prompt`) of a split, over all folds, each as often as it is answered"
         return [(k, p) for k, fold in enumerate(self.folds) for p in getattr(fold, split) for _ in range(self.samples)]
+
+# %% ../nbs/15_tasks.ipynb #f46f5390
+def _check_metrics(primary, better):
+    if primary in better: return
+    raise ValueError(f"say in better= whether more of {primary!r} is better (+1) or less (-1)")
 
 # %% ../nbs/15_tasks.ipynb #a14dab7e
 def micro_task(

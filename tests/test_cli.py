@@ -649,6 +649,8 @@ def test_a_plan_is_a_comparison_in_one_file(files, capsys, monkeypatch):
     (["--quick", "--ablations", "all", "--seeds", "2", "--part", "2/3"], dict(quick=True, ablations=["all"], seeds="2", part=[2, 3])),
     (["--option", "seed=1", "--option", "target=chess"], dict(option={"seed": 1, "target": "chess"})),
     (["--option", "seed=1", "--option", "target=chess"], dict(option=["seed=1", "target=chess"])),
+    (["--decoding", "max_new_tokens=20", "--decoding", "do_sample=false"], dict(decoding={"max_new_tokens": 20, "do_sample": False})),
+    (["--refine", "0", "--repeats", "1", "--most", "2", "--rule", "best"], dict(refine=0, repeats=1, most=2, rule="best")),
     (["--data", "a.csv,b.csv", "--lm-eval", "mmlu,arc", "--lm-eval-path", "d", "--batch-size", "8"], dict(data=["a.csv", "b.csv"], lm_eval=["mmlu", "arc"], lm_eval_path="d", batch_size=8)),
     (["--world", "experts", "--minutes", ".5", "--allow", "1", "--dtype", "float16"], dict(world="experts", minutes=.5, allow=1, dtype="float16")),
 ])
@@ -803,6 +805,55 @@ def test_plan_only_counts_real_tasks_files_and_presets(files, tiny, capsys):
     assert main([*preset, "--judge", "truth=judge+info=judge"]) == 0
     out = capsys.readouterr().out
     assert "alqr (" in out and "spid (" in out and "answers of" not in out and not (files/"runs"/"judged").exists()
+
+
+# ---- a benchmark with a name
+
+def test_a_named_benchmark_says_which_file_it_needs_and_what_it_fixes(files, capsys, monkeypatch):
+    monkeypatch.delenv("ODESTEER_DATA", raising=False)
+    for words, line in (("smollm2 fixes what --layers would change: write a plan file", "bench smollm2 --layers 3"), ("run it apart from other tasks", "bench smollm2 micro"),
+                        ("give --data FILE, or the folder of realtoxicityprompts/val.jsonl as $ODESTEER_DATA", "bench smollm2 --plan-only")):
+        assert words in fails(capsys, *line.split())
+    Path("d/realtoxicityprompts").mkdir(parents=True); Path("d/realtoxicityprompts/val.jsonl").write_text("")
+    quick, = plans.named_plans(plans.BenchOptions(["smollm2"], quick=True))
+    assert quick.data is None and quick.tasks == ["style"] and quick.out == "runs"
+    monkeypatch.setenv("ODESTEER_DATA", "d")
+    for o, data in ((plans.BenchOptions(["smollm2"], out="o"), "d/realtoxicityprompts/val.jsonl"), (plans.BenchOptions(["smollm2"], out="o", data=["x.jsonl"], limit=3), "x.jsonl")):
+        found = plans.named_plans(o)
+        assert [(p.tasks[0], p.out, p.data and p.data[0]) for p in found] == [("style", "o", None)] * 2 + [("realtoxicityprompts", "o", data), ("realtoxicityprompts", "o/matched", data)]
+        assert {p.limit for p in found} == {o.limit}
+
+
+def test_the_named_benchmark_has_every_arm_and_enough_prompts():
+    full = [plans.bench_options(p) for p in plans.BENCHMARKS["smollm2"]["full"]]
+    every = {*ods.steerer_names("steerer"), "random", "shuffled", "alqr", "spid", "barrier-lqr", "odesteer:metric=covariance", "odesteer:coordinates=standardised"}
+    assert all(set(p.methods) == every for p in full[:3])
+    assert {*full[3].methods} >= {"step-odesteer", "odesteer:steps=3", "odesteer", "odesteer:reading=last", "odesteer:metric=covariance", "odesteer:C=100.0", "random", "shuffled"} and full[3].rule == "best" and len(full[3].spreads) == 1
+    assert full[2].option["n_val"] >= 48 and full[2].option["n_test"] * full[2].seeds >= 1000
+    for p in [*full, *map(plans.bench_options, plans.BENCHMARKS["smollm2"]["quick"])]:
+        for m in p.methods: plans._check_variant(m, list(ods.REGISTRY))
+        assert p.option.keys() <= set(__import__("inspect").signature(plans.REAL_TASKS[p.tasks[0]].build).parameters)
+
+
+def test_a_named_benchmark_runs_pauses_and_goes_on(files, tiny, capsys, monkeypatch):
+    small = dict(model=str(tiny), layers=1, methods="caa,odesteer:steps=2,odesteer:reading=last", reading="mean", spreads=[.5, 1], refine=0, repeats=1, seeds=1, allow=2,
+                 params={"odesteer": {"n_components": 64}}, decoding={"max_new_tokens": 4})
+    styles = [small | dict(tasks="style", option={"style": s, "fluency": "none"}) for s in ("french", "capitals")]
+    monkeypatch.setitem(plans.BENCHMARKS, "smollm2", {"full": [*styles, styles[0] | dict(methods="caa,random", spreads=[1], rule="best", out="matched")], "quick": styles[:1]})
+    line = ["bench", "smollm2", "--limit", "3"]
+    assert main([*line, "--plan-only"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("style on") == 3 and "3 units: " in out and "read: last" in out and not Path("runs").exists()
+    assert main([*line, "--minutes", "1e-9"]) == 3 and main([*line, "--quick"]) == 0
+    some = set(Path("runs").glob("*/summary.json"))
+    assert main(line) == 0 and some < set(Path("runs").glob("*/summary.json")) and list(Path("runs/matched").glob("*/summary.json"))
+    capsys.readouterr()
+    assert main([*line, "--plan-only"]) == 0 and capsys.readouterr().out.count("nothing is left to do") == 3
+    configs = [json.loads(p.with_name("config.json").read_text()) for p in Path("runs").glob("*/summary.json")]
+    assert {c["data"]["style"] for c in configs} == {"french", "capitals"} and {c["decoding"]["max_new_tokens"] for c in configs} == {4}
+    assert main(["report", "runs", "--out", "r"]) == 0
+    report = capsys.readouterr().out
+    assert all(name in report for name in ("odesteer:steps=2", "odesteer:reading=last", "caa"))
 
 
 # ---- labels

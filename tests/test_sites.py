@@ -1,5 +1,4 @@
 "Where activations are read, and how places are ranked by what can be read there"
-import importlib.util
 import json
 from dataclasses import replace
 
@@ -12,12 +11,18 @@ from sklearn.metrics import log_loss, roc_auc_score
 import odesteer as ods
 from odesteer.baselines import shuffle_labels
 from odesteer.data import ContrastTexts, Pairs, fit_on, fit_steerer, load_pairs, texts_to_read, token_rows
-from odesteer.density import DensityRatioBarrier, PolynomialCountSketch, grouped_folds
+from odesteer.density import PolynomialCountSketch, grouped_folds
 from odesteer.euler import contrast, load_class, make_steerer
-from odesteer.models import READINGS, collect_activations, decoder_layers, encode, padded
-from odesteer.sites import Site, Sites, add_ranking, mean_sites, measure_site, rank_sites, ranking, read_rankings, some_texts
+from odesteer.models import READINGS, collect_activations, encode
+from odesteer.cli import main
+from odesteer.plans import bench_options, bench_plan
+from odesteer.results import find_runs, gather, make_units
+from odesteer.runs import Bench, rerun, run_key
+from odesteer.sweeps import Search, Stop, benchmark, ranked_sites, sweep
+from odesteer.sites import Site, Sites, add_ranking, deal_labels, mean_sites, measure_site, rank_sites, ranking, read_rankings, some_texts
 
-from .archs import CONFIGS, LAYERS, VOCAB, WIDTH, tiny_model, tiny_tokenizer
+from .archs import CONFIGS, LAYERS, WIDTH, tiny_model, tiny_tokenizer
+from .benches import bench, contents, small
 
 #: name -> (template, what it puts behind an answer); the tokens are one a character, but for <s> and </s>
 TEMPLATES = {
@@ -275,7 +280,7 @@ def test_the_planted_layer_is_found_and_a_placebo_finds_nothing():
     found = Sites(measure_site(a, y, groups, layer=k) for k, a in enumerate(acts))
     assert max(found, key=lambda s: s.auc).layer == min(found, key=lambda s: s.log_loss).layer == 1
     assert found[1].auc > .9 and found[1].log_loss < .5 and all(abs(found[k].auc - .5) < .2 and found[k].log_loss > .6 for k in (0, 2))
-    placebo = [measure_site(acts[1], np.random.default_rng(s).permutation(y), groups).auc for s in range(6)]
+    placebo = [measure_site(acts[1], deal_labels(y, groups, s), groups).auc for s in range(6)]
     assert abs(np.mean(placebo) - .5) < .1
 
 
@@ -310,6 +315,14 @@ def test_a_site_against_scikit_learn():
     assert np.isclose(found.norm, np.median(np.linalg.norm(x, axis=1)), rtol=1e-2)
     assert np.isclose(found.spread, np.median(np.linalg.norm(x - x.mean(0), axis=1)), rtol=1e-2)
     assert np.isclose(found.largest, (x**2).mean(0).max() / (x**2).mean(0).sum(), rtol=1e-4)
+
+
+def test_dealt_labels_keep_the_balance_of_groups():
+    y, groups = np.array([1, 0, 1, 1, 0, 0, 1, 0, 1, 0]), np.array(list("aabbbbcdef"))
+    deals = [deal_labels(y, groups, seed) for seed in range(40)]
+    for d in deals: assert d.sum() == y.sum() and all(d[groups == g].sum() == y[groups == g].sum() for g in "ab")
+    assert {tuple(d[:2]) for d in deals} == {(0, 1), (1, 0)} and len({tuple(d[6:]) for d in deals}) == 6  # 4 over 2
+    assert (deal_labels(y, groups, 3) == deals[3]).all()
 
 
 def contrast_texts(n=24):
@@ -385,3 +398,137 @@ def test_the_tail_of_a_pretrained_model(smollm2):
         n = len(e.ids) - e.tail
         for reading, expected in {"last": h[n - 1], "mean": h[e.answer:n].mean(0), "template": h[-1]}.items():
             torch.testing.assert_close(found[reading][14][i], expected, rtol=1e-3, atol=1e-2)
+
+
+# -- runs and sweeps
+
+@pytest.fixture(scope="module")
+def lm(): return ods.load_micro()
+
+
+def test_where_texts_are_read_belongs_to_a_steered_run_alone(lm, tmp_path):
+    b = bench(lm, tmp_path)
+    m, t = b.read_at("mean"), bench(lm, tmp_path, reading="mean")
+    caa, loop = ("caa", 1, {"share": .3}), ("alqr", None, {"T": 1.})
+    assert b.read_at("last") is b and m.read_at("last").config(*caa) == b.config(*caa) and "reading" not in b.config(*caa)
+    assert m.config(*caa) == t.config(*caa) == {**b.config(*caa), "reading": "mean"} and run_key(m.config(*caa)) != run_key(b.config(*caa))
+    assert m.config() == b.config() and m.config(*loop) == b.config(*loop)
+    texts = b.task.folds[0].texts
+    pairs = [b.task.split(x) for x in texts.pos + texts.neg]
+    for reading in ("mean", "all"):
+        own = collect_activations(lm.model, lm.tokenizer, pairs, layers=1, positions=reading, progress=False)[1]
+        torch.testing.assert_close(list(b.read_at(reading).acts(0, 1)), list(own), rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match="reading must be one of"): bench(lm, tmp_path, reading="first")
+
+
+@pytest.mark.parametrize("reading", ["mean", "all"])
+def test_a_run_on_another_reading_is_made_again(lm, tmp_path, reading):
+    b = bench(lm, tmp_path/"a", n=3).read_at(reading)
+    run = b.run("odesteer", 1, {"spread": .5}, {"n_components": 300})
+    steerer = b.steerer("odesteer", 1, {"n_components": 300})
+    assert steerer.about["positions"] == reading and run.summary["moved"] > 0 and run.config["reading"] == reading
+    again = rerun(run.config, tmp_path/"b", lm.model, lm.tokenizer, small(lm, n=3))
+    assert again.key == run.key and contents(tmp_path/"a") == contents(tmp_path/"b")
+    plain = bench(lm, tmp_path/"a", n=3)
+    assert "positions" not in plain.steerer("odesteer", 1, {"n_components": 300}).about
+    assert not torch.equal(plain.steerer("odesteer", 1, {"n_components": 300}).barrier.coef_, steerer.barrier.coef_)
+    assert plain.strength("odesteer", 1, {"angle": 5}, {"n_components": 300}) != b.strength("odesteer", 1, {"angle": 5}, {"n_components": 300})
+
+
+def test_a_sweep_over_readings(lm, tmp_path):
+    b = bench(lm, tmp_path, n=3)
+    usual = Search([1], [{"share": .2}], refine=0, repeats=1, seeds=1)
+    over = replace(usual, readings=["last", "mean"])
+    choice = sweep(b, "caa", over)
+    assert {(t.layer, t.reading) for t in choice.trials} == {(1, "last"), (1, "mean")}
+    saved, = (json.loads(p.read_text()) for p in (tmp_path/"choices").glob("*.json"))
+    assert saved["config"]["places"] == [[1, "last"], [1, "mean"]] and saved["config"]["layers"] == [1] and "ranking" not in saved
+    assert sweep(b, "caa", over) == choice
+    assert sweep(b, "caa", usual) == sweep(b, "caa", replace(usual, readings=["last"])) and len(list((tmp_path/"choices").iterdir())) == 2  # one key
+    benchmark(b, ["caa"], over, curve=False)
+    tests = [r for r in find_runs([tmp_path]).runs.values() if r.config["split"] == "test" and r.config["arm"] == "steer"]
+    assert choice.strength is None or {r.config.get("reading", "last") for r in tests} == {choice.reading}
+
+
+def test_a_chosen_reading_is_named_in_tables(lm, tmp_path, monkeypatch):
+    "The mean wins here: its run's arm says so, and the choice finds it"
+    b = bench(lm, tmp_path, n=3)
+    way = b.task.better[b.task.primary]
+    monkeypatch.setattr("odesteer.sweeps.stop_rule", lambda values, base, runs, *a, **k: Stop(len(runs) - 1, "all is well", ended=False))
+    real = Bench.repeated
+    def repeated(self, *args, **kwargs):
+        run = real(self, *args, **kwargs)
+        if self.task.reading == "mean": run.scores[self.task.primary] = run.scores[self.task.primary] + way
+        return run
+    monkeypatch.setattr(Bench, "repeated", repeated, raising=False)
+    search = Search([1], [{"share": .2}], refine=0, repeats=1, seeds=1, readings=["last", "mean"])
+    benchmark(b, ["caa"], search, curve=False)
+    found = find_runs([tmp_path])
+    unit, = make_units(found)
+    assert unit.mains()["caa"] == "caa (reading=mean)" and len(unit.chosen("caa (reading=mean)")) == 1
+    row, = [r for r in gather([tmp_path], resamples=99)["scopes"][0]["rows"] if r["method"] == "caa"]
+    assert row["arm"] == "caa (reading=mean)" and tuple(row["chosen"][0]) == (1, {"share": .2})
+
+
+def test_ranked_places_are_read_once_and_the_best_are_swept(lm, tmp_path, monkeypatch):
+    b, passes = bench(lm, tmp_path, n=3), []
+    real = rank_sites
+    monkeypatch.setattr("odesteer.sweeps.rank_sites", lambda *a, **k: passes.append(1) or real(*a, **k))
+    search = Search("ranked", [{"share": .2}], refine=0, repeats=1, readings=["last", "mean"], most=2)
+    choices = [sweep(b, m, search) for m in ("caa", "iti", "alqr")]
+    best = ranked_sites(b, ["last", "mean"]).best(2)
+    assert len(passes) == 1
+    for choice in choices[:2]: assert [(t.layer, t.reading) for t in choice.trials] == [(s.layer, s.reading) for s in best]
+    assert all(t.layer is None and t.reading == "last" for t in choices[2].trials)
+    saved = [json.loads(p.read_text()) for p in (tmp_path/"choices").glob("*.json")]
+    assert sorted(len(c.get("ranking", [])) for c in saved) == [0, 8, 8]
+    listed = Search(sorted({s.layer for s in ranked_sites(b, ["last"]).best(2)}), [{"share": .2}], refine=0, repeats=1)
+    assert "ranking" not in json.loads((tmp_path/"sites").glob("*.json").__next__().read_text())
+    assert sweep(b, "caa", listed).layer in (*listed.layers, None)
+    for bad, message in ((dict(layers="best"), "layers must be"), (dict(layers="ranked", most=0), "most must be"), (dict(readings=["first"]), "reading must be"),
+                         (dict(layers="ranked", readings=["all"]), "leave out the reading 'all'")):
+        with pytest.raises(ValueError, match=message): Search(**bad)
+
+
+# -- the shell
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, llama):
+    at = tmp_path_factory.mktemp("model")
+    llama.save_pretrained(at)
+    tiny_tokenizer().save_pretrained(at)
+    return at
+
+
+def test_commands_that_say_where_to_read(folder, qa, tmp_path, capsys):
+    fit = ["fit", "--model", str(folder), "--pairs", str(qa), "--question", "q", "--method", "caa", "--layer", "1"]
+    assert main([*fit, "--template", "chat", "--reading", "template", "--out", str(tmp_path/"s")]) == 0
+    assert ods.load_steerer(tmp_path/"s").about["positions"] == "template"
+    assert main([*fit, "--reading", "template", "--out", str(tmp_path/"t")]) == 2 and "is no chat with an answer" in capsys.readouterr().err
+    assert main([*fit[:-4], "--method", "alqr", "--reading", "mean", "--out", str(tmp_path/"u")]) == 2 and "leave out the reading" in capsys.readouterr().err
+    rank = ["sites", "--model", str(folder), "--pairs", str(qa), "--question", "q", "--limit", "24", "--reading", "last,mean", "--out", str(tmp_path/"sites.json")]
+    for more in ([], ["--shuffle", "1"], ["--coordinates", "standardised"], []): assert main([*rank, *more]) == 0
+    said = capsys.readouterr().out
+    assert said.count("log-loss") == 4
+    kept = read_rankings(tmp_path/"sites.json")
+    assert [(r["how"]["shuffle"], r["how"]["coordinates"]) for r in kept] == [(1, "raw"), (None, "standardised"), (None, "raw")]
+    assert all(len(r["sites"]) == 2 * LAYERS for r in kept) and kept[0]["model"]["name"] == folder.name and kept[0]["texts"]["name"] == "pairs"
+    assert main([*rank[:-4], "--reading", "first"]) == 2 and main([*rank[:-1], str(tmp_path/"no"/"sites.json")]) == 2
+
+
+def test_a_plan_that_ranks():
+    plan, _ = bench_plan(bench_options({"tasks": ["micro-truth"], "layers": "ranked", "reading": "last,mean", "methods": "caa"}))
+    assert plan.search.layers == "ranked" and plan.search.readings == ["last", "mean"]
+    assert bench_plan(bench_options({"tasks": ["micro-truth"], "methods": "caa"}))[0].search == Search()
+    with pytest.raises(ValueError, match="reading must be one of"): bench_options({"reading": "first"})
+
+
+def test_committed_rankings():
+    "Numbers of two models, no texts; what a shuffle of labels leaves is nothing"
+    records = read_rankings()
+    assert {r["model"]["name"] for r in records} == {"smollm2", "gemma-3-270m.gguf"}
+    for r in records:
+        aucs = [s.auc for s in r["sites"]]
+        if r["how"]["shuffle"] is None: assert max(aucs) > .8
+        else: assert abs(np.mean(aucs) - .5) < .06
+        assert len(aucs) == r["model"]["blocks"] * len(r["how"]["readings"]) and set(r["texts"]) == {"name", "wanted", "unwanted", "sha256"}
