@@ -874,7 +874,7 @@ def test_a_named_benchmark_runs_pauses_and_goes_on(files, tiny, capsys, monkeypa
     line = ["bench", "smollm2", "--limit", "3"]
     assert main([*line, "--plan-only"]) == 0
     out = capsys.readouterr().out
-    assert out.count("style on") == 3 and "3 units: " in out and "read: last" in out and not Path("runs").exists()
+    assert out.count("style-french on") == 2 and out.count("style-capitals on") == 1 and "3 units: " in out and "read: last" in out and not Path("runs").exists()
     assert main([*line, "--minutes", "1e-9"]) == 3 and main([*line, "--quick"]) == 0
     some = set(Path("runs").glob("*/summary.json"))
     assert main(line) == 0 and some < set(Path("runs").glob("*/summary.json")) and list(Path("runs/matched").glob("*/summary.json"))
