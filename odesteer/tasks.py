@@ -1030,6 +1030,6 @@ def style(
     fold = make_fold(pos, neg, ask(val, n_val), ask(test, n_test), limit)
     judge = judge or style_judge(style, rows, fluency)
     primary = next(m for m in ("hit_fluent", "hit", *judge.better) if m in judge.better)
-    return real_task("style", [fold], judge, primary, {}, ("dist2", "loops", "empty"),
+    return real_task(f"style-{style}", [fold], judge, primary, {}, ("dist2", "loops", "empty"),
                      REAL_TASKS["style"].decoding | {"max_new_tokens": max_new_tokens},
                      data=dict(style=style, system=STYLES[style].system), request=STYLES[style].system)
