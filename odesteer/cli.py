@@ -327,11 +327,13 @@ def _strength_in_words(strength) -> str: return ", ".join(f"{k} = {v:.3g}" for k
 _CHOSEN = {"excited": (20, {"spread": 1.}), "capitals": (24, {"spread": 1.}), "french": (16, {"spread": 1.}),
            "personal": (16, {"spread": 1.})}
 _SIZES = dict(n_val=18, n_test=36)  # questions of the demonstration
+_NATS = {m: {"calibrate": True} for m in ("odesteer", "step-odesteer")}  # h is shown, so its unit should mean something
 _SWEPT = Search(layers=[12, 16, 20, 24], strengths=[{"spread": s} for s in (.4, .55, .7, .85, 1., 1.2, 1.5)], repeats=1)
 
 def _pretrained_demo(o, params, runs) -> tuple:
     "The same for the pretrained model: a style in which it shall answer, with texts of its own"
     axis, n = o.axis or _PRETRAINED_AXIS, count_layers("smollm2")
+    params = _NATS.get(o.method, {}) | params
     if o.layer is not None: check_layer(o.layer, n, o.method)
     model, tokenizer = load_model("smollm2", o.revision, o.device, o.dtype)
     def bench(n_texts=60, **sizes):
@@ -408,7 +410,7 @@ def _table(demo: Demo):
     before, after = ({m: demo.arms[arm].scores[m] for m in _metrics(demo)} for arm in ("plain", "steered"))
     return summary_table(before, after, [group_of(p) for p in task.folds[0].test], task.better)
 
-def _speeds(demo: Demo) -> list: return [run.summary["tokens_per_second"] for run in map(demo.arms.get, ("plain", "steered"))]
+def _speeds(demo: Demo) -> list: return [demo.arms[arm].summary["tokens_per_second"] for arm in ("plain", "steered")]
 
 def _write_demo(demo: Demo, rise, steerer, seed, out: Path):
     "Figure, steerer, answers and numbers"
@@ -858,7 +860,8 @@ def _bench_arguments(c):
     _model_options(c)
 
 _COMMANDS = {
-    "demo": (_demo, _demo_options, "steer and measure: a pretrained model if it is installed, the micro model, or your model and texts"),
+    "demo": (_demo, _demo_options,
+             "steer and measure: a pretrained model if it is installed, the micro model, or your model and texts"),
     "sites": (_sites, _sites_options, "rank blocks and tokens by what can be read there about held-out texts"),
     "fit": (_fit, _fit_options, "fit a steerer on pairs and save it"),
     "generate": (_generate, _generate_options, "answer prompts with a saved steerer"),
