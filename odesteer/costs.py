@@ -188,25 +188,24 @@ def measure_pace(
     task, model, tokenizer, limit = bench.task, bench.model, bench.tokenizer, _longest(bench.task)
     fold, n = task.folds[0], min(bench.batch_size, max(len(f.test) for f in task.folds) * task.samples)
     prompts = (fold.test * math.ceil(n / len(fold.test)))[:n]
-    layer = len(ods.decoder_layers(model)) // 2 if layer is None else layer
+    if layer is None: layer = len(ods.decoder_layers(model)) // 2
     text, steerer = _quick_fit(bench, method, params, layer)
     def hooked(): return ods.steering(model, steerer, layer=layer, positions=task.positions, share=.1)
     if task.choices:
         (plain, _), answers = _seconds(lambda: _chosen(bench, prompts)), [task.choices(p)[0] for p in prompts]
         with hooked(): steered, _ = _seconds(lambda: _chosen(bench, prompts))
     else:
-        _written(bench, prompts, 1)  # the first answers of a model are slow
-        (first, _), (more, answers) = (_seconds(lambda: _written(bench, prompts, k)) for k in (1, 1 + tokens))
+        _, (first, _), (more, answers) = (_seconds(lambda: _written(bench, prompts, k)) for k in (1, 1, 1 + tokens))
         with hooked(): slow, _ = _seconds(lambda: _written(bench, prompts, 1 + tokens))
         plain = first + (limit - 1) * max(0., more - first) / tokens
         steered = plain * slow/more
-    few = max(1, 16 // task.samples) * task.samples
+    few = min(n, max(1, 16 // task.samples) * task.samples)
     prompts, answers = prompts[:few], [a or "." for a in answers[:few]]
     judged, note = _judge_pace(task, prompts, answers)
-    some = [p.text for p in prompts], answers
-    read, _ = _seconds(lambda: ods.score_continuations(model, tokenizer, *some, len(answers)))
-    lengths = [(len(e.ids), e.answer + limit) for e in encode(tokenizer, list(zip(*some)))]
-    read *= sum(whole for _, whole in lengths) / sum(now for now, _ in lengths) / len(lengths)
+    texts = [p.text for p in prompts]
+    read, _ = _seconds(lambda: ods.score_continuations(model, tokenizer, texts, answers, few))
+    lengths = [(len(e.ids), e.answer + limit) for e in encode(tokenizer, list(zip(texts, answers)))]
+    read *= sum(whole for _, whole in lengths) / sum(now for now, _ in lengths) / few
     return Pace(plain/n, steered/n, judged, read, text, method, n, note)
 
 # %% ../nbs/25_costs.ipynb #c05a0023
