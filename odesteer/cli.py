@@ -82,6 +82,7 @@ def run_demo(
     runs = [bench.run(**how, seed=seed) for how in bar]
     return Demo(bench, setting, runs[:len(factors)], dict(zip(arms, runs[len(factors):])))
 
+# %% ../nbs/27_cli.ipynb #8137962c
 def _arms(bench, setting, steered) -> dict:
     "Name of an arm -> what `Bench.run` takes for it"
     arms = {"plain": {}}
@@ -412,6 +413,7 @@ def _table(demo: Demo):
 
 def _speeds(demo: Demo) -> list: return [demo.arms[arm].summary["tokens_per_second"] for arm in ("plain", "steered")]
 
+# %% ../nbs/27_cli.ipynb #10fc4b31
 def _write_demo(demo: Demo, rise, steerer, seed, out: Path):
     "Figure, steerer, answers and numbers"
     bench, (method, layer, strength, _) = demo.bench, demo.setting
@@ -449,6 +451,7 @@ def _form(template, system) -> dict:
     "What a card must say so that prompts are asked as the texts were"
     return {"template": template} | ({"system": system} if system else {})
 
+# %% ../nbs/27_cli.ipynb #1a3020e0
 def _strength_for(o, steerer) -> dict:
     "The strength that was given, in a unit that the steerer knows, or its default"
     strength = _strength_of(o) or steerer.default_strength
@@ -505,6 +508,7 @@ def _check_folder_of(path):
     if path and not Path(path).absolute().parent.is_dir():
         raise ValueError(f"--out {path}: there is no folder {Path(path).parent}")
 
+# %% ../nbs/27_cli.ipynb #2df32a22
 def _sites(o):
     "Pairs in, the places of a model by what can be read there about texts that nothing was fitted on"
     _check_folder_of(o.out)
@@ -750,6 +754,7 @@ def _demo_options(c):
     _prompt_options(c)
     _sampling_options(c)
 
+# %% ../nbs/27_cli.ipynb #d996bc44
 def _fit_options(c):
     c.add_argument("--out", required=True, help="folder for the steerer")
     _model_options(c, required=True)
@@ -831,14 +836,16 @@ _BENCH_HELP = {  # option -> (what stands for its value, help); no value: a flag
     "preset": ("NAME", "run exactly what a table was made with: " + ", ".join(PRESETS)),
     "params": ("JSON", "hyper-parameters by method, such as '{\"odesteer\": {\"gamma\": 10}}'"),
     "data": ("FILE[,FILE]", "file of the task, with the columns of its hub version; two where the task has two"),
-    "limit": ("N", "for trials: this many questions"),
 }
 
 # %% ../nbs/27_cli.ipynb #9a5e83e2
 _BENCH_HELP |= {  # where it comes from, how it is judged, where it goes
-    "option": ("NAME=VALUE", "of the task, such as protocol=alqr, direction=refuse, target=football; may be repeated"),
+    "limit": ("N", "for trials: this many questions"),
+    "option": ("NAME=VALUE", "of the task, such as protocol=alqr, direction=refuse, style=excited, filter=none, "
+                             "texts=continuations; may be repeated"),
     "decoding": ("NAME=VALUE", "of answers, such as max_new_tokens=20; may be repeated"),
-    "judge": ("NAMES", "such as truth+info, toxicity+toxic-bert, reward (default: the task's); "
+    "judge": ("NAMES", "such as truth+info, toxicity+toxic-bert, reward (default: the task's); without a hub "
+                       "trained (realtoxicityprompts) or markers (refusal); "
                        "with models of your own truth=FOLDER+info=FOLDER"),
     "lm_eval": ("TASKS", "guardrail tasks of lm-eval, such as mmlu,arc_challenge, for the unsteered model and for each "
                          "method at its choice"),
