@@ -67,7 +67,7 @@ def run_demo(
     bench: Bench,
     setting: Setting,
     seed: int = 0,  # of the sampling
-    factors=(0, .5, 1, 2, 4),  # the multiples of the strength to try on validation prompts
+    factors=(0, .5, 1, 2),  # the multiples of the strength to try on validation prompts
 ) -> Demo:
     "Make the runs of a demonstration, or read those that are done"
     from tqdm import tqdm
@@ -325,9 +325,8 @@ def _strength_in_words(strength) -> str: return ", ".join(f"{k} = {v:.3g}" for k
 
 # %% ../nbs/27_cli.ipynb #c8f1b2d3
 #: style -> block and strength that `odesteer demo --axis STYLE --choose` took for ODESteer
-_CHOSEN = {"excited": (20, {"spread": 1.}), "capitals": (24, {"spread": 1.}), "french": (16, {"spread": 1.}),
-           "personal": (16, {"spread": 1.})}
-_SIZES = dict(n_val=18, n_test=36)  # questions of the demonstration
+_CHOSEN = {"excited": (20, {"spread": 1.1})}
+_SIZES = dict(n_texts=60, n_val=12, n_test=24)  # pairs and questions of the demonstration
 _NATS = {m: {"calibrate": True} for m in ("odesteer", "step-odesteer")}  # h is shown, so its unit should mean something
 _SWEPT = Search(layers=[12, 16, 20, 24], strengths=[{"spread": s} for s in (.4, .55, .7, .85, 1., 1.2, 1.5)], repeats=1)
 
@@ -337,11 +336,11 @@ def _pretrained_demo(o, params, runs) -> tuple:
     params = _NATS.get(o.method, {}) | params
     if o.layer is not None: check_layer(o.layer, n, o.method)
     model, tokenizer = load_model("smollm2", o.revision, o.device, o.dtype)
-    def bench(n_texts=60, **sizes):
-        sizes = dict(n_texts=n_texts, max_new_tokens=40) | sizes
+    def bench(n_texts=_SIZES["n_texts"], **sizes):
+        sizes = dict(n_texts=n_texts, max_new_tokens=40, **sizes)
         task = REAL_TASKS["style"](style=axis, fluency=(model, tokenizer), **sizes)
         return Bench(model, tokenizer, _drawn(replace(task, reading="mean"), o), runs, batch_size=o.batch_size)
-    layer, strength = _CHOSEN[axis] if load_class(o.method).needs_layer else (None, None)
+    layer, strength = _CHOSEN.get(axis, (2*n // 3, None)) if load_class(o.method).needs_layer else (None, None)
     if o.choose:
         choice = sweep(bench(), o.method, _SWEPT, params)
         print(f"{o.method}: {choice.why}")
@@ -350,8 +349,9 @@ def _pretrained_demo(o, params, runs) -> tuple:
         print(f"{_place(layer)} and strength {_strength_in_words(strength)} were chosen on validation prompts")
     if o.layer is not None: layer = check_layer(o.layer, n)
     setting = Setting(o.method, layer, _strength_of(o) or strength, canonical_params(o.method, params))
-    fitted, more = bench(**_SIZES), bench(n_texts=100)
-    return fitted, setting, more.task.folds[0].texts.neg[60:]
+    fitted = bench(**_SIZES)
+    n = len(fitted.task.folds[0].texts.neg)
+    return fitted, setting, bench(n + 40).task.folds[0].texts.neg[n:]
 
 # %% ../nbs/27_cli.ipynb #6575bdee
 def _own_demo(o, params, runs) -> tuple:
@@ -375,7 +375,8 @@ _MEANING = {
     "true_info": "true, and about what was asked", "info": "about what was asked",
     "wellformed": "nothing but sentences of the world", "toxic": "has a rude word",
     "reward": "claims about the thing asked, less garbled ones",
-    "hit": "has the style", "fluent": "no more surprising than the texts that are wanted", "hit_fluent": "both",
+    "hit": "has the style", "hit_fluent": "has the style and is fluent",
+    "fluent": "no more surprising than the texts that are wanted",
     "style": "share of its mark", "surprise": "perplexity of the answer under the unsteered model",
     "perplexity": "of the answer under the unsteered model", "dist2": "share of distinct word pairs",
     "loops": "ends in a phrase said three times", "empty": "no word at all",

@@ -458,6 +458,20 @@ def test_demo_on_every_axis(files, capsys, monkeypatch, axis):
     assert ods.load_steerer("o/steerer").card["method"] == "step-odesteer"
 
 
+def test_demo_on_the_pretrained_model(files, smollm2, monkeypatch, capsys):
+    "Every arm answers in a chat, and the same line again reads what is there"
+    monkeypatch.setattr(cli, "load_model", lambda *_: smollm2)
+    monkeypatch.setattr(cli, "_SIZES", dict(n_texts=4, n_val=1, n_test=2))
+    line = ["demo", "--axis", "capitals", "--method", "caa", "--layer", "9", "--spread", ".5", "--max-new-tokens", "3", "--out", "o"]
+    assert main(line) == 0
+    out, rows = capsys.readouterr().out, read_rows("o/answers.jsonl")
+    assert "style-capitals: caa on 4 wanted and 4 unwanted texts, layer 9" in out and "hit_fluent" in out
+    assert len(rows) == 2 and rows[0].keys() == {"prompt", "unsteered", "asked", "steered", "random"}
+    card = ods.load_steerer("o/steerer").about
+    assert card["positions"] == "mean" and card["layer"] == 9 and card["prompt_format"].startswith("chat template")
+    assert main(line) == 0 and "8 of 8 runs of the demonstration were there already" in capsys.readouterr().err
+
+
 def test_the_random_push_of_a_demo_is_as_long_as_the_steered_one(files, monkeypatch):
     "Whatever the unit: a published map counts in its own length"
     whole = cli.micro_task
@@ -497,15 +511,15 @@ def test_an_interrupted_demo_goes_on_and_answers_as_the_library_does(files, monk
 
     def dying(model, tokenizer, prompts, i, *args, **kw):
         made.append(i)
-        if len(made) == 7: raise KeyboardInterrupt  # in the second batch of the unsteered test run
+        if len(made) == 6: raise KeyboardInterrupt  # in the second batch of the unsteered test run
         return real_batch(model, tokenizer, prompts, i, *args, **kw)
     monkeypatch.setattr(runs, "sample_batch", dying)
     line = ["demo", "--model", "micro", "--method", "caa", "--share", ".3", "--layer", "1", "--seed", "2", "--batch-size", "6", "--top-p", ".8", "--max-new-tokens", "7", "--out", "o"]
     assert main(line) == 130 and not Path("o/summary.json").exists()
-    assert main(line) == 0 and made == [0]*5 + [0, 6] + [6] + [0, 6]*3
-    assert "5 of 9 runs of the demonstration were there already" in capsys.readouterr().err
-    assert main(line) == 0 and len(made) == 14  # all is read
-    assert "9 of 9 runs" in capsys.readouterr().err
+    assert main(line) == 0 and made == [0]*4 + [0, 6] + [6] + [0, 6]*3
+    assert "4 of 8 runs of the demonstration were there already" in capsys.readouterr().err
+    assert main(line) == 0 and len(made) == 13  # all is read
+    assert "8 of 8 runs" in capsys.readouterr().err
     lm = ods.load_micro()
     task = shorter(whole(lm, "truth"), 3, 10)
     fold, = task.folds
