@@ -27,7 +27,7 @@ from .results import committed
 from .runs import Bench, Run, canonical_params, log, write_batches
 from .sites import add_ranking, rank_sites, ranking
 from .speed import PARTS, goals, measure, show
-from .statistics import bootstrap_interval, paired_difference, summary_table
+from .statistics import bootstrap_interval, paired_difference, summary_table, wilson_interval
 from .sweeps import ABLATIONS, MICRO_PARAMS, PRESETS, Search, Setting, sweep
 from .tasks import REAL_TASKS, STYLES, Fold, Task, general_metrics, micro_task
 
@@ -206,9 +206,15 @@ def arms_table(demo: Demo) -> str:
         own = run.scores[metric]
         gains = ["" if name == a else _interval(paired_difference(arms[a].scores[metric], own, groups), "+")
                  for a in against]
-        rows.append([name, _interval(bootstrap_interval(own, groups)), *gains])
+        rows.append([name, _interval(_mean(own, groups)), *gains])
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(f"{x:<{w}}" for x, w in zip(row, widths)).rstrip() for row in rows)
+
+def _mean(x, groups):
+    "A mean with its interval; where none of the answers or all of them hit, resampling them would say plus or minus 0"
+    n = len(set(groups))
+    if x[0] in (0, 1) and (x == x[0]).all(): return wilson_interval(int(x[0]) * n, n)
+    return bootstrap_interval(x, groups)
 
 def _interval(x, sign="") -> str: return f"{x.value:{sign}.3f} [{x.lo:{sign}.3f}, {x.hi:{sign}.3f}]"
 
