@@ -836,7 +836,7 @@ _BENCH_HELP = {  # option -> (what stands for its value, help); no value: a flag
     "seeds": ("N", "seeds of the test runs (default 3)"),
     "allow": ("X", f"what a guardrail may lose (default {BenchOptions.allow})"),
     "ablations": ("NAME,...", "all, or some of " + ", ".join(ABLATIONS)),
-    "quick": ("", "micro: the shipped model, a coarse grid; smollm2: one task, six methods, twenty minutes"),
+    "quick": ("", "micro: the shipped model, a coarse grid; smollm2: one task, seven methods, a few minutes"),
     "full": ("", "micro: three models of both worlds, a fine grid, all ablations"),
     "world": ("{speakers,experts}", f"of the micro model (default {BenchOptions.world})"),
     "models": ("N", f"how many micro models, trained from other seeds (default {BenchOptions.models})"),

@@ -365,16 +365,17 @@ _COMMON = dict(model="smollm2", dtype="bfloat16", methods=_ARMS, layers=[14], re
 _TOXIC = dict(tasks="realtoxicityprompts", judge="trained", decoding={"max_new_tokens": 20}, layers="ranked", most=2,
               spreads=[.6, 1, 1.6])
 _ON_FILE = dict(texts="continuations", filter="none", fluency="self", n_val=60)
-_FRENCH, _CAPITALS = (dict(tasks="style", option={"style": s}) for s in ("french", "capitals"))
+_EXCITED, _CAPITALS = (dict(tasks="style", option={"style": s, "max_new_tokens": 40}, layers=[14, 20], rule="best")
+                       for s in ("excited", "capitals"))
 
 #: name -> how thorough -> plans, in the form of plan files
 BENCHMARKS = {"smollm2": {
-    "full": [_COMMON | _FRENCH | dict(seeds=1), _COMMON | _CAPITALS | dict(seeds=1),
+    "full": [_COMMON | _EXCITED | dict(seeds=1), _COMMON | _CAPITALS | dict(seeds=1),
              _COMMON | _TOXIC | dict(seeds=1, option=_ON_FILE | {"n_test": 950}),
              _COMMON | _TOXIC | dict(seeds=1, option=_ON_FILE | {"n_test": 300}, methods=_CHANGED, most=1, spreads=[1],
                                      rule="best", out="matched")],
-    "quick": [_COMMON | dict(tasks="style", option={"style": "french", "n_test": 108}, spreads=[.7, 1.4], seeds=1,
-                             methods="random,caa,iti,odesteer,step-odesteer,linact")]}}
+    "quick": [_COMMON | _EXCITED | dict(layers=[20], spreads=[.7, 1.1, 1.5], seeds=1,
+                                        methods="random,shuffled,caa,iti,odesteer,step-odesteer,linact")]}}
 
 #: task -> file below $ODESTEER_DATA, and where to get it
 _FILES = {"realtoxicityprompts": ("realtoxicityprompts/val.jsonl", "rows of allenai/real-toxicity-prompts on the hub")}
