@@ -342,13 +342,14 @@ def _pretrained_demo(o, params, runs) -> tuple:
     params = _NATS.get(o.method, {}) | params
     if o.layer is not None: check_layer(o.layer, n, o.method)
     model, tokenizer = load_model("smollm2", o.revision, o.device, o.dtype)
-    def bench(n_texts=_SIZES["n_texts"], **sizes):
-        sizes = dict(n_texts=n_texts, max_new_tokens=40, **sizes)
-        task = REAL_TASKS["style"](style=axis, fluency=(model, tokenizer), **sizes)
-        return Bench(model, tokenizer, _drawn(replace(task, reading="mean"), o), runs, batch_size=o.batch_size)
-    layer, strength = _CHOSEN.get(axis, (2*n // 3, None)) if load_class(o.method).needs_layer else (None, None)
+    def task(**sizes):
+        made = REAL_TASKS["style"](style=axis, fluency=(model, tokenizer), max_new_tokens=40, **sizes)
+        return _drawn(replace(made, reading="mean"), o)
+    def bench(**sizes): return Bench(model, tokenizer, task(**sizes), runs, batch_size=o.batch_size)
+    layer, strength = 2*n // 3 if load_class(o.method).needs_layer else None, None
+    if o.method == "odesteer": layer, strength = _CHOSEN.get(axis, (layer, strength))
     if o.choose:
-        choice = sweep(bench(), o.method, _SWEPT, params)
+        choice = sweep(bench(n_texts=_SIZES["n_texts"]), o.method, _SWEPT, params)
         print(f"{o.method}: {choice.why}")
         if choice.strength: layer, strength = choice.layer, choice.strength
     if strength and not _strength_of(o) and o.layer is None:
@@ -357,7 +358,7 @@ def _pretrained_demo(o, params, runs) -> tuple:
     setting = Setting(o.method, layer, _strength_of(o) or strength, canonical_params(o.method, params))
     fitted = bench(**_SIZES)
     n = len(fitted.task.folds[0].texts.neg)
-    return fitted, setting, bench(n + 40).task.folds[0].texts.neg[n:]
+    return fitted, setting, task(n_texts=n + 40).folds[0].texts.neg[n:]
 
 # %% ../nbs/27_cli.ipynb #6575bdee
 def _own_demo(o, params, runs) -> tuple:
