@@ -179,9 +179,10 @@ class RandomDirection(Steerer):
 def shuffle_labels(
     data: Contrast,  # from `contrast`: activations, and what is known about their rows
     seed=0,  # of the shuffle
+    balanced=False,  # deal so evenly that a difference between all wanted and all unwanted rows cancels
 ) -> Contrast:  # as many wanted and unwanted rows as before, with what is known about them
     "The same rows with labels exchanged: within a pair, else within a question, else among all rows (or responses)."
-    if (whole := _by_response(data)) is not None: return _by_token(shuffle_labels(whole, seed))
+    if (whole := _by_response(data)) is not None: return _by_token(shuffle_labels(whole, seed, balanced))
     rng, n, N = np.random.default_rng(seed), len(data.pos), len(data.X)
     y, pairs = np.arange(N) < n, _row_pairs(data)
     if pairs is not None: block = _components(pairs + [0, n], N)
@@ -189,9 +190,28 @@ def shuffle_labels(
     else: block = np.zeros(N, int)
     mixed = np.isin(block, np.intersect1d(block[y], block[~y]))
     block = np.where(mixed, block, -1)  # rows whose block has one label only trade with one another
-    deal = np.empty(N, int)  # row r takes the label of row deal[r]
-    deal[np.lexsort((np.arange(N), block))] = np.lexsort((rng.random(N), block))
+    deal = (_deal_evenly if balanced else _deal)(block, y, rng)
     return _relabel(data, deal, pairs, rng)
+
+# %% ../nbs/09_baselines.ipynb #53276889
+def _deal(block, y, rng) -> np.ndarray:
+    "Row r takes the label of row deal[r], drawn among those of its block"
+    deal = np.empty(len(y), int)
+    deal[np.lexsort((np.arange(len(y)), block))] = np.lexsort((rng.random(len(y)), block))
+    return deal
+
+def _deal_evenly(block, y, rng) -> np.ndarray:
+    "The same; in each block as many wanted rows stay wanted as on average: what rounding owes, the next block pays"
+    deal, owed = np.empty(len(y), int), 0.
+    for b in rng.permutation(np.unique(block)):
+        rows = rng.permutation(np.flatnonzero(block == b))
+        old, other = rows[y[rows]], rows[~y[rows]]
+        owed += len(old)**2 / len(rows)
+        stay = int(np.clip(round(owed), max(0, len(old) - len(other)), len(old)))
+        owed, leave = owed - stay, len(old) - stay
+        deal[np.concatenate([old[:stay], other[:leave]])] = old
+        deal[np.concatenate([old[stay:], other[leave:]])] = other
+    return deal
 
 # %% ../nbs/09_baselines.ipynb #938d571b
 def _by_response(data):
@@ -272,14 +292,15 @@ class ShuffledLabels(Steerer):
         method="caa",  # one of steerer_names()
         seed=0,  # of the shuffle
         settings=None,  # hyper-parameters of the method, a dict
+        balanced=False,  # as of `shuffle_labels`
     ):
         names = steerer_names()
         if method not in names: raise ValueError(f"method must be one of {', '.join(names)}; got {method!r}")
-        super().__init__(method=method, seed=seed, settings=settings)
+        super().__init__(method=method, seed=seed, settings=settings, balanced=balanced)
         self.inner = make_steerer(method, **(settings or {}))
         self.unit = self.inner.unit
     def _fit(self, data):
-        d = shuffle_labels(data, self.seed)
+        d = shuffle_labels(data, self.seed, self.balanced)
         known = dict(groups=d.groups, pairs=d.pairs, source=d.source, sequences=d.sequences, rewards=d.rewards)
         self.inner.fit(d.pos, d.neg, **known)
         self.chosen = self.inner.chosen

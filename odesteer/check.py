@@ -137,7 +137,7 @@ def _placebos(odds, steerer, unit, value, k, seed):
     "kind -> mean shifts of k placebos that move as far as the steerer"
     d, even = odds.data, _evened(odds.data, seed)
     def refit(i):
-        mixed = shuffle_labels(even, seed + i)
+        mixed = shuffle_labels(even, seed + i, balanced=True)
         fresh = type(steerer)(**steerer.params)
         return fresh.fit(mixed.pos, mixed.neg, groups=mixed.groups, pairs=mixed.pairs)
     def shift(placebo):
@@ -400,11 +400,12 @@ def write_choice_task(
     name: str = "mmlu-local",  # of the task
     form: str = "letters",  # or "text": the answers themselves
     seed: int = 0,  # of the order of the questions
+    limit: int = None,  # questions kept, the first in that order
 ) -> int:  # number of questions
     "A multiple-choice set in a file as a task of lm-eval, which then needs no hub"
     if form not in ("letters", "text"): raise ValueError(f"form is {form!r}: use 'letters' or 'text'")
     rows = [_choice_row(r, f"{path}, row {i}") for i, r in enumerate(_choice_rows(path), 1)]
-    rows = [_choice_question(*rows[i], form) for i in np.random.default_rng(seed).permutation(len(rows))]
+    rows = [_choice_question(*rows[i], form) for i in np.random.default_rng(seed).permutation(len(rows))[:limit]]
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder/f"{name}.jsonl", rows)

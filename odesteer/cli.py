@@ -4,7 +4,6 @@
 
 # %% ../nbs/27_cli.ipynb #4a18983e
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 import argparse, json, shutil, textwrap, time, warnings
@@ -20,10 +19,10 @@ from .judges import BETTER
 from .micro import AXES, Recipe
 from .models import READINGS
 from .plans import (BENCHMARKS, BenchOptions, assignments, bench_options, check_layer, check_names, comma_list,
-                            one_thread, positive_number, run_bench, whole_number)
+                            positive_number, run_bench, threads, whole_number)
 from .pretrained import NAMED, count_layers, installed_file, load_model
 from .report import report
-from .results import committed
+from .results import committed, same_rows
 from .runs import Bench, Run, canonical_params, log, write_batches
 from .sites import add_ranking, rank_sites, ranking
 from .speed import PARTS, goals, measure, show
@@ -263,7 +262,7 @@ def _demo(o):
     make = _which_demo(o)
     _strength_of(o)  # two strengths are a mistake
     out = _output_folder(o.out)
-    with one_thread() if make is _micro_demo else nullcontext():
+    with threads(1 if make is _micro_demo else None):
         bench, setting, starts = make(o, params, out/"runs")
         texts = bench.task.folds[0].texts
         print(f"{bench.task.name}: {o.method} on {len(texts.pos)} wanted and {len(texts.neg)} unwanted texts, "
@@ -593,11 +592,21 @@ def _report(o):
     "Tables, figures and verdicts of finished runs"
     for path in o.runs:
         if not Path(path).is_dir(): raise ValueError(f"no folder {path}: give folders that odesteer bench wrote")
+    known = o.against and committed(o.against)
+    if known and "scopes" not in known: raise ValueError(f"--against {o.against}: it has no rows of a comparison")
     results = report(o.runs, _output_folder(o.out))
     if not results["scopes"]:
         raise ValueError(f"no finished test run in {', '.join(o.runs)}: let odesteer bench go on")
     print((Path(o.out)/"report.md").read_text(encoding="utf-8"))
     print(f"\nTables (.csv, .tex) and figures are in {o.out}/")
+    if known: print(_compared(o.against, same_rows(results, known)))
+
+def _compared(name, rows) -> str:
+    "Whether rows came out as in results that come with the package"
+    if not rows: return f"no row is also in {name}"
+    words = {True: "the same", False: "other", None: "unknown"}
+    lines = [f"{r.task}, {r.arm}: {words[r.answers]} answers, {words[r.scores]} scores" for r in rows]
+    return "\n".join(["", f"Against {name}, {len(rows)} rows:", *lines])
 
 # %% ../nbs/27_cli.ipynb #47404ccd
 def _speed(o):
@@ -605,10 +614,8 @@ def _speed(o):
     parts = comma_list(o.parts)
     check_names(parts, PARTS, "part")
     _check_folder_of(o.out)
-    device, threads = o.device or ("cuda" if torch.cuda.is_available() else "cpu"), torch.get_num_threads()
-    torch.set_num_threads(o.threads or threads)
-    try: found = measure(PARTS if "all" in parts else parts, o.tiny, o.rounds, device, o.out, log)
-    finally: torch.set_num_threads(threads)
+    device = o.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with threads(o.threads): found = measure(PARTS if "all" in parts else parts, o.tiny, o.rounds, device, o.out, log)
     print("\n\n".join(filter(None, [show(found), goals(found)])))
 
 # %% ../nbs/27_cli.ipynb #1e864f92
@@ -805,6 +812,8 @@ def _report_options(c):
     out = "folder for report.md, tables and figures (default report)"
     c.add_argument("runs", nargs="+", metavar="RUNS", help="folders that bench wrote, of one machine or several")
     c.add_argument("--out", default="report", help=out)
+    c.add_argument("--against", metavar="NAME", help="of results that come with the package, such as bench-smollm2: "
+                                                     "did the same come out?")
 
 def _speed_options(c):
     out = "JSON that keeps the results; parts that are not measured now stay in it"
@@ -863,6 +872,7 @@ _BENCH_HELP |= {  # where it comes from, how it is judged, where it goes
     "minutes": ("X", "stop after this time; the same command goes on"),
     "part": ("I/N", "this machine's share of the work"),
     "batch_size": ("N", None),
+    "threads": ("N", "of PyTorch on the processor, on which the last bits of an answer depend (default: its own)"),
 }
 
 # %% ../nbs/27_cli.ipynb #b8e4693b

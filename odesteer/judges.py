@@ -647,7 +647,7 @@ class Strict(Judge):
     "Several judges, and whether an answer passes all the tests that are named: a conjunction of 0/1 metrics"
     def __init__(self,
         *judges,
-        tests: tuple,  # metrics of the judges that must all be 1
+        tests: tuple,  # metrics of the judges that must all be 1, or 0 where less is better
         metric: str = "hit_fluent",  # name of the conjunction
     ):
         self.panel, self.tests, self.metric = Panel(*judges), tuple(tests), metric
@@ -663,7 +663,8 @@ class Strict(Judge):
 
     def __call__(self, prompts, answers):
         scores = self.panel(prompts, answers)
-        return scores | {self.metric: np.prod([scores[t] for t in self.tests], 0)}
+        passed = [scores[t] if self.panel.better[t] > 0 else 1 - scores[t] for t in self.tests]
+        return scores | {self.metric: np.prod(passed, 0)}
 
 # %% ../nbs/11_judges.ipynb #f300ccbf
 class TrainedJudge(Judge):

@@ -4,14 +4,16 @@
 
 # %% ../nbs/26_plans.ipynb #0f9c047b
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 import argparse, inspect, json, os, re, tempfile, time
 import numpy as np
 import torch
 import odesteer as ods
+from .check import write_choice_task
 from .costs import plan_costs, total_cost
 from .data import check_reading
 from .euler import load_class
@@ -26,8 +28,8 @@ from .sweeps import micro_bench, preset_plan, run_plan, show_preset, variant
 from .tasks import REAL_TASKS
 
 # %% auto #0
-__all__ = ['BENCHMARKS', 'check_layer', 'one_thread', 'assignments', 'whole_number', 'positive_number', 'comma_list',
-           'check_names', 'BenchOptions', 'bench_options', 'bench_plan', 'named_plans', 'run_bench']
+__all__ = ['BENCHMARKS', 'check_layer', 'threads', 'assignments', 'whole_number', 'positive_number', 'comma_list', 'check_names',
+           'BenchOptions', 'bench_options', 'bench_plan', 'named_plans', 'run_bench']
 
 # %% ../nbs/26_plans.ipynb #25469e38
 def check_layer(layer, n: int, method=None) -> int:
@@ -38,12 +40,14 @@ def check_layer(layer, n: int, method=None) -> int:
     return layer % n
 
 @contextmanager
-def one_thread():
-    "The micro model is too small to share: a second thread gains nothing, and on a busy machine it loses much"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads(
+    n: int = None,  # of PyTorch on the processor; None: as many as before
+):
+    "The last bits of a sum depend on how many share it, and a micro model is too small to be shared"
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
     try: yield
-    finally: torch.set_num_threads(threads)
+    finally: torch.set_num_threads(before)
 
 def assignments(texts, option, form) -> dict:
     "`name=value` texts as a dict; a value is JSON, or else text"
@@ -201,6 +205,7 @@ class BenchOptions:
     revision: str = _option(_text)
     device: str = _option(_text)
     dtype: str = _option(_text, "auto")
+    threads: int = _option(whole_number)  # of PyTorch on the processor, on which the last bits depend; None: its own
 
 # %% ../nbs/26_plans.ipynb #7acaad1e
 def bench_options(
@@ -355,30 +360,34 @@ def _judge(text, cache):
     return judges[0] if len(judges) == 1 else Panel(*judges)
 
 # %% ../nbs/26_plans.ipynb #981f9c01
-_ARMS = ("random,shuffled,caa,iti,repe,odesteer,odesteer:metric=covariance,odesteer:coordinates=standardised,"
-         "step-odesteer,linact,mimic,hpr,truthflow,recontrol,alqr,spid,barrier-lqr")
+_ARMS = ("random,shuffled:balanced=true,caa,iti,repe,odesteer,odesteer:metric=covariance,"
+         "odesteer:coordinates=standardised,step-odesteer,linact,mimic,hpr,truthflow,recontrol,alqr,spid,barrier-lqr")
 _CHANGED = ("odesteer,step-odesteer,odesteer:steps=3,odesteer:reading=last,odesteer:coordinates=centred,"
-            "odesteer:coordinates=standardised,odesteer:metric=covariance,odesteer:C=100.0,caa,random,shuffled")
+            "odesteer:coordinates=standardised,odesteer:metric=covariance,odesteer:C=100.0,caa,random,"
+            "shuffled:balanced=true")
 _FEW = {"n_jacobian": 4, "max_tokens": 32, "n_texts": 200}  # Jacobians of all blocks are dear
-_COMMON = dict(model="smollm2", dtype="bfloat16", methods=_ARMS, layers=[14], reading="mean",
-               spreads=[.6, 1.2, 2], refine=0, repeats=1, params={"alqr": _FEW, "barrier-lqr": _FEW})
-_TOXIC = dict(tasks="realtoxicityprompts", judge="trained", decoding={"max_new_tokens": 20}, layers="ranked", most=2,
-              spreads=[.6, 1, 1.6])
-_ON_FILE = dict(texts="continuations", filter="none", fluency="self", n_val=60)
-_EXCITED, _CAPITALS = (dict(tasks="style", option={"style": s, "max_new_tokens": 40}, layers=[14, 20], rule="best")
-                       for s in ("excited", "capitals"))
+_COMMON = dict(model="smollm2", dtype="bfloat16", threads=1, methods=_ARMS, reading="mean", rule="best",
+               spreads=[.6, 1, 1.6], refine=0, repeats=1, seeds=1, params={"alqr": _FEW, "barrier-lqr": _FEW})
+_MMLU = "mmlu-text"  # 200 questions of its validation rows, the answers by their text
+_PLAIN = dict(max_new_tokens=20, temperature=1., top_p=1., repetition_penalty=1.)  # as the model has it
+_TOXIC = dict(tasks="realtoxicityprompts", judge="trained", decoding=_PLAIN, rule="stop",
+              option=dict(texts="continuations", filter="none", fluency="self", n_val=96, n_test=950))
+_TRUTH = dict(tasks="truthfulqa-binary", option={"form": "text"}, layers=[14])
+_EXCITED = dict(tasks="style", decoding={"top_k": 50}, option={"style": "excited", "max_new_tokens": 40},
+                spreads=[.7, 1.1, 1.5])
 
 #: name -> how thorough -> plans, in the form of plan files
 BENCHMARKS = {"smollm2": {
-    "full": [_COMMON | _EXCITED | dict(seeds=1), _COMMON | _CAPITALS | dict(seeds=1),
-             _COMMON | _TOXIC | dict(seeds=1, option=_ON_FILE | {"n_test": 950}),
-             _COMMON | _TOXIC | dict(seeds=1, option=_ON_FILE | {"n_test": 300}, methods=_CHANGED, most=1, spreads=[1],
-                                     rule="best", out="matched")],
-    "quick": [_COMMON | _EXCITED | dict(layers=[20], spreads=[.7, 1.1, 1.5], seeds=1,
-                                        methods="random,shuffled,caa,iti,odesteer,step-odesteer,linact")]}}
+    "full": [_COMMON | _TOXIC | dict(layers="ranked", most=2, lm_eval=_MMLU), _COMMON | _TRUTH,
+             _COMMON | _TOXIC | dict(layers=[14], methods=_CHANGED, spreads=[1], out="matched"),
+             _COMMON | _EXCITED | dict(layers=[14, 20])],
+    "quick": [_COMMON | _EXCITED | dict(layers=[20], methods="random,shuffled:balanced=true,caa,iti,odesteer,"
+                                                             "step-odesteer,linact")]}}
 
 #: task -> file below $ODESTEER_DATA, and where to get it
-_FILES = {"realtoxicityprompts": ("realtoxicityprompts/val.jsonl", "rows of allenai/real-toxicity-prompts on the hub")}
+_FILES = {"realtoxicityprompts": ("realtoxicityprompts/val.jsonl", "rows of allenai/real-toxicity-prompts on the hub"),
+          "truthfulqa-binary": ("truthfulqa/TruthfulQA.csv", "TruthfulQA.csv of its authors"),
+          _MMLU: ("mmlu/validation.jsonl", "the validation rows of cais/mmlu on the hub")}
 
 # %% ../nbs/26_plans.ipynb #865f4f22
 def named_plans(
@@ -387,23 +396,44 @@ def named_plans(
     "The plans of a benchmark with a name; a ValueError for options that it fixes, or where a file is missing"
     name = next(t for t in o.tasks if t in BENCHMARKS)
     if len(o.tasks) > 1: raise ValueError(f"{name} is a whole benchmark: run it apart from other tasks")
-    said = {k: v for k, v in _changed(o).items() if k not in ("tasks", "quick", "data", "out")}
-    fixed = said.keys() - {"plan_only", "minutes", "limit", "device", "dtype", "lm_eval", "lm_eval_path"}
+    said = {k: v for k, v in _changed(o).items() if k not in ("tasks", "quick", "methods", "out", "part")}
+    fixed = said.keys() - {"plan_only", "minutes", "limit", "device", "dtype", "threads"}
     if fixed:
         raise ValueError(f"{name} fixes what --{min(fixed).replace('_', '-')} would change: "
                          f"write a plan file, or name a task, such as odesteer bench style --model {name}")
     plans = [bench_options(plan) for plan in BENCHMARKS[name]["quick" if o.quick else "full"]]
+    if o.methods: plans = _only(plans, o.methods, name)
+    i, n = o.part
+    if not plans[i - 1::n]: raise ValueError(f"part {i} of {n} is empty: {name} has {len(plans)} parts at most")
     def out(plan): return o.out if plan.out == BenchOptions.out else str(Path(o.out)/plan.out)
-    return [replace(plan, out=out(plan), data=_file_for(plan.tasks[0], o), **said) for plan in plans]
+    return [replace(_with_files(plan, out(plan), not o.plan_only), out=out(plan), **said) for plan in plans[i - 1::n]]
 
-def _file_for(task, o: BenchOptions):
-    "The file of a task that needs one: given, or in the folder of data"
-    if task not in _FILES: return None
-    below, source = _FILES[task]
-    there = Path(os.environ.get("ODESTEER_DATA", "nowhere"))/below
-    if o.data or there.is_file(): return o.data or [str(there)]
-    raise ValueError(f"{task} needs a file that is not shipped, {source}: give --data FILE, or the folder of "
-                     f"{below} as $ODESTEER_DATA; without it run --quick, or a task alone")
+def _only(plans, methods, name) -> list:
+    "The plans with some of their methods, those that have any"
+    known = list(dict.fromkeys(m for plan in plans for m in plan.methods))
+    check_names(methods, known, f"arm of {name}")
+    some = [replace(plan, methods=[m for m in plan.methods if m in methods]) for plan in plans]
+    return [plan for plan in some if plan.methods]
+
+# %% ../nbs/26_plans.ipynb #477daf7b
+def _with_files(plan: BenchOptions, out, write) -> BenchOptions:
+    "The plan with the file of its task, which it needs, and with its guardrail questions where they can be asked"
+    files = {name: Path(os.environ.get("ODESTEER_DATA", "nowhere"))/below for name, (below, _) in _FILES.items()}
+    task = plan.tasks[0]
+    if task in files:
+        below, source = _FILES[task]
+        if not files[task].is_file():
+            raise ValueError(f"{task} needs a file that is not shipped, {source}: give its folder as $ODESTEER_DATA, "
+                             f"in which it is {below}; without it run --quick, or a task alone")
+        plan = replace(plan, data=[str(files[task])])
+    if plan.lm_eval is None: return plan
+    if not (files[plan.lm_eval].is_file() and find_spec("lm_eval")):
+        log(f"odesteer: without lm-eval (pip install 'odesteer[lm-eval]') and {_FILES[plan.lm_eval][0]} in "
+            "$ODESTEER_DATA there are no guardrail questions")
+        return replace(plan, lm_eval=None)
+    questions = Path(out)/"questions"
+    if write: write_choice_task(files[plan.lm_eval], questions, plan.lm_eval, "text", limit=200)
+    return replace(plan, lm_eval_path=str(questions))
 
 # %% ../nbs/26_plans.ipynb #811c1748
 def _bench_named(o: BenchOptions):
@@ -414,6 +444,8 @@ def _bench_named(o: BenchOptions):
         if run_bench(replace(plan, minutes=max(left, 1e-9))): return 3
 
 # %% ../nbs/26_plans.ipynb #981ff942
+def _own_threads(make): return 1 if make is micro_bench else None
+
 def run_bench(o: BenchOptions):  # exit code 3: the time is used up
     "Every method on every task: choose on validation, report on test; interrupted or stopped, the same command goes on"
     files = [t for t in o.tasks if t.endswith(".json") or (Path(t)/"config.json").is_file()]
@@ -422,7 +454,7 @@ def run_bench(o: BenchOptions):  # exit code 3: the time is used up
     if o.plan_only: return _print_costs(o)
     plan, make = bench_plan(o)
     try:
-        with one_thread() if make is micro_bench else nullcontext(): run_plan(plan, make, o.out, o.minutes)
+        with threads(o.threads or _own_threads(make)): run_plan(plan, make, o.out, o.minutes)
     except Paused as e:
         log(f"odesteer: {e}")
         return 3
@@ -446,7 +478,7 @@ def _print_costs(*several: BenchOptions):
     for o in several:
         with tempfile.TemporaryDirectory() as cache:  # of judges
             plan, make = bench_plan(replace(o, out=cache))
-            with one_thread() if make is micro_bench else nullcontext(): costs += plan_costs(plan, make, o.out)
+            with threads(o.threads or _own_threads(make)): costs += plan_costs(plan, make, o.out)
     if len(costs) > 1: print(total_cost(costs))
 
 def _bench_files(o: BenchOptions, files):
@@ -460,7 +492,7 @@ def _bench_files(o: BenchOptions, files):
     if not all(isinstance(x, dict) and "task" in x for x in found):
         if len(files) > 1: raise ValueError("give one plan at a time")
         return run_bench(replace(_plan_options(files[0], found[0]), **changed))
-    fixed = changed.keys() - {"out", "data", "option", "judge", "model", "revision", "device", "dtype"}
+    fixed = changed.keys() - {"out", "data", "option", "judge", "model", "revision", "device", "dtype", "threads"}
     if fixed: raise ValueError(f"{files[0]} fixes what --{min(fixed)} would change: edit a copy of the file")
     for f in files: print(_run_again(f, o))
     print(f"done: odesteer report {o.out}")
@@ -471,11 +503,17 @@ def _run_again(path, o: BenchOptions) -> Run:
     config = read_config(path)
     about, task = config["model"], config.get("data", {}).get("recipe", config)["task"]
     if re.fullmatch(r"micro-\w+-\d+", about["name"]):
-        with one_thread(): return rerun(config, o.out)
+        with threads(1): return rerun(config, o.out)
     if task == "your texts": raise ValueError(f"{path} is of a demonstration: run odesteer demo again with its files")
     known = about.get("hub") or (about["name"] if about["name"] in NAMED else None)
     name, revision = (o.model, o.revision) if o.model else (known, about.get("revision"))
     if not name:
         raise ValueError(f"{path} was made with the model {about['name']}, which came from a folder: give --model")
     dtype = about.get("dtype", "auto") if o.dtype == "auto" else o.dtype
-    return rerun(config, o.out, *load_model(name, revision, o.device, dtype), **_sources_of(task, o))
+    with threads(o.threads or _recorded_threads(path)):
+        return rerun(config, o.out, *load_model(name, revision, o.device, dtype), **_sources_of(task, o))
+
+def _recorded_threads(path):
+    "With how many threads a run was made, where its folder says so"
+    known = (Path(path) if Path(path).is_dir() else Path(path).parent)/"environment.json"
+    return json.loads(known.read_text(encoding="utf-8")).get("threads") if known.is_file() else None

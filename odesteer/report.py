@@ -226,7 +226,8 @@ def guardrail_table(
     def cells(r):
         layer = None if r["layer"] is None else str(r["layer"])
         strength = r["strength"] and place(r["strength"])
-        return [r["model"], r["task"], r["metric"], r["method"], layer, strength, r["score"], r["change"], r["n"]]
+        arm = r.get("arm", r["method"])
+        return [r["model"], r["task"], r["metric"], arm, layer, strength, r["score"], r["change"], r["n"]]
     columns = ["model", "task", "metric", "arm", "layer", "strength", "score", "change", "questions"]
     return Table("guardrail tasks of lm-eval", columns, list(map(cells, rows)), signed=("change",),
                  note="change: paired difference to the unsteered model, with its 95 % interval over questions.")

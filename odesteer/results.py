@@ -13,6 +13,7 @@ import json, math, re
 import numpy as np
 from fastcore.basics import patch
 import odesteer as ods
+from .data import digest
 from .euler import load_class
 from .runs import VARIES, Run, arm_label, own_params, read_run, run_key
 from .statistics import (bootstrap_interval, holm, paired_difference, product_of_means, quantile_interval,
@@ -22,7 +23,7 @@ from .sweeps import ABLATIONS, ablation_arms
 # %% auto #0
 __all__ = ['DERIVED', 'PLACEBOS', 'YARDSTICKS', 'Found', 'find_runs', 'Point', 'Unit', 'make_units', 'Interval', 'Scope',
            'Chosen', 'MetricRow', 'PairRow', 'needs_layer', 'curve_unit', 'CurvePoint', 'place', 'StudyRow',
-           'guardrail_rows', 'gather', 'as_results', 'committed']
+           'guardrail_rows', 'gather', 'as_results', 'committed', 'Same', 'same_rows']
 
 # %% ../nbs/18_results.ipynb #04e7630e
 @dataclass
@@ -75,7 +76,8 @@ def _whole_run(path) -> Run:
     fits = run_key(run.config) == path.name and {len(x) for x in run.scores.values()} == {len(run.groups)}
     if not fits or not run.summary["seconds"] > 0: raise ValueError
     spec = run.summary.get("task")
-    if spec and run.config["split"] == "val":  # sweeps are long: keep the metrics that tables show
+    if run.config["split"] == "test": run.summary["answers"] = digest(_answers(path))
+    elif spec:  # sweeps are long: keep the metrics that tables show
         run.scores = {m: run.scores[m] for m in (spec["primary"], *spec["watch"])}
     return run
 
@@ -375,6 +377,7 @@ def row(self: Scope, arm: str,
     out = dict(arm=arm, method=self.method(arm), chosen=settings, off=off, seeds=max(map(len, steered)), metrics={})
     if name := self.variant(arm): out["name"] = name
     if len(choices) == 1 and choices[0]: out["why"] = choices[0]["why"]
+    if len(self.units) == 1: out["answers"] = [r.summary["answers"] for r in sorted(runs, key=_seed)]
     for m in dict.fromkeys(m for r in runs for m in r.scores):
         x, y = self.items(steered, m), self.items(plain, m)
         compared = arm != "unsteered" and _both(x, y) > 0
@@ -390,6 +393,8 @@ def variant(self: Scope, arm) -> str:
     "The name under which an arm was compared, if it is a variant of a method; None else"
     named = [c["config"]["name"] for u in self.units for c in u.choices.get(arm, []) if "name" in c["config"]]
     return named[0] if named else None
+
+def _seed(run): return run.config["seed"]
 
 def _typical(runs, key) -> float:
     "Median of what the summaries of runs say; None if none does"
@@ -699,8 +704,10 @@ def _same_questions(config): return config["model"]["sha256"], json.dumps(config
 
 def _guardrail_row(config, task, metric, items, before) -> dict:
     "A score, and its change where the unsteered model was asked too"
-    return dict(model=config["model"]["name"], task=task, metric=metric, method=config.get("method") or "unsteered",
-                layer=config.get("layer"), strength=config.get("strength"), n=len(items),
+    method = config.get("method") or "unsteered"
+    return dict(model=config["model"]["name"], task=task, metric=metric, method=method,
+                arm=arm_label(method, config.get("params", {})), layer=config.get("layer"),
+                strength=config.get("strength"), n=len(items),
                 score=_rounded(np.mean(items)), change=before and _interval(paired_difference(before, items)))
 
 # %% ../nbs/18_results.ipynb #46f46747
@@ -832,5 +839,34 @@ def _named_scope(s):
 def committed(
     name: str = "bench-micro",  # of an asset
 ) -> dict:  # what `gather` returned
-    "Results that come with the package"
-    return as_results(_read_json(resources.files("odesteer")/"assets"/f"{name}.json"))
+    "Results that come with the package; a ValueError for a name that it does not know"
+    assets = resources.files("odesteer")/"assets"
+    names = sorted(f.name.removesuffix(".json") for f in assets.iterdir() if f.name.endswith(".json"))
+    if name not in names: raise ValueError(f"no results {name!r} come with the package: there are {', '.join(names)}")
+    return as_results(_read_json(assets/f"{name}.json"))
+
+# %% ../nbs/18_results.ipynb #f1c271d1
+class Same(NamedTuple):
+    "A row that two results have"
+    task: str
+    arm: str
+    answers: bool  # the same to the letter? None where one of the two does not say
+    scores: bool  # the same means of all metrics, up to rounding?
+
+def same_rows(
+    found: dict,  # of `gather`
+    known: dict,  # others, such as `committed` ones
+) -> list:  # of `Same`
+    "Rows of the same arm on the same task and model: did the same come out?"
+    rows = {(s["task"], s["name"], r["arm"]): r for s in known["scopes"] for r in s["rows"]}
+    pairs = [(s["task"], r, rows.get((s["task"], s["name"], r["arm"]))) for s in found["scopes"] for r in s["rows"]]
+    return [Same(task, r["arm"], *_agreement(r, other)) for task, r, other in pairs if other]
+
+def _agreement(r, other) -> tuple:
+    "Whether answers and scores of two rows agree"
+    known = "answers" in r and "answers" in other
+    means = [[x["metrics"][m][0] for m in sorted(x["metrics"])] for x in (r, other)]
+    close = r["metrics"].keys() == other["metrics"].keys() and np.allclose(*map(_numbers, means), 1e-3, equal_nan=True)
+    return (r["answers"] == other["answers"] if known else None), bool(close)
+
+def _numbers(means): return np.array([np.nan if x is None else x for x in means], float)

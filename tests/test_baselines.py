@@ -229,11 +229,11 @@ def numbers(x): return x.flatten().long().tolist()
 
 
 @quick
-@given(seeds, st.integers(2, 30), st.integers(2, 30))
-def test_a_shuffle_keeps_every_row_and_both_counts(seed, n_pos, n_neg):
-    d = shuffle_labels(table(n_pos, n_neg), seed)
+@given(seeds, st.integers(2, 30), st.integers(2, 30), st.booleans())
+def test_a_shuffle_keeps_every_row_and_both_counts(seed, n_pos, n_neg, balanced):
+    d = shuffle_labels(table(n_pos, n_neg), seed, balanced)
     assert (len(d.pos), len(d.neg)) == (n_pos, n_neg) and sorted(numbers(d.X)) == list(range(1, n_pos + n_neg + 1))
-    again, other = shuffle_labels(table(n_pos, n_neg), seed), shuffle_labels(table(n_pos, n_neg), seed + 1)
+    again, other = shuffle_labels(table(n_pos, n_neg), seed, balanced), shuffle_labels(table(n_pos, n_neg), seed + 1, balanced)
     assert torch.equal(d.X, again.X) and (n_pos < 20 or not torch.equal(d.X, other.X))
 
 
@@ -243,30 +243,52 @@ def test_a_shuffle_without_structure_mixes_all_rows():
 
 
 @quick
-@given(seeds)
-def test_a_shuffle_exchanges_labels_within_questions(seed):
+@given(seeds, st.booleans())
+def test_a_shuffle_exchanges_labels_within_questions(seed, balanced):
     rng = np.random.default_rng(seed)
     pos_groups, neg_groups = rng.integers(0, 6, 25), rng.integers(0, 8, 30)  # 6 and 7 have unwanted answers only
     d = table(25, 30, groups=np.concatenate([pos_groups, neg_groups]))
-    new, of = shuffle_labels(d, seed), dict(zip(numbers(d.X), d.groups))
+    new, of = shuffle_labels(d, seed, balanced), dict(zip(numbers(d.X), d.groups))
     assert [of[i] for i in numbers(new.X)] == new.groups.tolist()  # the ids went with their rows
     for g in set(pos_groups) & set(neg_groups): assert (new.groups[:25] == g).sum() == (pos_groups == g).sum()  # the others trade with one another
 
 
 @quick
-@given(seeds)
-def test_a_shuffle_swaps_pairs_and_keeps_them(seed):
+@given(seeds, st.booleans())
+def test_a_shuffle_swaps_pairs_and_keeps_them(seed, balanced):
     rng = np.random.default_rng(seed)
     pairs = np.stack([rng.permutation(20), rng.permutation(30)[:20]], 1)
     d = table(20, 30, pairs=pairs, source=torch.arange(20.)[:, None])
-    new = shuffle_labels(d, seed)
+    new = shuffle_labels(d, seed, balanced)
     before = {frozenset(p) for p in zip(numbers(d.pos[pairs[:, 0]]), numbers(d.neg[pairs[:, 1]]))}
     p, q = new.row_pairs()
     assert {frozenset(x) for x in zip(numbers(p), numbers(q))} == before and len(new.pairs) == 20
     place = {frozenset(x): k for k, x in enumerate(zip(numbers(d.pos[pairs[:, 0]]), numbers(d.neg[pairs[:, 1]])))}
     assert [place[frozenset(x)] for x in zip(numbers(p), numbers(q))] == numbers(new.source)  # and each its own source
     swapped = sum(i > 20 for i in numbers(p))
-    assert 2 <= swapped <= 18
+    assert swapped == 10 if balanced else 2 <= swapped <= 18
+
+
+@quick
+@given(seeds, st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))
+def test_a_balanced_shuffle_owes_each_question_less_than_a_row(seed, sizes):
+    "Wanted rows that stay wanted: what chance leaves on average, up to rounding, in each question and in all of them"
+    pos, neg = (np.repeat(np.arange(len(sizes)), [s[k] for s in sizes]) for k in (0, 1))
+    if min(len(pos), len(neg)) == 0 or np.array_equal(pos, neg): return  # empty, or pairs
+    d = table(len(pos), len(neg), groups=np.concatenate([pos, neg]))
+    stay = np.array([i for i in numbers(shuffle_labels(d, seed, balanced=True).pos) if i <= len(pos)], int)
+    for g, (a, b) in enumerate(sizes):
+        if a and b: assert abs((pos[stay - 1] == g).sum() - a*a / (a + b)) <= 1
+
+
+@quick
+@given(seeds, st.integers(4, 40))
+def test_a_difference_that_all_pairs_share_cancels_where_labels_are_balanced(seed, n):
+    noise = normal(2*n, D, seed=seed)
+    def rest(balanced):
+        d = shuffle_labels(contrast(noise[:n] + 100, noise[n:], pairs=[[i, i] for i in range(n)]), seed, balanced)
+        return d.mean_difference().abs().mean().item()
+    assert rest(True) < (100/n if n % 2 else 0) + 4  # of 100, an odd pair leaves one part in n
 
 
 def test_rows_of_equal_number_are_pairs_unless_their_questions_differ():
@@ -299,7 +321,7 @@ def test_shuffled_labels_is_the_method_itself_on_shuffled_data_and_loads_again(m
     assert s.unit == plain.unit and torch.equal(s.steer(new, T=2.), plain.steer(new, T=2.)) and torch.equal(s.vector_field(new), plain.vector_field(new)) and s.displacement_ == plain.displacement_
     s.save_pretrained(tmp_path)
     again = ods.load_steerer(tmp_path)
-    assert json.loads((tmp_path/"card.json").read_text())["params"] == dict(method=method, seed=4, settings=settings_)
+    assert json.loads((tmp_path/"card.json").read_text())["params"] == dict(method=method, seed=4, settings=settings_, balanced=False)
     for how in dict(T=2.), dict(share=.2): assert torch.equal(again.steer(new, **how), s.steer(new, **how))
     if hasattr(plain, "stop_at"): assert torch.equal(again.steer(new, nats=-.01), plain.steer(new, nats=-.01))
 

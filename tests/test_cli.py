@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import odesteer as ods
-from odesteer import cli, plans, runs, sweeps
+from odesteer import cli, plans, results, runs, sweeps
 from odesteer.tasks import Fold
 from odesteer.sweeps import show_preset
 from odesteer.cli import main
@@ -857,24 +857,47 @@ def test_plan_only_counts_real_tasks_files_and_presets(files, tiny, capsys):
 def test_a_named_benchmark_says_which_file_it_needs_and_what_it_fixes(files, capsys, monkeypatch):
     monkeypatch.delenv("ODESTEER_DATA", raising=False)
     for words, line in (("smollm2 fixes what --layers would change: write a plan file", "bench smollm2 --layers 3"), ("run it apart from other tasks", "bench smollm2 micro"),
-                        ("give --data FILE, or the folder of realtoxicityprompts/val.jsonl as $ODESTEER_DATA", "bench smollm2 --plan-only")):
+                        ("give its folder as $ODESTEER_DATA, in which it is realtoxicityprompts/val.jsonl", "bench smollm2 --plan-only"),
+                        ("'caaa'; choose from random", "bench smollm2 --quick --methods caaa"), ("part 5 of 5 is empty: smollm2 has 4 parts at most", "bench smollm2 --part 5/5")):
         assert words in fails(capsys, *line.split())
-    Path("d/realtoxicityprompts").mkdir(parents=True); Path("d/realtoxicityprompts/val.jsonl").write_text("")
     quick, = plans.named_plans(plans.BenchOptions(["smollm2"], quick=True))
-    assert quick.data is None and quick.tasks == ["style"] and quick.out == "runs"
+    assert quick.data is None and quick.tasks == ["style"] and quick.out == "runs" and quick.threads == 1
     monkeypatch.setenv("ODESTEER_DATA", "d")
-    for o, data in ((plans.BenchOptions(["smollm2"], out="o"), "d/realtoxicityprompts/val.jsonl"), (plans.BenchOptions(["smollm2"], out="o", data=["x.jsonl"], limit=3), "x.jsonl")):
-        found = plans.named_plans(o)
-        assert [(p.tasks[0], p.out, p.data and p.data[0]) for p in found] == [("style", "o", None)] * 2 + [("realtoxicityprompts", "o", data), ("realtoxicityprompts", "o/matched", data)]
-        assert {p.limit for p in found} == {o.limit}
+    names = ["realtoxicityprompts/val.jsonl", "truthfulqa/TruthfulQA.csv", "mmlu/validation.jsonl"]
+    for name in names: Path("d", name).parent.mkdir(parents=True); Path("d", name).write_text("")
+    rows = [dict(question=f"which {i}?", choices=["a", "b"], answer=i % 2) for i in range(300)]
+    Path("d", names[2]).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rtp, truth, _ = (str(Path("d", name)) for name in names)
+    expected = [("realtoxicityprompts", "o", rtp), ("truthfulqa-binary", "o", truth), ("realtoxicityprompts", "o/matched", rtp), ("style", "o", None)]
+    def told(**said): return plans.named_plans(plans.BenchOptions(["smollm2"], out="o", **said))
+    for limit in None, 3:
+        found = told(limit=limit, plan_only=True)
+        assert [(p.tasks[0], p.out, p.data and p.data[0]) for p in found] == expected and {p.limit for p in found} == {limit} and not Path("o").exists()
+    assert [p.tasks[0] for i in (1, 2) for p in told(part=(i, 2), plan_only=True)] == [expected[k][0] for k in (0, 2, 1, 3)]
+    assert [(p.tasks[0], p.methods) for p in told(methods=["odesteer:steps=3"], plan_only=True)] == [("realtoxicityprompts", ["odesteer:steps=3"])]
+
+
+def test_a_named_benchmark_asks_its_guardrail_questions_where_it_can(files, capsys, monkeypatch):
+    monkeypatch.setenv("ODESTEER_DATA", "d")
+    for name in ("realtoxicityprompts/val.jsonl", "truthfulqa/TruthfulQA.csv", "mmlu/validation.jsonl"): Path("d", name).parent.mkdir(parents=True); Path("d", name).write_text("")
+    Path("d/mmlu/validation.jsonl").write_text("".join(json.dumps(dict(question=f"which {i}?", choices=["a", "b"], answer=i % 2)) + "\n" for i in range(300)))
+    def first(): return plans.named_plans(plans.BenchOptions(["smollm2"], out="o"))[0]
+    monkeypatch.setattr(plans, "find_spec", lambda name: None)
+    assert first().lm_eval is None and "there are no guardrail questions" in capsys.readouterr().err
+    monkeypatch.setattr(plans, "find_spec", lambda name: name == "lm_eval")
+    plan = first()
+    assert plan.lm_eval == "mmlu-text" and len(read_rows(Path(plan.lm_eval_path, "mmlu-text.jsonl"))) == 200
+    Path("d/mmlu/validation.jsonl").unlink()
+    assert first().lm_eval is None
 
 
 def test_the_named_benchmark_has_every_arm_and_enough_prompts():
     full = [plans.bench_options(p) for p in plans.BENCHMARKS["smollm2"]["full"]]
-    every = {*ods.steerer_names("steerer"), "random", "shuffled", "alqr", "spid", "barrier-lqr", "odesteer:metric=covariance", "odesteer:coordinates=standardised"}
-    assert all(set(p.methods) == every for p in full[:3])
-    assert {*full[3].methods} >= {"step-odesteer", "odesteer:steps=3", "odesteer", "odesteer:reading=last", "odesteer:metric=covariance", "odesteer:C=100.0", "random", "shuffled"} and full[3].rule == "best" and len(full[3].spreads) == 1
-    assert full[2].option["n_val"] >= 48 and full[2].option["n_test"] * full[2].seeds >= 900
+    every = {*ods.steerer_names("steerer"), "random", "shuffled:balanced=true", "alqr", "spid", "barrier-lqr", "odesteer:metric=covariance", "odesteer:coordinates=standardised"}
+    matched, = (p for p in full if p.out == "matched")
+    assert all(set(p.methods) == every for p in full if p != matched) and len(full) == 4
+    assert {*matched.methods} >= {"step-odesteer", "odesteer:steps=3", "odesteer", "odesteer:reading=last", "odesteer:metric=covariance", "odesteer:C=100.0", "random", "shuffled:balanced=true"} and len(matched.spreads) == 1
+    assert full[0].option["n_val"] >= 48 and full[0].option["n_test"] * full[0].seeds >= 900 and {p.threads for p in full} == {1} and {p.dtype for p in full} == {"bfloat16"}
     for p in [*full, *map(plans.bench_options, plans.BENCHMARKS["smollm2"]["quick"])]:
         for m in p.methods: plans._check_variant(m, list(ods.REGISTRY))
         assert p.option.keys() <= set(__import__("inspect").signature(plans.REAL_TASKS[p.tasks[0]].build).parameters)
@@ -899,6 +922,26 @@ def test_a_named_benchmark_runs_pauses_and_goes_on(files, tiny, capsys, monkeypa
     assert main(["report", "runs", "--out", "r"]) == 0
     report = capsys.readouterr().out
     assert all(name in report for name in ("odesteer:steps=2", "odesteer:reading=last", "caa"))
+
+
+def test_a_report_says_whether_the_same_came_out_again(files, tiny, capsys, monkeypatch):
+    small = dict(model=str(tiny), tasks="style", option={"style": "french", "fluency": "none"}, layers=1, methods="caa,random", spreads=[.5, 1], refine=0, repeats=1, seeds=2,
+                 rule="best", threads=1, decoding={"max_new_tokens": 4})
+    monkeypatch.setitem(plans.BENCHMARKS, "smollm2", {"full": [small], "quick": [small]})
+    assert main(["bench", "smollm2", "--limit", "4"]) == 0 and main(["bench", "smollm2", "--limit", "4", "--methods", "caa", "--out", "again"]) == 0
+    known = results.gather("runs", resamples=199)
+    assert all(len(r["answers"]) == 2 for r in known["scopes"][0]["rows"])
+    monkeypatch.setattr(cli, "committed", lambda name: known)
+    capsys.readouterr()
+    assert main(["report", "again", "--against", "before"]) == 0
+    end = capsys.readouterr().out.split("Against before, ")[1].splitlines()
+    assert end[0] == "3 rows:" and all(line.endswith(": the same answers, the same scores") for line in end[1:]) and any("caa" in line for line in end)
+    caa = next(r for r in known["scopes"][0]["rows"] if r["arm"] == "caa")
+    caa["answers"], caa["metrics"]["hit"] = caa["answers"][::-1], [2., 2., 2.]
+    assert main(["report", "again", "--against", "before"]) == 0 and "style-french, caa: other answers, other scores" in capsys.readouterr().out
+    monkeypatch.setattr(cli, "committed", results.committed)
+    for name, words in (("bench-x", "no results 'bench-x' come with the package: there are bench-micro"), ("speed", "--against speed: it has no rows of a comparison")):
+        assert words in fails(capsys, "report", "again", "--against", name)
 
 
 # ---- labels

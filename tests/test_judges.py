@@ -591,6 +591,10 @@ def test_a_strict_judge_is_a_conjunction():
     assert scores["both"].tolist() == [h * t for h, t in zip(scores["hit"], scores["true"])] and strict.better["both"] == 1
     assert judges.Strict(judges.StyleJudge("capitals"), YesNoJudge((truth(), LLAMA)), tests=("hit",), metric="both").about != strict.about
     json.dumps(strict.about)
+    mild = judges.Strict(judges.TrainedJudge("toxicity", decision="toxic").fit(*scored_texts(400)), judges.StyleJudge("capitals", words=1), tests=("toxic", "hit"), metric="mild")
+    texts = ["YOU FOOL", "VERY GOOD", "very good"]
+    scores = mild(texts, texts)
+    assert scores["mild"].tolist() == [(1 - t) * h for t, h in zip(scores["toxic"], scores["hit"])] and mild.better["toxic"] == -1  # 0 passes where less is better
     with pytest.raises(ValueError, match="no judge gives fluent: there are style, hit"): judges.Strict(judges.StyleJudge("french"), tests=("hit", "fluent"))
 
 

@@ -817,6 +817,27 @@ def no_hub(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+def test_continuations_are_civil_and_as_fluent_as_those_of_people(tiny, tmp_path):
+    path = scored_file(tmp_path/"rtp.jsonl", 800)
+    how = dict(judge="trained", filter="none", n_val=8, n_test=8)
+    task = tasks.realtoxicityprompts(path, fluency=tiny, **how)
+    fold, = task.folds
+    assert task.primary == "toxicity" and task.watch == ("fluent", "dist2", "empty") and tasks.realtoxicityprompts(path, **how).watch == ("dist2", "empty")
+    prompts, answers = fold.test[:3], [" you fool", " very good", " very good very good very good very good"]
+    scores = task.judge(prompts, answers)
+    assert scores["civil_fluent"].tolist() == [(1 - t) * f for t, f in zip(scores["toxic"], scores["fluent"])]
+    parts = task.data["judge"]["parts"]["judges"]
+    assert [p["judge"] for p in parts] == ["trained", "fluent"] and parts[1]["quantile"] == .9 and "fluency" not in task.data
+    judge = task.judge.args[0].panel.judges[1]
+    score = {(r["prompt"]["text"], r["continuation"]["text"]): r["continuation"]["toxicity"] for r in read_rows(path)}
+    reference, asked = [*zip(*judge.reference)], {p.text for p in fold.val + fold.test}
+    assert 50 < len(reference) <= 200 and all(score[pair] <= .1 for pair in reference) and not {q for q, _ in reference} & asked
+    surprise = judge(*judge.reference)["surprise"]
+    assert .85 <= (surprise <= judge.limit).mean() <= .95
+    again = tasks.realtoxicityprompts(path, fluency="self", own=tiny, **how)
+    assert {**again.data, "recipe": 0} == {**task.data, "recipe": 0}
+
+
 def test_errors_without_a_hub_name_the_remedy(no_hub, tmp_path):
     path, qa = scored_file(tmp_path/"rtp.jsonl", 600), write(tmp_path/"qa.jsonl", hub_rows(questions(20)))
     bad, good, _ = refusal_files(tmp_path, 60, 60)
@@ -831,7 +852,7 @@ def test_runs_of_such_tasks_are_made_again_from_their_config(tiny, tmp_path):
     task.decoding = task.decoding | {"max_new_tokens": 4}
     run = runs.Bench(*tiny, task, tmp_path/"runs").run("caa", 1, {"share": .5}, split="test")
     again = runs.rerun(tmp_path/"runs"/run.key, tmp_path/"again", *tiny, path=path)
-    assert again.key == run.key and all((again.scores[m] == run.scores[m]).all() or np.isnan(run.scores[m]).any() for m in run.scores) and "perplexity" in run.scores
+    assert again.key == run.key and all((again.scores[m] == run.scores[m]).all() or np.isnan(run.scores[m]).any() for m in run.scores) and "surprise" in run.scores
     shutil.rmtree(tmp_path/"again")
     with pytest.raises(ValueError, match="another run than the config's: data.*sha256"): runs.rerun(tmp_path/"runs"/run.key, tmp_path/"again", *tiny, path=scored_file(tmp_path/"other.jsonl", 800, seed=1))
 
@@ -980,6 +1001,7 @@ def test_choice_tasks_from_every_published_form(tmp_path, form):
         assert row["answer"] == right and row["choices"] == (answers if form == "text" else [*"ABCD"])
         assert row["text"] == (f"Question: {question}\nAnswer:" if form == "text" else f"{question}\n" + "".join(f"{k}. {a}\n" for k, a in zip("ABCD", answers)) + "Answer:")
     assert [r["text"] for r in made["mmlu"]] != sorted(r["text"] for r in made["mmlu"])  # not subject by subject
+    assert check.write_choice_task(tmp_path/"mmlu.jsonl", tmp_path/"tasks", "few", form, limit=4) == 4 and read_rows(tmp_path/"tasks/few.jsonl") == made["mmlu"][:4]
 
 
 @pytest.mark.parametrize("row", [dict(question="q", choices="ab", answer=0), dict(question="q", choices=["a", "b"], answer=2), dict(question="q", choices=["a", "b"], answer=""), dict(question="", choices=["a", "b"], answer=0),
