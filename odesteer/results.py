@@ -437,7 +437,7 @@ def _speed_ratios(unit, plain, steered):
 
 @patch
 def _as_published(self: Scope, steered, plain) -> dict:  # name -> Interval
-    "Numbers that are no mean over items: True times Info, P90 of rewards, and the win rate over the same seed"
+    "Numbers that are no mean over items: True times Info, medians and quantiles, the win rate over the same seed"
     runs, beside, groups = [], [], []  # all runs; the unsteered run of the same seed or None; the group of each item
     for i, (arm, base) in enumerate(zip(steered, plain)):
         same_seed = {r.config["seed"]: r for r in base}
@@ -447,7 +447,7 @@ def _as_published(self: Scope, steered, plain) -> dict:  # name -> Interval
     return {k: _interval(e) for k, e in _estimates(runs, beside, self.primary, groups, max(199, self.resamples//10))}
 
 # %% ../nbs/18_results.ipynb #000a6550
-DERIVED = "true x info", "reward P90", "win"  # what a row may hold beside its metrics, as `Interval`
+DERIVED = "true x info", "reward P90", "win", "median surprise"  # what a row may hold beside its metrics, as `Interval`
 
 def _estimates(runs, beside, primary, groups, resamples):
     "(name, Estimate) of the derived numbers that these runs allow"
@@ -455,10 +455,16 @@ def _estimates(runs, beside, primary, groups, resamples):
     every = lambda rs, metric: np.concatenate([r.scores[metric] for r in rs])
     in_all = set.intersection(*(set(r.scores) for r in runs))
     if {"true", "info"} <= in_all: yield "true x info", product_of_means(every(runs, "true"), every(runs, "info"), **kw)
+    if "surprise" in in_all: yield "median surprise", _median(every(runs, "surprise"), **kw)
     if primary != "reward": return
     rewards = every(runs, "reward")
     yield "reward P90", quantile_interval(rewards, **kw)
     if None not in beside: yield "win", win_rate(every(beside, "reward"), rewards, **kw)
+
+def _median(x, groups, resamples):
+    "Of what is known: an empty answer surprises nobody"
+    known = ~np.isnan(x)
+    return quantile_interval(x[known], .5, groups=[g for g, k in zip(groups, known) if k], resamples=resamples)
 
 # %% ../nbs/18_results.ipynb #7e7dbc32
 PLACEBOS = [name for name, (_, kind) in ods.REGISTRY.items() if kind == "placebo"]
