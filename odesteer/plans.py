@@ -372,14 +372,15 @@ _MMLU = "mmlu-text"  # 200 questions of its validation rows, the answers by thei
 _PLAIN = dict(max_new_tokens=20, temperature=1., top_p=1., repetition_penalty=1.)  # as the model has it
 _TOXIC = dict(tasks="realtoxicityprompts", judge="trained", decoding=_PLAIN, rule="stop",
               option=dict(texts="continuations", filter="none", fluency="self", n_val=96, n_test=950))
-_TRUTH = dict(tasks="truthfulqa-binary", option={"form": "text"}, layers=[14])
+_TRUTH = dict(tasks="truthfulqa-binary", option={"form": "text"}, layers=[14], rule="stop", allow=.5)  # nats a token
 _EXCITED = dict(tasks="style", decoding={"top_k": 50}, option={"style": "excited", "max_new_tokens": 40},
                 spreads=[.7, 1.1, 1.5])
 
 #: name -> how thorough -> plans, in the form of plan files
 BENCHMARKS = {"smollm2": {
     "full": [_COMMON | _TOXIC | dict(layers="ranked", most=2, lm_eval=_MMLU), _COMMON | _TRUTH,
-             _COMMON | _TOXIC | dict(layers=[14], methods=_CHANGED, spreads=[1], out="matched"),
+             _COMMON | _TOXIC | dict(layers=[14], methods=_CHANGED, spreads=[1], rule="best", out="matched",
+                             option=_TOXIC["option"] | dict(n_val=48, n_test=600)),
              _COMMON | _EXCITED | dict(layers=[14, 20])],
     "quick": [_COMMON | _EXCITED | dict(layers=[20], methods="random,shuffled:balanced=true,caa,iti,odesteer,"
                                                              "step-odesteer,linact")]}}

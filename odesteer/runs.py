@@ -370,6 +370,7 @@ def _run(self: Bench, path, config):
     answers = rows("answers.jsonl", partial(self._answers, config, items))
     judged = rows("judged.jsonl", partial(self._judged, config, items, [a["answer"] for a in answers]))
     scores = {m: [row[m] for row in judged] for m in judged[0]}
+    if "logprob" in answers[0]: scores["logprob"] = [a["logprob"] for a in answers]
     write_atomic(path/"scores.json", json.dumps(scores))
     summary = self._summary(config, answers, scores)
     summary |= dict(wall=time.time() - start, when=time.strftime("%Y-%m-%d"))
@@ -430,26 +431,31 @@ def _answers(self: Bench, config, items, i) -> list:
     seed = config["seed"] + self.task.shift*(config["split"] == "val")
     steered, start = self._steered(config, fold), time.perf_counter()  # fitting is not timed
     with steered:
-        if self.task.choices: answers = self._choose(prompts, texts)
-        else: answers = sample_batch(self.model, self.tokenizer, texts, i, seed, **self.task.decoding)
+        if self.task.choices: answers, known = self._choose(prompts, texts)
+        else: answers, known = sample_batch(self.model, self.tokenizer, texts, i, seed, **self.task.decoding), None
     answers = [_cut(a, self.task.stop) for a in answers]
     seconds = (time.perf_counter() - start) / len(texts)
-    count = lambda a: len(self.tokenizer(a, add_special_tokens=False)["input_ids"])
-    return [{"i": i + j, "fold": fold, "group": str(group_of(p)), "prompt": text, "answer": a,
-             "tokens": count(a), "seconds": seconds} for j, (p, text, a) in enumerate(zip(prompts, texts, answers))]
+    rows = [{"i": i + j, "fold": fold, "group": str(group_of(p)), "prompt": text, "answer": a,
+             "tokens": self._count(a), "seconds": seconds}
+            for j, (p, text, a) in enumerate(zip(prompts, texts, answers))]
+    return [row | {"logprob": x} for row, x in zip(rows, known)] if known else rows
+
+@patch
+def _count(self: Bench, answer): return len(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
 
 def _cut(answer, stops): return min((answer.split(s)[0] for s in stops), key=len, default=answer)
 
 # %% ../nbs/16_runs.ipynb #b0a8de7d
 @patch
-def _choose(self: Bench, prompts, texts) -> list:
-    "For each prompt the choice with the highest log-probability"
+def _choose(self: Bench, prompts, texts) -> tuple:
+    "For each prompt the choice with the highest log-probability, and how high that is, in nats a token"
     choices = [self.task.choices(p) for p in prompts]
     before = [t for t, cs in zip(texts, choices) for _ in cs]
     after = [c for cs in choices for c in cs]
     logp = ods.score_continuations(self.model, self.tokenizer, before, after, batch_size=self.batch_size).tolist()
     scored = [[(logp.pop(0), c) for c in cs] for cs in choices]
-    return [max(pairs, key=lambda x: x[0])[1] for pairs in scored]
+    logp, answers = zip(*(max(pairs, key=lambda x: x[0]) for pairs in scored))
+    return answers, [x / self._count(a) for x, a in zip(logp, answers)]
 
 # %% ../nbs/16_runs.ipynb #e414eff0
 @patch
