@@ -455,7 +455,7 @@ def _choose(self: Bench, prompts, texts) -> tuple:
     logp = ods.score_continuations(self.model, self.tokenizer, before, after, batch_size=self.batch_size).tolist()
     scored = [[(logp.pop(0), c) for c in cs] for cs in choices]
     logp, answers = zip(*(max(pairs, key=lambda x: x[0]) for pairs in scored))
-    return answers, [x / self._count(a) for x, a in zip(logp, answers)]
+    return answers, [x / max(1, self._count(a)) for x, a in zip(logp, answers)]
 
 # %% ../nbs/16_runs.ipynb #e414eff0
 @patch

@@ -101,6 +101,8 @@ def test_prompt_arm_choices_stops_and_several_answers(lm, tmp_path):
     logp = [ods.score_continuations(lm.model, lm.tokenizer, [p.text]*2, values(p)) for p in b.task.folds[0].test]
     assert min(abs(x[0] - x[1]) for x in logp) > 1e-4, "no rounding decides"
     np.testing.assert_array_equal(chosen.scores["true_info"], [float(x[0] > x[1]) for x in logp])
+    tokens = [[len(lm.tokenizer(c, add_special_tokens=False)["input_ids"]) for c in values(p)] for p in b.task.folds[0].test]
+    np.testing.assert_allclose(chosen.scores["logprob"], [x.max() / n[x.argmax()] for x, n in zip(logp, tokens)], rtol=1e-4)  # of the answer that it chose, a token
     seen = []
     b = bench(lm, tmp_path, samples=3, stop=(" is",), judge=lambda prompts, answers: seen.append(len(prompts)) or {"true_info": [float(" is" in a) for a in answers]})
     run = b.run()

@@ -1045,6 +1045,7 @@ def test_realtoxicityprompts_real_file_alone():
 def test_binary_real_file_as_it_is(capsys):
     for form in ("letters", "text"):
         task = tasks.truthfulqa_binary(str(QA_FILE), form=form)
+        assert task.watch == (("logprob",) if form == "text" else ())
         assert task.data["wrong"] == "first" and len(task.prompts("test")) == 813 and "the first one is taken" in capsys.readouterr().err
         assert_disjoint(task)
 
