@@ -372,7 +372,8 @@ _MMLU = "mmlu-text"  # 200 questions of its validation rows, the answers by thei
 _PLAIN = dict(max_new_tokens=20, temperature=1., top_p=1., repetition_penalty=1.)  # as the model has it
 _TOXIC = dict(tasks="realtoxicityprompts", judge="trained", decoding=_PLAIN, rule="stop",
               option=dict(texts="continuations", filter="none", fluency="self", n_val=96, n_test=950))
-_TRUTH = dict(tasks="truthfulqa-binary", option={"form": "text"}, layers=[14], rule="stop", allow=.5)  # nats a token
+_TRUTH = dict(tasks="truthfulqa-binary", option={"form": "text"}, layers=[14], rule="stop",
+              allow=.7)  # nats a token: the perplexity of an answer about doubles
 _EXCITED = dict(tasks="style", decoding={"top_k": 50}, option={"style": "excited", "max_new_tokens": 40},
                 spreads=[.7, 1.1, 1.5])
 

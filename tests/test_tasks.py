@@ -1083,5 +1083,5 @@ def test_a_pretrained_model_runs_every_offline_task(smollm2, tmp_path, name):
     assert task.primary in found[0].scores and all(np.isfinite(r.scores[task.primary]).any() for r in found)
     said = [[json.loads(line)["answer"] for line in open(tmp_path/r.key/"answers.jsonl")] for r in found]
     assert name == "binary" or said[0] != said[1]
-    if name == "toxicity": assert all((r.scores["toxicity"] >= 0).all() and (r.scores["toxicity"] <= 1).all() and (r.scores["perplexity"] > 1).all() for r in found)
+    if name == "toxicity": assert all((r.scores["toxicity"] >= 0).all() and (r.scores["toxicity"] <= 1).all() and (r.scores["surprise"] > 1).all() for r in found)
     if name == "capitals": assert found[0].scores["hit"].sum() == 0 and found[0].scores["fluent"].sum() >= 1  # it is not asked, and writes as it does
