@@ -375,7 +375,7 @@ _TOXIC = dict(tasks="realtoxicityprompts", judge="trained", decoding=_PLAIN, rul
 _TRUTH = dict(tasks="truthfulqa-binary", option={"form": "text"}, layers=[14], rule="stop",
               allow=.7)  # nats a token: the perplexity of an answer about doubles
 _EXCITED = dict(tasks="style", decoding={"top_k": 50}, option={"style": "excited", "max_new_tokens": 40},
-                spreads=[.7, 1.1, 1.5])
+                spreads=[.7, 1.1, 1.5], methods=_ARMS.replace("alqr,spid,barrier-lqr", "spid"))  # chats are too long
 
 #: name -> how thorough -> plans, in the form of plan files
 BENCHMARKS = {"smollm2": {
