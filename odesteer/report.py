@@ -531,7 +531,8 @@ def _strength_panel(ax, scope, row, points, widest):
     strengths = {c.strength[unit] for c in row["chosen"] if c and c.strength and unit in c.strength}
     for s in strengths: ax.axvline(s, color="black", ls=":", lw=1)
     axis = "" if needs_layer(method) and unit == usual else f", {load_class(method).strength_names[unit]}"
-    ax.set_title(_label(row).replace(":", "\n") + axis + ("" if strengths else ": off"), fontsize=8.5)
+    name = _label(row).replace(":", "\n")
+    ax.set_title(name + axis + ("" if strengths else ": off"), fontsize=7 if "\n" in name else 8.5)
 
 # %% ../nbs/19_report.ipynb #35ce6a7e
 def pareto_figure(scope: dict):  # matplotlib figure
