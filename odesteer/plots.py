@@ -6,12 +6,11 @@
 from __future__ import annotations  # matplotlib's types appear in signatures, itself it is imported on first use
 from contextlib import contextmanager
 from itertools import cycle
-import io
 import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['COLORS', 'style', 'slim', 'plane_grid', 'field_plot', 'contour_plot', 'path_plot', 'direct_label', 'convergence_plot',
+__all__ = ['COLORS', 'style', 'plane_grid', 'field_plot', 'contour_plot', 'path_plot', 'direct_label', 'convergence_plot',
            'sweep_plot', 'spread_labels']
 
 # %% ../nbs/plots.ipynb #77de2440
@@ -30,20 +29,6 @@ def style(
     plt.rcParams.update(ours)
     try: yield
     finally: plt.rcParams.update(before)
-
-# %% ../nbs/plots.ipynb #46180be1
-def slim(
-    fig,  # matplotlib figure, which is closed
-    dpi=85,
-):  # an image that a notebook shows
-    "A figure in 256 colours: half of the bytes"
-    import matplotlib.pyplot as plt, PIL.Image
-    from IPython.display import Image
-    png, less = io.BytesIO(), io.BytesIO()
-    fig.savefig(png, dpi=dpi)
-    plt.close(fig)
-    PIL.Image.open(png).convert("RGB").quantize(256, dither=0).save(less, "png", optimize=True)
-    return Image(less.getvalue())
 
 # %% ../nbs/plots.ipynb #b720207b
 #: Colour of each role and of each method key: Okabe-Ito hues, and shades of them for the relatives of a method
