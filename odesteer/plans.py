@@ -408,7 +408,7 @@ def named_plans(
     i, n = o.part
     if not plans[i - 1::n]: raise ValueError(f"part {i} of {n} is empty: {name} has {len(plans)} parts at most")
     def out(plan): return o.out if plan.out == BenchOptions.out else str(Path(o.out)/plan.out)
-    return [replace(_with_files(plan, out(plan), not o.plan_only), out=out(plan), **said) for plan in plans[i - 1::n]]
+    return [replace(_with_files(plan, out(plan)), out=out(plan), **said) for plan in plans[i - 1::n]]
 
 def _only(plans, methods, name) -> list:
     "The plans with some of their methods, those that have any"
@@ -418,24 +418,23 @@ def _only(plans, methods, name) -> list:
     return [plan for plan in some if plan.methods]
 
 # %% ../nbs/26_plans.ipynb #477daf7b
-def _with_files(plan: BenchOptions, out, write) -> BenchOptions:
+def _in_data(name) -> Path: return Path(os.environ.get("ODESTEER_DATA", "nowhere"))/_FILES[name][0]
+
+def _with_files(plan: BenchOptions, out) -> BenchOptions:
     "The plan with the file of its task, which it needs, and with its guardrail questions where they can be asked"
-    files = {name: Path(os.environ.get("ODESTEER_DATA", "nowhere"))/below for name, (below, _) in _FILES.items()}
     task = plan.tasks[0]
-    if task in files:
+    if task in _FILES:
         below, source = _FILES[task]
-        if not files[task].is_file():
+        if not _in_data(task).is_file():
             raise ValueError(f"{task} needs a file that is not shipped, {source}: give its folder as $ODESTEER_DATA, "
                              f"in which it is {below}; without it run --quick, or a task alone")
-        plan = replace(plan, data=[str(files[task])])
+        plan = replace(plan, data=[str(_in_data(task))])
     if plan.lm_eval is None: return plan
-    if not (files[plan.lm_eval].is_file() and find_spec("lm_eval")):
+    if not (_in_data(plan.lm_eval).is_file() and find_spec("lm_eval")):
         log(f"odesteer: without lm-eval (pip install 'odesteer[lm-eval]') and {_FILES[plan.lm_eval][0]} in "
             "$ODESTEER_DATA there are no guardrail questions")
         return replace(plan, lm_eval=None)
-    questions = Path(out)/"questions"
-    if write: write_choice_task(files[plan.lm_eval], questions, plan.lm_eval, "text", limit=200)
-    return replace(plan, lm_eval_path=str(questions))
+    return replace(plan, lm_eval_path=str(Path(out)/"questions"))
 
 # %% ../nbs/26_plans.ipynb #811c1748
 def _bench_named(o: BenchOptions):
@@ -443,6 +442,7 @@ def _bench_named(o: BenchOptions):
     if o.plan_only: return _print_costs(*plans)
     for plan in plans:
         left = o.minutes - (time.monotonic() - start) / 60
+        if name := plan.lm_eval: write_choice_task(_in_data(name), plan.lm_eval_path, name, "text", limit=200)
         if run_bench(replace(plan, minutes=max(left, 1e-9))): return 3
 
 # %% ../nbs/26_plans.ipynb #981ff942

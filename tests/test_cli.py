@@ -881,7 +881,13 @@ def test_a_named_benchmark_asks_its_guardrail_questions_where_it_can(files, caps
     monkeypatch.setenv("ODESTEER_DATA", "d")
     for name in ("realtoxicityprompts/val.jsonl", "truthfulqa/TruthfulQA.csv", "mmlu/validation.jsonl"): Path("d", name).parent.mkdir(parents=True); Path("d", name).write_text("")
     Path("d/mmlu/validation.jsonl").write_text("".join(json.dumps(dict(question=f"which {i}?", choices=["a", "b"], answer=i % 2)) + "\n" for i in range(300)))
-    def first(): return plans.named_plans(plans.BenchOptions(["smollm2"], out="o"))[0]
+    asked = []
+    monkeypatch.setattr(plans, "run_bench", asked.append)
+    def first():
+        asked.clear()
+        plans._bench_named(plans.BenchOptions(["smollm2"], out="o"))
+        assert [p.tasks[0] for p in asked] == ["realtoxicityprompts", "truthfulqa-binary", "realtoxicityprompts", "style"] and not any(p.lm_eval for p in asked[1:])
+        return asked[0]
     monkeypatch.setattr(plans, "find_spec", lambda name: None)
     assert first().lm_eval is None and "there are no guardrail questions" in capsys.readouterr().err
     monkeypatch.setattr(plans, "find_spec", lambda name: name == "lm_eval")
