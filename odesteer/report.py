@@ -540,7 +540,7 @@ def pareto_figure(scope: dict):  # matplotlib figure
     import matplotlib.pyplot as plt
     from odesteer.plots import direct_label, spread_labels, style
     p, rows = scope["primary"], [r for r in ranked(scope) if not _is_off(r)]
-    with style(**{"figure.figsize": (2.3*len(scope["watch"]) + 1.6, 3.4), "font.size": 9}):
+    with style(**{"figure.figsize": (max(5.6, 2.3*len(scope["watch"]) + 1.6), 3.4), "font.size": 9}):
         fig, axes = plt.subplots(1, len(scope["watch"]), squeeze=False, sharey=True)
         for ax, guard in zip(axes.flat, scope["watch"]): _pareto_panel(ax, scope, rows, guard)
         last = axes[0, -1]
