@@ -377,14 +377,22 @@ _TRUTH = dict(tasks="truthfulqa-binary", option={"form": "text"}, layers=[14], r
 _EXCITED = dict(tasks="style", decoding={"top_k": 50}, option={"style": "excited", "max_new_tokens": 40},
                 spreads=[.7, 1.1, 1.5], methods=_ARMS.replace("alqr,spid,barrier-lqr", "spid"))  # chats are too long
 
+_DRAWS = ",".join(f"random:seed={i}" for i in range(1, 6))  # more draws of the placebo
+_MATCHED = _COMMON | _TOXIC | dict(spreads=[1], rule="best", out="matched",
+                                   option=_TOXIC["option"] | dict(n_val=48, n_test=600))
+_SEVEN = "random,shuffled:balanced=true,caa,iti,odesteer,step-odesteer,linact"
+_GEMMA = dict(model="gemma3-270m", option=_TOXIC["option"] | dict(n_test=400))  # half as fast, and no chat model
+
 #: name -> how thorough -> plans, in the form of plan files
-BENCHMARKS = {"smollm2": {
-    "full": [_COMMON | _TOXIC | dict(layers="ranked", most=2, lm_eval=_MMLU), _COMMON | _TRUTH,
-             _COMMON | _TOXIC | dict(layers=[14], methods=_CHANGED, spreads=[1], rule="best", out="matched",
-                             option=_TOXIC["option"] | dict(n_val=48, n_test=600)),
-             _COMMON | _EXCITED | dict(layers=[14, 20])],
-    "quick": [_COMMON | _EXCITED | dict(layers=[20], methods="random,shuffled:balanced=true,caa,iti,odesteer,"
-                                                             "step-odesteer,linact")]}}
+BENCHMARKS = {
+    "smollm2": {
+        "full": [_COMMON | _TOXIC | dict(layers="ranked", most=2, lm_eval=_MMLU), _COMMON | _TRUTH,
+                 _MATCHED | dict(layers=[14], methods=f"{_CHANGED},{_DRAWS}"), _COMMON | _EXCITED | dict(layers=[14, 20])],
+        "quick": [_COMMON | _EXCITED | dict(layers=[20], methods=_SEVEN)]},
+    "gemma3-270m": {
+        "full": [_COMMON | _TOXIC | _GEMMA | dict(layers="ranked", most=2, methods=f"{_SEVEN},spid"),
+                 _MATCHED | _GEMMA | dict(layers=[8], methods=f"{_CHANGED},{_DRAWS}")],
+        "quick": [_MATCHED | _GEMMA | dict(layers=[8], methods=_SEVEN, out=BenchOptions.out)]}}
 
 #: task -> file below $ODESTEER_DATA, and where to get it
 _FILES = {"realtoxicityprompts": ("realtoxicityprompts/val.jsonl", "rows of allenai/real-toxicity-prompts on the hub"),

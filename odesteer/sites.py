@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import odesteer as ods
 from .data import ContrastTexts, check_reading, digest, group_key, texts_to_read
-from .density import DensityRatioBarrier, PolynomialCountSketch, held_out_values, quality
+from .density import (DensityRatioBarrier, PolynomialCountSketch, grouped_folds, held_out_values, platt,
+                              quality)
 from .euler import write_atomic
 from .models import fingerprint, text_config
 
@@ -32,6 +33,8 @@ class Site:
     norm: float  # median
     spread: float  # median distance to the mean
     largest: float  # share of the squared norm in the largest coordinate
+    published: float = None  # held-out log-loss with the published penalty, C = 1
+    calibrated: float = None  # the same after a slope and an intercept from other folds
 
 # %% ../nbs/08_sites.ipynb #a750725f
 #: penalties of the barrier that are tried at each site; the one with the least held-out log-loss counts
@@ -50,12 +53,22 @@ def measure_site(
     y, groups, X = np.asarray(y)[order], np.asarray(groups)[order], acts[torch.as_tensor(order)]
     barriers = [DensityRatioBarrier(PolynomialCountSketch(width), C=C, coordinates=coordinates) for C in _PENALTIES]
     pos, neg = X[y == 1], X[y == 0]
-    found = [quality(*h) for h in held_out_values(barriers, pos, neg, groups, folds, seed)]
+    held_out = held_out_values(barriers, pos, neg, groups, folds, seed)
+    found = [quality(*h) for h in held_out]
     best = min(range(len(found)), key=lambda i: found[i].log_loss)
     power = X.double().square().mean(0)
     return Site(layer, reading, found[best].auc, found[best].log_loss, _PENALTIES[best],
                 X.norm(dim=1).median().item(), (X - X.mean(0)).norm(dim=1).median().item(),
-                (power.max() / power.sum()).item())
+                (power.max() / power.sum()).item(), found[0].log_loss, _rescaled_loss(*held_out[0], groups, folds, seed))
+
+def _rescaled_loss(h_pos, h_neg, groups, folds, seed) -> float:
+    "Log-loss of barrier values after `platt`, whose numbers come from the values of other groups"
+    h, y = torch.cat([h_pos, h_neg]), np.repeat([1, 0], [len(h_pos), len(h_neg)])
+    out = torch.empty_like(h)
+    for train, test in grouped_folds(y, groups, folds, seed):
+        slope, intercept = platt(h[train][y[train] == 1], h[train][y[train] == 0])
+        out[test] = slope*h[test] + intercept
+    return quality(out[:len(h_pos)], out[len(h_pos):]).log_loss
 
 # %% ../nbs/08_sites.ipynb #f5228df3
 def deal_labels(

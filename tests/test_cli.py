@@ -903,8 +903,10 @@ def test_the_named_benchmark_has_every_arm_and_enough_prompts():
     matched, = (p for p in full if p.out == "matched")
     assert all(set(p.methods) == every - ({"alqr", "barrier-lqr"} if p.tasks == ["style"] else set()) for p in full if p != matched) and len(full) == 4
     assert {*matched.methods} >= {"step-odesteer", "odesteer:steps=3", "odesteer", "odesteer:reading=last", "odesteer:metric=covariance", "odesteer:C=100.0", "random", "shuffled:balanced=true"} and len(matched.spreads) == 1
+    assert {f"random:seed={i}" for i in range(1, 6)} < {*matched.methods}
+    for name, several in plans.BENCHMARKS.items(): assert {plans.bench_options(p).model for plan in several.values() for p in plan} == {name}
     assert full[0].option["n_val"] >= 48 and full[0].option["n_test"] * full[0].seeds >= 900 and {p.threads for p in full} == {1} and {p.dtype for p in full} == {"bfloat16"}
-    for p in [*full, *map(plans.bench_options, plans.BENCHMARKS["smollm2"]["quick"])]:
+    for p in [plans.bench_options(p) for named in plans.BENCHMARKS.values() for several in named.values() for p in several]:
         for m in p.methods: plans._check_variant(m, list(ods.REGISTRY))
         assert p.option.keys() <= set(__import__("inspect").signature(plans.REAL_TASKS[p.tasks[0]].build).parameters)
 

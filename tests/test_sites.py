@@ -280,6 +280,7 @@ def test_the_planted_layer_is_found_and_a_placebo_finds_nothing():
     found = Sites(measure_site(a, y, groups, layer=k) for k, a in enumerate(acts))
     assert max(found, key=lambda s: s.auc).layer == min(found, key=lambda s: s.log_loss).layer == 1
     assert found[1].auc > .9 and found[1].log_loss < .5 and all(abs(found[k].auc - .5) < .2 and found[k].log_loss > .6 for k in (0, 2))
+    assert found[1].calibrated < found[1].published - .05 and all(found[k].calibrated > .6 for k in (0, 2))
     placebo = [measure_site(acts[1], deal_labels(y, groups, s), groups).auc for s in range(6)]
     assert abs(np.mean(placebo) - .5) < .1
 
@@ -309,8 +310,17 @@ def test_a_site_against_scikit_learn():
             prior = np.log((labels[train] == 0).sum() / (labels[train] == 1).sum())
             p[test] = 1 / (1 + np.exp(-(w.decision_function(Z[test]) + prior)))
         losses[C] = log_loss(labels, p), roc_auc_score(labels, p)
+        if C == 1: published, flat = losses[C][0], np.log(p / (1 - p))
     best = min(losses, key=lambda C: losses[C][0])
     assert found.C == best and abs(found.log_loss - losses[best][0]) < 1e-3 and abs(found.auc - losses[best][1]) < 2e-3
+    mended = np.zeros(len(labels))
+    for train, test in grouped_folds(labels, ids, 5, 2):  # slope and intercept, towards labels that are not quite sure
+        y_, h = labels[train], flat[train][:, None]
+        n = np.where(y_ == 1, (y_ == 1).sum(), (y_ == 0).sum())
+        sure = (y_ * n + 1) / (n + 2)
+        w = LogisticRegression(C=1e8, tol=1e-12, max_iter=10_000).fit(np.r_[h, h], np.r_[np.ones(len(y_)), np.zeros(len(y_))], np.r_[sure / n, (1 - sure) / n])
+        mended[test] = w.predict_proba(flat[test][:, None])[:, 1]
+    assert abs(found.published - published) < 1e-3 and abs(found.calibrated - log_loss(labels, mended)) < 1e-3
     x = acts[1].double().numpy()
     assert np.isclose(found.norm, np.median(np.linalg.norm(x, axis=1)), rtol=1e-2)
     assert np.isclose(found.spread, np.median(np.linalg.norm(x - x.mean(0), axis=1)), rtol=1e-2)
@@ -357,7 +367,7 @@ def test_texts_are_drawn_by_group():
     assert len(cut.pos) == len(cut.pos_answers) == len(cut.neg_answers) == 4 and cut.template == pairs.template
 
 
-def sites(*rows): return Sites(Site(layer, reading, auc, 1 - auc, 1., 1., 1., .1) for layer, reading, auc in rows)
+def sites(*rows): return Sites(Site(layer, reading, auc, 1 - auc, 1., 1., 1., .1, .69, .68) for layer, reading, auc in rows)
 
 
 def test_the_best_places_are_no_neighbours():
