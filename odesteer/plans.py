@@ -374,8 +374,9 @@ _TOXIC = dict(tasks="realtoxicityprompts", judge="trained", decoding=_PLAIN, rul
               option=dict(texts="continuations", filter="none", fluency="self", n_val=96, n_test=950))
 _TRUTH = dict(tasks="truthfulqa-binary", option={"form": "text"}, layers=[14], rule="stop",
               allow=.7)  # nats a token: the perplexity of an answer about doubles
+_CHATS = _FEW | {"max_tokens": 80}  # as long as these are
 _EXCITED = dict(tasks="style", decoding={"top_k": 50}, option={"style": "excited", "max_new_tokens": 40},
-                spreads=[.7, 1.1, 1.5], methods=_ARMS.replace("alqr,spid,barrier-lqr", "spid"))  # chats are too long
+                spreads=[.7, 1.1, 1.5], params={"alqr": _CHATS, "barrier-lqr": _CHATS})
 
 _DRAWS = ",".join(f"random:seed={i}" for i in range(1, 6))  # more draws of the placebo
 _MATCHED = _COMMON | _TOXIC | dict(spreads=[1], rule="best", out="matched",
@@ -435,7 +436,7 @@ def _with_files(plan: BenchOptions, out) -> BenchOptions:
         below, source = _FILES[task]
         if not _in_data(task).is_file():
             raise ValueError(f"{task} needs a file that is not shipped, {source}: give its folder as $ODESTEER_DATA, "
-                             f"in which it is {below}; without it run --quick, or a task alone")
+                             f"in which it is {below}; without files run smollm2 --quick, or a task alone")
         plan = replace(plan, data=[str(_in_data(task))])
     if plan.lm_eval is None: return plan
     if not (_in_data(plan.lm_eval).is_file() and find_spec("lm_eval")):

@@ -901,7 +901,7 @@ def test_the_named_benchmark_has_every_arm_and_enough_prompts():
     full = [plans.bench_options(p) for p in plans.BENCHMARKS["smollm2"]["full"]]
     every = {*ods.steerer_names("steerer"), "random", "shuffled:balanced=true", "alqr", "spid", "barrier-lqr", "odesteer:metric=covariance", "odesteer:coordinates=standardised"}
     matched, = (p for p in full if p.out == "matched")
-    assert all(set(p.methods) == every - ({"alqr", "barrier-lqr"} if p.tasks == ["style"] else set()) for p in full if p != matched) and len(full) == 4
+    assert all(set(p.methods) == every for p in full if p != matched) and len(full) == 4
     assert {*matched.methods} >= {"step-odesteer", "odesteer:steps=3", "odesteer", "odesteer:reading=last", "odesteer:metric=covariance", "odesteer:C=100.0", "random", "shuffled:balanced=true"} and len(matched.spreads) == 1
     assert {f"random:seed={i}" for i in range(1, 6)} < {*matched.methods}
     for name, several in plans.BENCHMARKS.items(): assert {plans.bench_options(p).model for plan in several.values() for p in plan} == {name}
