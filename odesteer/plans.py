@@ -391,7 +391,8 @@ BENCHMARKS = {
                  _MATCHED | dict(layers=[14], methods=f"{_CHANGED},{_DRAWS}"), _COMMON | _EXCITED | dict(layers=[14, 20])],
         "quick": [_COMMON | _EXCITED | dict(layers=[20], methods=_SEVEN)]},
     "gemma3-270m": {
-        "full": [_COMMON | _TOXIC | _GEMMA | dict(layers="ranked", most=2, methods=f"{_SEVEN},spid"),
+        "full": [_COMMON | _TOXIC | _GEMMA | dict(layers="ranked", most=2, methods=f"{_SEVEN},spid",
+                                                       spreads=[.3, .6, 1, 1.6]),
                  _MATCHED | _GEMMA | dict(layers=[8], methods=f"{_CHANGED},{_DRAWS}")],
         "quick": [_MATCHED | _GEMMA | dict(layers=[8], methods=_SEVEN, out=BenchOptions.out)]}}
 
