@@ -393,7 +393,7 @@ BENCHMARKS = {
     "gemma3-270m": {
         "full": [_COMMON | _TOXIC | _GEMMA | dict(layers="ranked", most=2, methods=f"{_SEVEN},spid",
                                                        spreads=[.3, .6, 1, 1.6]),
-                 _MATCHED | _GEMMA | dict(layers=[8], methods=f"{_CHANGED},{_DRAWS}")],
+                 _MATCHED | _GEMMA | dict(layers=[8], methods=_CHANGED)],
         "quick": [_MATCHED | _GEMMA | dict(layers=[8], methods=_SEVEN, out=BenchOptions.out)]}}
 
 #: task -> file below $ODESTEER_DATA, and where to get it
