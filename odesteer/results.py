@@ -177,8 +177,8 @@ def explored(self: Unit, arm) -> int:
 @patch
 def mains(self: Unit) -> dict:  # method -> arm
     "Of each method the arm swept over most layers; if several were, the one with the fewest settings; then variants"
-    named = {c["config"]["name"]: arm for arm, found in self.choices.items() for c in found if "name" in c["config"]}
     plain = [arm for arm, found in self.choices.items() if any("name" not in c["config"] for c in found)]
+    named = {c["config"]["name"]: arm for arm, found in self.choices.items() if arm not in plain for c in found}
     rank = lambda arm: (-len(self.choices[arm][0]["config"]["layers"]), len(self.arms[arm][1]))
     return {self.arms[arm][0]: arm for arm in sorted(plain, key=rank, reverse=True)} | dict(sorted(named.items()))
 
@@ -378,6 +378,7 @@ def row(self: Scope, arm: str,
     if name := self.variant(arm): out["name"] = name
     if len(choices) == 1 and choices[0]: out["why"] = choices[0]["why"]
     if len(self.units) == 1: out["answers"] = [r.summary["answers"] for r in sorted(runs, key=_seed)]
+    if len(self.units) == 1 and len(draws := _draws(runs)) > 1: out["draws"] = draws
     for m in dict.fromkeys(m for r in runs for m in r.scores):
         x, y = self.items(steered, m), self.items(plain, m)
         compared = arm != "unsteered" and _both(x, y) > 0
@@ -391,10 +392,15 @@ def row(self: Scope, arm: str,
 @patch
 def variant(self: Scope, arm) -> str:
     "The name under which an arm was compared, if it is a variant of a method; None else"
-    named = [c["config"]["name"] for u in self.units for c in u.choices.get(arm, []) if "name" in c["config"]]
-    return named[0] if named else None
+    names = [c["config"].get("name") for u in self.units for c in u.choices.get(arm, [])]
+    return names[0] if names and None not in names else None
 
-def _seed(run): return run.config["seed"]
+def _seed(run): return run.config["seed"], run.config.get("params", {}).get("seed", 0)
+
+def _draws(runs) -> list:  # of [seed of the method, metric -> mean]
+    "Each run by itself, where the method was drawn more than once"
+    found = {_seed(r)[1]: {m: _mean(x) for m, x in r.scores.items()} for r in runs}
+    return [list(item) for item in sorted(found.items())]
 
 def _typical(runs, key) -> float:
     "Median of what the summaries of runs say; None if none does"

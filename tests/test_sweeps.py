@@ -337,3 +337,19 @@ def test_names_of_variants():
     assert variant("odesteer:C=100:metric=covariance", {"odesteer": {"C": 1., "gamma": 2.}}) == ("odesteer", {"C": 100, "gamma": 2., "metric": "covariance"})
     for wrong in ("odesteer:", "odesteer:metric", "odesteer:=3"):
         with pytest.raises(ValueError, match="is no setting: write a variant as odesteer:metric=covariance"): variant(wrong)
+
+
+def test_draws_of_a_placebo_are_one_row(lm, tmp_path):
+    "Whatever the seed, a random direction is one arm: its row is the mean, and says what each draw did"
+    from odesteer.results import find_runs, gather
+    plan = Plan([("truth",)], ["caa", "random", "random:seed=1", "random:seed=2"], Search([1], (.6,), refine=0, repeats=1, seeds=1, rule="best"))
+    run_plan(plan, lambda axis, out, **kwargs: bench(lm, out, axis=axis, **kwargs), tmp_path)
+    scope, = gather([tmp_path], resamples=99)["scopes"]
+    rows = {r.get("name", r["method"]): r for r in scope["rows"]}
+    assert list(rows)[2:] == ["caa", "random"] and "draws" not in rows["caa"]
+    drawn = rows["random"]["draws"]
+    assert [seed for seed, _ in drawn] == [0, 1, 2] and len(rows["random"]["answers"]) == 3
+    for seed, means in drawn:
+        run, = (r for r in find_runs([tmp_path]).runs.values() if r.config["split"] == "test" and r.config["method"] == "random" and r.config["params"].get("seed", 0) == seed)
+        for m in scope["primary"], *scope["watch"]: assert abs(means[m] - np.nanmean(run.scores[m])) < 1e-3
+    assert abs(np.mean([means[scope["primary"]] for _, means in drawn]) - rows["random"]["metrics"][scope["primary"]][0]) < 1e-3
