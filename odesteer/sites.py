@@ -36,6 +36,16 @@ class Site:
     published: float = None  # held-out log-loss with the published penalty, C = 1
     calibrated: float = None  # the same after a slope and an intercept from other folds
 
+# %% ../nbs/08_sites.ipynb #b46695ff
+def _rescaled_loss(h_pos, h_neg, groups, folds, seed) -> float:
+    "Log-loss of barrier values after `platt`, whose numbers come from the values of other groups"
+    h, y = torch.cat([h_pos, h_neg]), np.repeat([1, 0], [len(h_pos), len(h_neg)])
+    out = torch.empty_like(h)
+    for train, test in grouped_folds(y, groups, folds, seed):
+        slope, intercept = platt(h[train][y[train] == 1], h[train][y[train] == 0])
+        out[test] = slope*h[test] + intercept
+    return quality(out[:len(h_pos)], out[len(h_pos):]).log_loss
+
 # %% ../nbs/08_sites.ipynb #a750725f
 #: penalties of the barrier that are tried at each site; the one with the least held-out log-loss counts
 _PENALTIES = 1., 100., 1e4
@@ -59,16 +69,8 @@ def measure_site(
     power = X.double().square().mean(0)
     return Site(layer, reading, found[best].auc, found[best].log_loss, _PENALTIES[best],
                 X.norm(dim=1).median().item(), (X - X.mean(0)).norm(dim=1).median().item(),
-                (power.max() / power.sum()).item(), found[0].log_loss, _rescaled_loss(*held_out[0], groups, folds, seed))
-
-def _rescaled_loss(h_pos, h_neg, groups, folds, seed) -> float:
-    "Log-loss of barrier values after `platt`, whose numbers come from the values of other groups"
-    h, y = torch.cat([h_pos, h_neg]), np.repeat([1, 0], [len(h_pos), len(h_neg)])
-    out = torch.empty_like(h)
-    for train, test in grouped_folds(y, groups, folds, seed):
-        slope, intercept = platt(h[train][y[train] == 1], h[train][y[train] == 0])
-        out[test] = slope*h[test] + intercept
-    return quality(out[:len(h_pos)], out[len(h_pos):]).log_loss
+                (power.max() / power.sum()).item(),
+                found[0].log_loss, _rescaled_loss(*held_out[0], groups, folds, seed))
 
 # %% ../nbs/08_sites.ipynb #f5228df3
 def deal_labels(
