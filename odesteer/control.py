@@ -635,8 +635,9 @@ def _fit(self: BarrierLQR, data):
     low, high = self._median_levels(data.neg), self._median_levels(data.pos)
     blind = high - low < 0.1  # nats: these blocks cannot tell the classes apart, and have no say
     if blind.all():
-        raise ValueError("wanted and unwanted texts look the same to the barriers of all blocks: "
-                         "are the right texts in pos and neg?")
+        raise ValueError("wanted and unwanted texts look the same to the barriers of all blocks, which differ by "
+                         f"{(high - low).max():.2g} nats at most: are the right texts in pos and neg? If they are, "
+                         f"a larger C= makes the barriers less flat (it is {self.C:g})")
     A = torch.ones(L, 1, 1, dtype=torch.float64) if self.jacobian == "identity" else data.jacobians
     K = _gain_matrices(A, self.q, self.r, self.qf, low)
     if K.shape[-1] not in (1, d):

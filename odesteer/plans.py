@@ -368,6 +368,7 @@ _CHANGED = ("odesteer,step-odesteer,odesteer:steps=3,odesteer:reading=last,odest
 _LQR, _FEW = ("alqr", "barrier-lqr"), {"n_jacobian": 4, "max_tokens": 32, "n_texts": 200}  # Jacobians are dear
 _COMMON = dict(model="smollm2", dtype="bfloat16", threads=1, methods=_ARMS, reading="mean", rule="best",
                spreads=[.6, 1, 1.6], refine=0, repeats=1, seeds=1, params=dict.fromkeys(_LQR, _FEW))
+_CHATS = _FEW | {"max_tokens": 80}  # as long as they are; with C = 1 the barriers of chats are flat in every block
 _MMLU = "mmlu-text"  # 200 questions of its validation rows, the answers by their text
 _PLAIN = dict(max_new_tokens=20, temperature=1., top_p=1., repetition_penalty=1.)  # as the model has it
 _TOXIC = dict(tasks="realtoxicityprompts", judge="trained", decoding=_PLAIN, rule="stop",
@@ -375,7 +376,7 @@ _TOXIC = dict(tasks="realtoxicityprompts", judge="trained", decoding=_PLAIN, rul
 _TRUTH = dict(tasks="truthfulqa-binary", option={"form": "text"}, layers=[14], rule="stop",
               allow=.7)  # nats a token: the perplexity of an answer about doubles
 _EXCITED = dict(tasks="style", decoding={"top_k": 50}, option={"style": "excited", "max_new_tokens": 40},
-                spreads=[.7, 1.1, 1.5], params=dict.fromkeys(_LQR, _FEW | {"max_tokens": 80}))  # as long as chats are
+                spreads=[.7, 1.1, 1.5], params={"alqr": _CHATS, "barrier-lqr": _CHATS | {"C": 100.}})
 
 _DRAWS = ",".join(f"random:seed={i}" for i in range(1, 6))  # more draws of the placebo
 _MATCHED = _COMMON | _TOXIC | dict(spreads=[1], rule="best", out="matched",
