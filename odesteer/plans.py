@@ -382,6 +382,7 @@ _DRAWS = ",".join(f"random:seed={i}" for i in range(1, 6))  # more draws of the 
 _MATCHED = _COMMON | _TOXIC | dict(spreads=[1], rule="best", out="matched",
                                    option=_TOXIC["option"] | dict(n_val=48, n_test=600))
 _SEVEN = "random,shuffled:balanced=true,caa,iti,odesteer,step-odesteer,linact"
+_FEWER = _CHANGED.replace("odesteer:steps=3,", "").replace("odesteer:metric=covariance,", "")
 _GEMMA = dict(model="gemma3-270m", option=_TOXIC["option"] | dict(n_test=400))  # half as fast, and no chat model
 
 # %% ../nbs/26_plans.ipynb #fd22423b
@@ -393,9 +394,9 @@ BENCHMARKS = {
                  _COMMON | _EXCITED | dict(layers=[14, 20])],
         "quick": [_COMMON | _EXCITED | dict(layers=[20], methods=_SEVEN)]},
     "gemma3-270m": {
-        "full": [_COMMON | _TOXIC | _GEMMA | dict(layers="ranked", most=2, methods=f"{_SEVEN},spid",
-                                                       spreads=[.3, .6, 1, 1.6]),
-                 _MATCHED | _GEMMA | dict(layers=[8], methods=_CHANGED)],
+        "full": [_COMMON | _TOXIC | _GEMMA | dict(layers="ranked", most=2, spreads=[.3, .6, 1, 1.6],
+                                               methods=_SEVEN.replace("iti,", "")),
+                 _MATCHED | _GEMMA | dict(layers=[8], methods=_FEWER)],
         "quick": [_MATCHED | _GEMMA | dict(layers=[8], methods=_SEVEN, out=BenchOptions.out)]}}
 
 #: task -> file below $ODESTEER_DATA, and where to get it
