@@ -835,7 +835,7 @@ _BENCH_HELP = {  # option -> (what stands for its value, help); no value: a flag
         m for kind in ("steerer", "controller", "placebo") for m in ods.steerer_names(kind))
         + "); with other settings odesteer:metric=covariance:steps=3"),
     "T": ("X,...", "times to try (default auto: multiples of the spread)"),
-    "spreads": ("X,...", "multiples of the spread to try; useful strengths are near 1"),
+    "spreads": ("X,...", "multiples of the spread to try; useful strengths are .3 to 1.5"),
     "shares": ("X,...", "shares of the median norm to try"),
     "layers": ("N,...", "layers to try (default auto: all of a small model, eight of a large one; ranked: the three "
                         "where held-out texts are told apart best)"),

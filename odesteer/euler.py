@@ -338,7 +338,7 @@ def steer(self: Steerer,
     a: Tensor,  # activations, (..., d), any float dtype
     T=None,  # strength: a number, or one per row; 0 is the identity, bit for bit; negative steers away
     *,
-    spread=None,  # instead of T: displacement as a multiple of the spread of the fitted activations; 1 is usual
+    spread=None,  # instead of T: displacement as a multiple of the spread of the fitted activations; .5 to 1 is usual
     share=None,  # instead of T: displacement as a share of their median norm
     nats=None,  # instead of T: log-odds to add (needs a barrier)
     until=None,  # stop at this barrier value (needs a barrier); T, spread or share then cap the time
@@ -374,7 +374,7 @@ def _given(self: Steerer, **units):
 def _ways(self: Steerer):
     "How a strength can be given, for an error."
     ways = ["T= (a distance)", f"share= (of {self.median_norm_:.4g}, the median norm of the fitted activations)"]
-    if not self._no_spread(): ways.insert(0, f"spread= (in units of {self.spread_:.4g}; 1 is usual)")
+    if not self._no_spread(): ways.insert(0, f"spread= (in units of {self.spread_:.4g}; .5 to 1 is usual)")
     if hasattr(self, "barrier"): ways += ["nats= (added log-odds)", "until= (a barrier value)"]
     return ", ".join(ways[:-1]) + f", or {ways[-1]}"
 
@@ -679,9 +679,9 @@ def strength_units(self: Fitted) -> tuple:
 
 @patch(as_prop=True)
 def default_strength(self: Fitted) -> dict:
-    "The strength when nothing was said: the published map where there is one, else one spread."
+    "The strength when nothing was said: the published map where there is one, else half a spread."
     if self.unit == "fraction": return {"T": 1.}
-    return {"spread": 1.} if "spread" in self.strength_units else {"share": .5}  # as it was before there were spreads
+    return {"spread": .5} if "spread" in self.strength_units else {"share": .5}  # as it was before there were spreads
 
 # %% ../nbs/00_euler.ipynb #b1aac1f0
 @patch

@@ -940,7 +940,7 @@ def _strength(parts, strength, units):
         return units if strength is None else {"T": strength, **units}
     if strength is not None: return strength
     if all(part.unit == "fraction" for _, part in parts): return 1.0  # the published map
-    raise ValueError("say how far to steer: spread= (of the fitted activations; 1 is usual), strength= (or T=), "
+    raise ValueError("say how far to steer: spread= (of the fitted activations; .5 to 1 is usual), strength= (or T=), "
                      "share= of the median norm, nats= of log-odds, or until= a barrier value")
 
 # %% ../nbs/04_models.ipynb #a690da26

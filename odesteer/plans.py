@@ -396,8 +396,8 @@ BENCHMARKS = {
     "gemma3-270m": {
         "full": [_COMMON | _TOXIC | _GEMMA | dict(layers="ranked", most=2, spreads=[.3, .6, 1, 1.6],
                                                methods=_SEVEN.replace("iti,", "")),
-                 _MATCHED | _GEMMA | dict(layers=[8], methods=_FEWER)],
-        "quick": [_MATCHED | _GEMMA | dict(layers=[8], methods=_SEVEN, out=BenchOptions.out)]}}
+                 _MATCHED | _GEMMA | dict(layers=[8], spreads=[.5], methods=_FEWER)],
+        "quick": [_MATCHED | _GEMMA | dict(layers=[8], spreads=[.5], methods=_SEVEN, out=BenchOptions.out)]}}
 
 #: task -> file below $ODESTEER_DATA, and where to get it
 _FILES = {"realtoxicityprompts": ("realtoxicityprompts/val.jsonl", "rows of allenai/real-toxicity-prompts on the hub"),

@@ -327,7 +327,7 @@ def test_a_method_answers_what_hooks_and_sweeps_ask():
     for name in "caa", "iti", "repe":
         s = ods.make_steerer(name).fit(normal(4, 3), normal(4, 3, seed=1))
         assert isinstance(s, Edits) and s.needs_layer and s.strength_units == ("T", "share", "spread")
-        assert s.default_strength == ({"T": 1.} if name == "caa" else {"spread": 1.})
+        assert s.default_strength == ({"T": 1.} if name == "caa" else {"spread": .5})
         assert s.strengths == tuple({"spread": x} for x in (.25, .4, .6, .85, 1.2, 1.7, 2.4)) and set(s.strength_units) < s.strength_names.keys()
         (layer, edit), = s.edits(None, 3, s.default_strength).items()
         assert layer == 3 and isinstance(edit, Edit) and edit.remember is None

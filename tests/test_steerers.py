@@ -207,7 +207,7 @@ def test_typical_norm_and_displacement(steerer, data):
 def test_a_published_map_knows_its_strength(steerer, a):
     if steerer.unit == "fraction": return torch.testing.assert_close(steerer.steer(a), steerer.steer(a, T=1.))
     for strength in steerer.steer, lambda a: steerer.edits(None, 0, None):
-        with pytest.raises(ValueError, match=re.escape(f"spread= (in units of {steerer.spread_:.4g}; 1 is usual), T= (a distance)")): strength(a)
+        with pytest.raises(ValueError, match=re.escape(f"spread= (in units of {steerer.spread_:.4g}; .5 to 1 is usual), T= (a distance)")): strength(a)
         with pytest.raises(ValueError, match=re.escape(f"share= (of {steerer.median_norm_:.4g}, the median norm of the fitted activations)")): strength(a)
 
 
