@@ -235,12 +235,12 @@ def test_generate_answers_as_the_library_does(files, tiny):
     assert [r["output"] for r in read_rows("a.jsonl")] == expected
 
 
-def test_generate_takes_one_spread_where_nothing_is_said(files, tiny, capsys):
+def test_generate_takes_half_a_spread_where_nothing_is_said(files, tiny, capsys):
     main(["fit", "--model", str(tiny), "--pairs", "pairs.jsonl", "--method", "iti", "--layer", "1", "--out", "s"])
     steerer = ods.load_steerer("s")
     assert f"spread {steerer.spread_:.4g}" in capsys.readouterr().out
     run = ["generate", "--steerer", "s", "--prompts", "prompts.txt", "--greedy", "--max-new-tokens", "5"]
-    for name, how in ("a", []), ("b", ["--spread", "1"]), ("c", ["--T", str(steerer.spread_.item())]): assert main([*run, *how, "--out", f"{name}.jsonl"]) == 0
+    for name, how in ("a", []), ("b", ["--spread", ".5"]), ("c", ["--T", str(steerer.spread_.item() / 2)]): assert main([*run, *how, "--out", f"{name}.jsonl"]) == 0
     assert read_rows("a.jsonl") == read_rows("b.jsonl") == read_rows("c.jsonl")
     steerer.register_buffer("spread_", None)  # a folder from before there were spreads
     steerer.save_pretrained("old")
@@ -948,7 +948,7 @@ def test_a_report_says_whether_the_same_came_out_again(files, tiny, capsys, monk
     caa["answers"], caa["metrics"]["hit"] = caa["answers"][::-1], [2., 2., 2.]
     assert main(["report", "again", "--against", "before"]) == 0 and "style-french, caa: other answers, other scores" in capsys.readouterr().out
     monkeypatch.setattr(cli, "committed", results.committed)
-    for name, words in (("bench-x", "no results 'bench-x' come with the package: there are bench-micro"), ("speed", "--against speed: it has no rows of a comparison")):
+    for name, words in (("bench-x", "no results 'bench-x' come with the package: there are bench-gemma3-270m, "), ("speed", "--against speed: it has no rows of a comparison")):
         assert words in fails(capsys, "report", "again", "--against", name)
 
 
