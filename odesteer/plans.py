@@ -382,7 +382,7 @@ _DRAWS = ",".join(f"random:seed={i}" for i in range(1, 6))  # more draws of the 
 _MATCHED = _COMMON | _TOXIC | dict(spreads=[1], rule="best", out="matched",
                                    option=_TOXIC["option"] | dict(n_val=48, n_test=600))
 _SEVEN = "random,shuffled:balanced=true,caa,iti,odesteer,step-odesteer,linact"
-_FEWER = _CHANGED.replace("odesteer:steps=3,", "").replace("odesteer:metric=covariance,", "")
+_FEWER = _CHANGED.replace("odesteer:steps=3", "odesteer:coordinates=standardised:metric=covariance")
 _GEMMA = dict(model="gemma3-270m", option=_TOXIC["option"] | dict(n_test=400))  # half as fast, and no chat model
 
 # %% ../nbs/26_plans.ipynb #fd22423b
