@@ -801,7 +801,7 @@ def _arms_and_rows(scope, brief) -> tuple:
     tested = {r["arm"]: r["p"] for r in rows if r.get("p") is not None and r["off"] < len(scope.units)}
     adjusted = holm(tested)
     for r in rows: r["holm"] = _rounded(adjusted.get(r["arm"]))
-    return arms, rows
+    return [r["arm"] for r in rows if r["arm"] in arms], rows  # other arms were not tested yet
 
 # %% ../nbs/18_results.ipynb #7a89587b
 def _machine_seconds(found) -> Counter:

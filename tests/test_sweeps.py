@@ -353,3 +353,17 @@ def test_draws_of_a_placebo_are_one_row(lm, tmp_path):
         run, = (r for r in find_runs([tmp_path]).runs.values() if r.config["split"] == "test" and r.config["method"] == "random" and r.config["params"].get("seed", 0) == seed)
         for m in scope["primary"], *scope["watch"]: assert abs(means[m] - np.nanmean(run.scores[m])) < 1e-3
     assert abs(np.mean([means[scope["primary"]] for _, means in drawn]) - rows["random"]["metrics"][scope["primary"]][0]) < 1e-3
+
+
+def test_a_report_while_a_comparison_is_running(lm, tmp_path):
+    "An arm whose choice is made and whose test is not run yet waits for its row, and stops no figure"
+    from odesteer.report import figures, tables
+    from odesteer.results import find_runs, gather
+    plan = Plan([("truth",)], ["caa", "random"], Search([1, 2], (.2, .6), refine=0, repeats=1, seeds=1, rule="best"))
+    run_plan(plan, lambda axis, out, **kwargs: bench(lm, out, axis=axis, **kwargs), tmp_path)
+    run, = (r for r in find_runs([tmp_path]).runs.values() if r.config["split"] == "test" and r.config.get("method") == "random")
+    shutil.rmtree(tmp_path/run.key)
+    results = gather([tmp_path], resamples=99)
+    scope, = results["scopes"]
+    assert [r["arm"] for r in scope["rows"]] == ["unsteered", "prompt", "caa"] and list(scope["curves"]) == ["caa"]
+    assert list(figures(results)) and tables(results)
