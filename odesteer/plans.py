@@ -365,9 +365,9 @@ _ARMS = ("random,shuffled:balanced=true,caa,iti,repe,odesteer,odesteer:metric=co
 _CHANGED = ("odesteer,step-odesteer,odesteer:steps=3,odesteer:reading=last,odesteer:coordinates=centred,"
             "odesteer:coordinates=standardised,odesteer:metric=covariance,odesteer:C=100.0,caa,random,"
             "shuffled:balanced=true")
-_LQR, _FEW = ("alqr", "barrier-lqr"), {"n_jacobian": 4, "max_tokens": 32, "n_texts": 200}  # Jacobians are dear
+_FEW = {"n_jacobian": 4, "max_tokens": 32, "n_texts": 200}  # Jacobians of all blocks are dear
 _COMMON = dict(model="smollm2", dtype="bfloat16", threads=1, methods=_ARMS, reading="mean", rule="best",
-               spreads=[.6, 1, 1.6], refine=0, repeats=1, seeds=1, params=dict.fromkeys(_LQR, _FEW))
+               spreads=[.6, 1, 1.6], refine=0, repeats=1, seeds=1, params={"alqr": _FEW, "barrier-lqr": _FEW})
 _CHATS = _FEW | {"max_tokens": 80}  # as long as they are; with C = 1 the barriers of chats are flat in every block
 _MMLU = "mmlu-text"  # 200 questions of its validation rows, the answers by their text
 _PLAIN = dict(max_new_tokens=20, temperature=1., top_p=1., repetition_penalty=1.)  # as the model has it
