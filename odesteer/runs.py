@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 import odesteer as ods
 from .control import effort as measure_effort
-from .data import digest, fit_on, group_of, sample_batch, texts_to_read, write_jsonl
+from .data import SAMPLING, digest, fit_on, group_of, sample_batch, texts_to_read, write_jsonl
 from .euler import load_class, write_atomic
 from .judges import kl_to_unsteered
 from .micro import AXES
@@ -81,9 +81,9 @@ def _resume(part, header, most) -> int:
 class Bench:
     """A model and a task, ready to run; everything it makes stands in a folder.
 
-    It remembers activations and fitted steerers (`_acts`, `_steerers`), and does not change otherwise. Grows on this
-    page: `config`, `read_at`, `acts`, `read_layers`, `prompt_acts`, `steerer`, `strength`, `displacement`, `effort`,
-    `run`, `finished`, `repeated`, `at_effort`."""
+    It remembers activations, fitted steerers and answers of runs to come (`_ahead`), and does not change otherwise.
+    Grows on this page: `config`, `read_at`, `acts`, `read_layers`, `prompt_acts`, `steerer`, `strength`,
+    `displacement`, `effort`, `run`, `finished`, `repeated`, `at_effort`."""
     def __init__(self,
         model, tokenizer,  # as transformers loads them
         task: Task,  # with data=, the identity of its data; else a ValueError
@@ -103,6 +103,7 @@ class Bench:
         self.deadline, self.on_run = deadline, on_run
         self.about = _about(model, name, world, hub, revision)
         self._acts, self._steerers = {}, {}
+        self._ahead = {}  # (key, batch) -> rows of a run that is not begun yet, see `_answers`
         self._readings = {task.reading: self._acts}  # place of reading -> what was read there
 
 # %% ../nbs/16_runs.ipynb #be555e63
@@ -317,6 +318,7 @@ def run(self: Bench,
     split="val",  # or "test"
     seed=0,  # of what is drawn
     arm=None,  # "none", "prompt" (the task's instruction instead of steering) or "steer"; default: by the method
+    beside=(),  # strengths that are likely next: where nothing is drawn, the same batches answer for them too
 ) -> Run:
     "Do a run, finish one that was interrupted, or read one that is done; `Paused` if it is past the deadline"
     config = self.config(method, layer, strength, params, split, seed, arm)
@@ -325,7 +327,7 @@ def run(self: Bench,
         self._check_time()
         path.mkdir(parents=True, exist_ok=True)
         with _alone(path/"lock"):
-            if not (path/"summary.json").exists(): self._run(path, config)
+            if not (path/"summary.json").exists(): self._run(path, config, self._batched_with(config, beside))
     run = read_run(path)
     self.on_run(run)
     return run
@@ -357,7 +359,7 @@ def _alone(path):
 
 # %% ../nbs/16_runs.ipynb #abe67884
 @patch
-def _run(self: Bench, path, config):
+def _run(self: Bench, path, config, beside):
     "Answer, judge, summarise; each file is left alone where it is whole"
     start = time.time()
     write_atomic(path/"config.json", json.dumps(config, indent=1))
@@ -367,7 +369,7 @@ def _run(self: Bench, path, config):
     def rows(name, batch):
         if not (path/name).exists(): write_batches(path/name, batch, starts, config)
         return _rows(path/name)
-    answers = rows("answers.jsonl", partial(self._answers, config, items))
+    answers = rows("answers.jsonl", partial(self._answers, [config, *beside], items))
     judged = rows("judged.jsonl", partial(self._judged, config, items, [a["answer"] for a in answers]))
     scores = {m: [row[m] for row in judged] for m in judged[0]}
     if "logprob" in answers[0]: scores["logprob"] = [a["logprob"] for a in answers]
@@ -413,32 +415,46 @@ def _batch(items, i, size) -> tuple:
     return fold, [p for k, p in items[i:i + size] if k == fold]
 
 @patch
-def _steered(self: Bench, config, fold):
-    "The model as the config wants it, as a context"
-    if config["arm"] != "steer": return nullcontext()
-    method, layer, params = (config[k] for k in ("method", "layer", "params"))
-    strength = self.strength(method, layer, config["strength"], params, fold)
+def _steered(self: Bench, configs, fold, n):
+    "The model as the configs want it, which differ in strength only, as a context; n rows of a batch for each"
+    if configs[0]["arm"] != "steer": return nullcontext()
+    method, layer, params = (configs[0][k] for k in ("method", "layer", "params"))
+    strength = _per_row([self.strength(method, layer, c["strength"], params, fold) for c in configs], n)
     steerer = self.steerer(method, layer, params, fold)
     return ods.steering(self.model, steerer, layer=layer, positions=self.task.positions, **strength)
 
+def _per_row(strengths, n) -> dict:
+    "One strength for the whole batch, or of several one value for each row"
+    if len(strengths) == 1: return strengths[0]
+    (unit,), = {tuple(s) for s in strengths}
+    return {unit: torch.tensor([s[unit] for s in strengths]).repeat_interleave(n)}
+
 # %% ../nbs/16_runs.ipynb #143d81ef
 @patch
-def _answers(self: Bench, config, items, i) -> list:
-    "Rows of one batch of answers"
-    fold, prompts = _batch(items, i, self.batch_size)
+def _answers(self: Bench, configs, items, i) -> list:
+    "Rows of one batch for the first config; what the same batch says for the others is kept until they ask"
+    keys = [(run_key(c), i) for c in configs]
+    if keys[0] not in self._ahead: self._ahead.update(zip(keys, self._answer(configs, items, i)))
+    return self._ahead.pop(keys[0])
+
+@patch
+def _answer(self: Bench, configs, items, i) -> list:
+    "For each config the rows of one batch; configs that share a batch differ in strength only"
+    config, (fold, prompts) = configs[0], _batch(items, i, self.batch_size)
     instruct = self.task.instruct if config["arm"] == "prompt" else lambda p: p
     texts = [instruct(p).text for p in prompts]
     seed = config["seed"] + self.task.shift*(config["split"] == "val")
-    steered, start = self._steered(config, fold), time.perf_counter()  # fitting is not timed
+    n, all_texts = len(texts), texts * len(configs)
+    steered, start = self._steered(configs, fold, n), time.perf_counter()  # fitting is not timed
     with steered:
         if self.task.choices: answers, known = self._choose(prompts, texts)
-        else: answers, known = sample_batch(self.model, self.tokenizer, texts, i, seed, **self.task.decoding), None
+        else: answers, known = sample_batch(self.model, self.tokenizer, all_texts, i, seed, **self.task.decoding), None
     answers = [_cut(a, self.task.stop) for a in answers]
-    seconds = (time.perf_counter() - start) / len(texts)
-    rows = [{"i": i + j, "fold": fold, "group": str(group_of(p)), "prompt": text, "answer": a,
-             "tokens": self._count(a), "seconds": seconds}
-            for j, (p, text, a) in enumerate(zip(prompts, texts, answers))]
-    return [row | {"logprob": x} for row, x in zip(rows, known)] if known else rows
+    seconds = (time.perf_counter() - start) / len(all_texts)
+    rows = [{"i": i + k % n, "fold": fold, "group": str(group_of(prompts[k % n])), "prompt": text, "answer": a,
+             "tokens": self._count(a), "seconds": seconds} for k, (text, a) in enumerate(zip(all_texts, answers))]
+    if known: rows = [row | {"logprob": x} for row, x in zip(rows, known)]
+    return [rows[k:k + n] for k in range(0, len(rows), n)]
 
 @patch
 def _count(self: Bench, answer): return len(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
@@ -457,6 +473,20 @@ def _choose(self: Bench, prompts, texts) -> tuple:
     logp, answers = zip(*(max(pairs, key=lambda x: x[0]) for pairs in scored))
     return answers, [x / max(1, self._count(a)) for x, a in zip(logp, answers)]
 
+# %% ../nbs/16_runs.ipynb #ee8505f2
+@patch
+def _batched_with(self: Bench, config, strengths) -> list:
+    "Configs at other strengths, not begun, that have room in the same batches and get the same answers there"
+    drawn = self.task.choices or (SAMPLING | self.task.decoding)["do_sample"]
+    exact = self.model.dtype in (torch.float32, torch.float64)
+    if drawn or not exact: return []
+    folds = [k for k, _ in self.task.prompts(config["split"])]
+    room = self.batch_size // max(map(folds.count, folds))
+    alike = lambda s: len(s) == 1 and s.keys() == config["strength"].keys()
+    others = [{**config, "strength": s} for s in strengths if alike(s) and s != config["strength"]]
+    return [c for c in others if not (self.out/run_key(c)).exists()][:max(0, room - 1)]
+
+
 # %% ../nbs/16_runs.ipynb #e414eff0
 @patch
 def _judged(self: Bench, config, items, answers, i) -> list:
@@ -465,7 +495,7 @@ def _judged(self: Bench, config, items, answers, i) -> list:
     answers = answers[i:i + len(prompts)]
     scores = dict(self.task.judge(prompts, answers))
     if config["arm"] == "steer" and config["split"] == "test" and not self.task.choices:
-        steered = partial(self._steered, config, fold)
+        steered = partial(self._steered, [config], fold, len(prompts))
         scores["kl"] = kl_to_unsteered(self.model, self.tokenizer, [p.text for p in prompts], answers, steered)
     columns = {m: [None if np.isnan(x) else float(x) for x in np.asarray(xs, float)] for m, xs in scores.items()}
     return [dict(zip(columns, row)) for row in zip(*columns.values())]

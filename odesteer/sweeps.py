@@ -275,8 +275,8 @@ def _climb(bench, method, params, search, trials, place, strengths, repeats) -> 
     bench = bench.read_at(reading)
     base, runs, means, values = bench.repeated(repeats), [], [], []
     patient = not load_class(method).needs_layer  # a set-point may lie below what the model does anyway
-    for strength in strengths:
-        run = bench.repeated(repeats, method, layer, strength, params)
+    for k, strength in enumerate(strengths):
+        run = bench.repeated(repeats, method, layer, strength, params, beside=strengths[k + 1:])
         mean = float(np.nanmean(run.scores[bench.task.primary]))
         runs.append(run)
         means.append(mean)
@@ -351,7 +351,8 @@ def _benchmark_method(bench, name, search, params, curve, lm_eval):
     if not curve: return
     if load_class(method).needs_layer: strengths = _strengths(bench, method, search)
     else: strengths = [t.strength for t in choice.trials]  # set-points that were never tried say nothing
-    for strength in strengths: run(strength, canonical_params(method, {"seed": 0, **params}))
+    params = canonical_params(method, {"seed": 0, **params})
+    for strength in strengths: run(strength, params, beside=strengths)
 
 # %% ../nbs/17_sweeps.ipynb #258fb972
 class Setting(NamedTuple):

@@ -4,6 +4,7 @@ import json
 import math
 import tracemalloc
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,42 @@ def test_prompt_arm_choices_stops_and_several_answers(lm, tmp_path):
     b = bench(lm, tmp_path, samples=3, stop=(" is",), judge=lambda prompts, answers: seen.append(len(prompts)) or {"true_info": [float(" is" in a) for a in answers]})
     run = b.run()
     assert b.batch_size == 3 and seen == [3]*6 and len(run.groups) == 18 and run.scores["true_info"].sum() == 0
+
+
+# ---- several strengths in one batch
+
+GREEDY = dict(max_new_tokens=8, do_sample=False, temperature=None, top_p=None, top_k=None)
+
+def swept(b, monkeypatch, method, layer, strengths, together):
+    "Answers of the runs at each strength, and how many prompts every pass had"
+    sizes, generate = [], ods.generate_text
+    monkeypatch.setattr(ods, "generate_text", lambda m, t, prompts, **kw: sizes.append(len(prompts)) or generate(m, t, prompts, **kw))
+    runs = [b.run(method, layer, s, beside=strengths if together else ()) for s in strengths]
+    monkeypatch.setattr(ods, "generate_text", generate)
+    rows = [[json.loads(line) for line in open(b.out/run.key/"answers.jsonl")] for run in runs]
+    return [[(r["i"], r["group"], r["prompt"], r["answer"], r["tokens"]) for r in rs] for rs in rows], [r.key for r in runs], sizes
+
+@pytest.mark.parametrize("method, layer, unit, values", [("caa", 1, "share", (.1, .3, .6)), ("odesteer", 1, "spread", (.5, 1., 3.)), ("odesteer", 2, "nats", (.1, .2, .4)), ("linact", 1, "T", (.3, .6, 1.)), ("caa", 1, "angle", (5, 15, 30)), ("alqr", None, "T", (0., 1., 3.))])
+def test_a_batch_that_holds_several_strengths_says_what_each_says_alone(lm, tmp_path, monkeypatch, method, layer, unit, values):
+    strengths = [{unit: v} for v in values]
+    make = lambda out: bench(lm, tmp_path/out, decoding=GREEDY, batch_size=12)
+    alone, keys, one_by_one = swept(make("alone"), monkeypatch, method, layer, strengths, False)
+    answers, same_keys, in_one = swept(make("together"), monkeypatch, method, layer, strengths, True)
+    assert answers == alone and same_keys == keys and alone[0] != alone[2]
+    assert one_by_one == [6, 6, 6] and in_one == [12, 6]
+
+def test_batches_are_shared_only_where_that_changes_nothing(lm, tmp_path, monkeypatch):
+    strengths = [{"share": s} for s in (.1, .3)]
+    sizes = lambda b: swept(b, monkeypatch, "caa", 1, strengths, True)[2]
+    assert sizes(bench(lm, tmp_path/"a", batch_size=12)) == [6, 6], "what is drawn depends on the whole batch"
+    assert sizes(bench(lm, tmp_path/"b", decoding=GREEDY, batch_size=11)) == [6, 6], "no room"
+    b = bench(lm, tmp_path/"c", decoding=GREEDY, batch_size=12)
+    done = b.run("caa", 1, strengths[1])
+    assert sizes(b) == [6] and b.run("caa", 1, strengths[1]).summary == done.summary, "what is done is not done again"
+    config = b.config("caa", 1, strengths[0])
+    assert b._batched_with(config, [{"T": 1.}, {"level": .5, "spread": 1.}, strengths[0], {"share": .9}]) == [config | {"strength": {"share": .9}}]
+    half = bench(replace(lm, model=copy.deepcopy(lm.model).bfloat16()), tmp_path/"d", decoding=GREEDY, batch_size=12)
+    assert half._batched_with(half.config("caa", 1, strengths[0]), strengths) == [], "in 16 bits rounding depends on the batch"
 
 
 def test_a_judge_may_leave_items_undefined(lm, tmp_path):
