@@ -321,6 +321,9 @@ def _restore(self: ShuffledLabels, tensors):
     self.inner._restore(inner)
     Steerer._restore(self, {k: v for k, v in tensors.items() if not k.startswith("inner.")})
 
+@patch
+def _try(self: ShuffledLabels): self.inner._try_once()
+
 # %% ../nbs/09_baselines.ipynb #246aa34e
 def split_groups(
     groups,  # question id of each row, (n,)

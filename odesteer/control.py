@@ -668,11 +668,12 @@ def _median_levels(self: BarrierLQR, states):
 
 @patch
 def _restore(self: BarrierLQR, tensors):
-    self._new_parts(len(tensors["K_"]))
+    self._new_parts(len({k.split(".")[1] for k in tensors if k.startswith("parts.")}))
     for t, part in enumerate(self.parts):
         part.width, head = self.width, f"parts.{t}."
         part._restore({k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)})
     Fitted._restore(self, {k: v for k, v in tensors.items() if not k.startswith("parts.")})
+    if len(self.K_) != len(self.parts): raise ValueError(f"{len(self.K_)} gains for {len(self.parts)} barriers")
 
 # %% ../nbs/14_control.ipynb #ee4f8583
 class EffortMeter(Recorder):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Contrast', 'contrast', 'Fitted', 'Steerer', 'hash_tensors', 'full_precision', 'in_full_precision', 'per_row', 'CAA',
-           'logistic_regression', 'ITI', 'RepE', 'write_atomic', 'steerer_names', 'load_class', 'make_steerer',
-           'load_steerer', 'Edit', 'Edits']
+           'logistic_regression', 'ITI', 'RepE', 'write_atomic', 'sync', 'alone', 'read_json', 'set_aside',
+           'steerer_names', 'load_class', 'make_steerer', 'load_steerer', 'Edit', 'Edits']
 
 # %% ../nbs/00_euler.ipynb #c42fcbde
 import copy
@@ -14,9 +14,11 @@ import inspect
 import json
 import math
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -154,6 +156,7 @@ class Fitted(nn.Module):
 
     Grows on this page: `card`, `save_pretrained`, `from_pretrained`, `strength_units`, `default_strength`."""
     unit = "length"  # what T counts: "length" is a distance; with "fraction", T = 1 is the published map
+    _integers = {"indexHash_", "bitHash_", "per_query_", "num_batches_tracked"}  # tensors that hold no floats
     needs_layer = True  # acts on one block, which the user chooses; False: on all blocks, as a controller does
     strength_names = {"T": "time T", "share": "share of the median norm", "spread": "multiple of the spread",
                       "nats": "log-odds to add", "until": "barrier value to stop at"}  # unit -> words
@@ -481,19 +484,27 @@ def save_pretrained(self: Fitted,
     "Write the steerer as `steerer.safetensors` and a readable `card.json`; a ValueError if that cannot be."
     from safetensors.torch import save
     self._must_be_fitted()
-    card, path = self.card, Path(path)
+    card, path, tensors = self.card, Path(path), self.state_dict()
     if card["method"] is None:
         raise ValueError(f"{type(self).__name__} is not in odesteer's registry, so it could not be loaded again: "
                          "save its tensors with state_dict() instead")
-    blob = save({k: v.contiguous().cpu() for k, v in self.state_dict().items()})
-    try: text = json.dumps({**card, "tensors_sha256": hashlib.sha256(blob).hexdigest()}, indent=1)
-    except TypeError as e:
+    self._check_tensors(tensors)
+    blob = save({k: v.contiguous().cpu() for k, v in tensors.items()})
+    card["tensors_sha256"] = hashlib.sha256(blob).hexdigest()
+    try: text = json.dumps({**card, "card_sha256": _card_hash(card)}, indent=1)
+    except (TypeError, ValueError, RecursionError) as e:
         raise ValueError(f"the card of this {type(self).__name__} holds something that JSON cannot carry ({e}): "
                          "only numbers, strings, lists and dicts in its hyper-parameters and in .about can be saved"
                          ) from None
     path.mkdir(parents=True, exist_ok=True)
-    write_atomic(path/"steerer.safetensors", blob)
-    write_atomic(path/"card.json", text)
+    with alone(path/"lock"):
+        write_atomic(path/"steerer.safetensors", blob)
+        write_atomic(path/"card.json", text)
+
+def _card_hash(card) -> str:
+    "Of everything that a card says, however its file is laid out."
+    said = {k: v for k, v in json.loads(json.dumps(card)).items() if k != "card_sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/00_euler.ipynb #4e9db35a
 def write_atomic(
@@ -514,6 +525,89 @@ def write_atomic(
     except BaseException:  # also when interrupted
         Path(part_file).unlink(missing_ok=True)
         raise
+    sync(path.parent)
+
+def sync(
+    path,  # of a file, or of a folder, whose names are meant
+):
+    "Wait until it is on the disk, so that a power cut takes nothing back; where a system cannot, nothing."
+    with suppress(OSError):  # Windows opens no folders
+        fd = os.open(path, os.O_RDONLY)
+        try: os.fsync(fd)
+        finally: os.close(fd)
+
+# %% ../nbs/00_euler.ipynb #4969176b
+@contextmanager
+def alone(
+    path,  # file to lock, made for it and removed at the end, in a folder that exists
+    work="",  # what is being done, a short text
+):  # a context manager; it gives whether somebody else had to be waited for
+    "Do something that nobody else does meanwhile; a ValueError where another process does other work there."
+    f, waited = _locked(path, work)
+    try: yield waited
+    finally:
+        with suppress(PermissionError): Path(path).unlink(missing_ok=True)  # Windows: while others have it open
+        f.close()
+
+def _locked(path, work):
+    "The file, locked, and whether somebody else had locked it before."
+    waited = False
+    while True:
+        f = open(path, "a+", encoding="utf-8")
+        try: waited |= _lock(f, work)
+        except BaseException:
+            f.close()
+            raise
+        if Path(path).exists() and os.path.samestat(os.fstat(f.fileno()), os.stat(path)): return f, waited
+        f.close()  # who had it is done, and has removed it
+
+# %% ../nbs/00_euler.ipynb #dd211fc7
+def _lock(f, work) -> bool:
+    "Lock an open file and write into it what for; whether that took waiting."
+    try: import fcntl
+    except ImportError: return False  # Windows
+    waited = False
+    try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _must_do(f, work)
+        fcntl.flock(f, fcntl.LOCK_EX)
+        waited = True
+    except OSError: return False  # a file system without locks
+    f.truncate(0)
+    f.write(work)
+    f.flush()
+    return waited
+
+def _must_do(f, work):
+    f.seek(0)
+    other = f.read()
+    if other in ("", work): return
+    raise ValueError(f"another process is at work here, with other settings (it holds {f.name}): "
+                     "wait until it is done, or write elsewhere")
+
+# %% ../nbs/00_euler.ipynb #c6d9d4bc
+def read_json(
+    path,  # of a JSON file in UTF-8
+    most=2**30,  # bytes
+):  # what it holds
+    "Read a file; a ValueError that names it where it is damaged, or larger than it can be."
+    path = Path(path)
+    if path.stat().st_size > most: raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than it can need")
+    try: return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        why = "nested too deep" if isinstance(e, RecursionError) else e
+        raise ValueError(f"{path} is not valid JSON ({why}): the file is damaged") from None
+
+def set_aside(
+    path,  # of a file or folder that is damaged
+) -> Path:  # where it is now: NAME.damaged
+    "Make room for a whole one, and say so on stderr."
+    path = Path(path)
+    aside = path.with_name(f"{path.name}.damaged")
+    if aside.is_dir() and not aside.is_symlink(): shutil.rmtree(aside)  # of an earlier time
+    os.replace(path, aside)
+    print(f"odesteer: {path} is damaged; it is kept as {aside.name}, and made again", file=sys.stderr, flush=True)
+    return aside
 
 # %% ../nbs/00_euler.ipynb #4d53f967
 def steerer_names(
@@ -552,21 +646,44 @@ def from_pretrained(cls: Fitted,
 ):
     "Load a fitted steerer of this class; a FileNotFoundError or ValueError says what is missing or damaged."
     card, tensors = _read(path, revision)
-    made = load_class(card["method"])
+    try: made = load_class(card["method"])
+    except ValueError as e: raise ValueError(f"{path}/card.json: {e}") from None
     if not issubclass(made, cls):
         raise ValueError(f"{path} holds {made.__name__}, but {cls.__name__} was asked for: "
                          "use odesteer.load_steerer, which takes any method")
     try:
         self = made(**card["params"])
         self.width, self.about, self.chosen, self._fitted_on = (card[k] for k in ("width", "about", "chosen", "fit"))
+        self._check_tensors(tensors)
         self._restore(tensors)
-        self._try()
-    except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as e:
+        self._try_once()
+    except Exception as e:  # whatever settings and tensors that do not belong together may raise
         raise ValueError(f"{path}: the tensors or settings do not make a {made.__name__} of width {card['width']} "
                          f"({e}): save the steerer again") from e
     return self
 
 # %% ../nbs/00_euler.ipynb #5f01de12
+@patch
+def _check_tensors(self: Fitted, tensors):
+    "A ValueError for what no fit leaves behind, before anything is computed with it."
+    for name, t in tensors.items():
+        if not t.numel(): raise ValueError(f"{name} is empty")
+        floats = t.is_floating_point()
+        if not floats and name.rpartition(".")[2] not in self._integers:
+            raise ValueError(f"{name} holds {str(t.dtype)[6:]} instead of floats")
+        if floats and not torch.stack(t.aminmax()).isfinite().all(): raise ValueError(f"{name} holds NaN or infinity")
+    if not 1 <= self.width <= max((n for t in tensors.values() for n in t.shape), default=0):
+        raise ValueError("no tensor is that wide")
+
+@patch
+def _try_once(self: Fitted):
+    "Is everything there? Loading is no work: where a method takes many steps, one of them tells."
+    steps = self.params.get("steps")
+    if steps is not None: self.steps = 1
+    try: self._try()
+    finally:
+        if steps is not None: self.steps = steps
+
 @patch
 def _try(self: Steerer): self.vector_field(torch.ones(1, self.width))
 
@@ -576,6 +693,12 @@ def _restore(self: Fitted, tensors):
     for k, v in tensors.items():
         owner, _, name = k.rpartition(".")
         self.get_submodule(owner).register_buffer(name, v)
+
+@patch
+def _restore(self: Steerer, tensors):
+    Fitted._restore(self, tensors)
+    for name in ("median_norm_", "displacement_"):
+        if getattr(self, name).ndim: raise ValueError(f"{name} is not one number")
 
 def _folder(path, revision=None):
     "The local folder of a saved steerer; a hub id is downloaded."
@@ -607,18 +730,20 @@ def _read(path, revision=None):
         raise ValueError(f"{path}/steerer.safetensors does not match its card: "
                          "the file is damaged or was replaced; save the steerer again")
     try: return card, load(blob)
-    except SafetensorError as e:
+    except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path}/steerer.safetensors is not a safetensors file ({e}): "
                          "save the steerer again") from None
 
 def _read_card(file):
-    try: card = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{file} is not valid JSON ({e}): the file is damaged; save the steerer again") from None
+    try: card = read_json(file, most=2**26)
+    except ValueError as e: raise ValueError(f"{e}; save the steerer again") from None
     fits = isinstance(card, dict) and card.get("format") == 1
-    if not fits or not all(isinstance(card.get(k), kind) for k, kind in _CARD.items()):
+    if not fits or not all(type(card.get(k)) is kind for k, kind in _CARD.items()):
         raise ValueError(f"{file} is not a card that this version ({odesteer.__version__}) understands: "
                          "it was written by another program or a newer odesteer")
+    if card.get("card_sha256", _card_hash(card)) != _card_hash(card):  # older cards have none
+        raise ValueError(f"{file} is not as it was saved: its settings and its tensors belong together; put the file "
+                         "back, then load the steerer, change what should change, and save it again")
     return card
 
 # %% ../nbs/00_euler.ipynb #85202709

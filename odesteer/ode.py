@@ -385,6 +385,21 @@ class StepODESteer(ODESteer):
 def _restore(self: ODESteer, tensors):
     self.barrier = self._new_barrier()
     Steerer._restore(self, tensors)
+    phi, shape = self.barrier.features, tuple(self.barrier.coef_.shape)
+    n = getattr(phi, "n_components", self.width)
+    if shape != (n,): raise ValueError(f"{n} weights belong to these features; coef_ has shape {shape}")
+    if isinstance(phi, PolynomialCountSketch):  # are the tables what would be drawn, or given?
+        tables = phi.indexHash_, phi.bitHash_
+        PolynomialCountSketch(n, phi.degree, phi.gamma, phi.coef0, *tables).fit(torch.empty(0, self.width))
+
+@patch
+def _try(self: ODESteer):
+    "By Fourier transforms, which make nothing larger than the tensors are."
+    method, self.barrier.method = self.barrier.method, "fft"
+    try: Steerer._try(self)
+    finally:
+        self.barrier.method = method
+        self.barrier._derived_tables.clear()
 
 # %% ../nbs/03_ode.ipynb #b9d7c7c0
 @dataclass

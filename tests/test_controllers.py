@@ -1,22 +1,22 @@
 "What every controller of the registry promises, whatever its method"
 import copy
-import hashlib
 import inspect
 import json
 import pickle
 import random
 import re
+import time
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load, save
 
 import odesteer as ods
 from odesteer.euler import Edit, Edits
 from odesteer.models import decoder_layers, generate_text, score_continuations
 
 from .archs import LAYERS, VOCAB, WIDTH, tiny_model, tiny_tokenizer, untouched
+from .project import rewrite
 
 NAMES = ods.steerer_names("controller")
 SMALL = {"barrier-lqr": dict(n_components=64)}  # hyper-parameters that make a method quick to fit
@@ -461,14 +461,6 @@ def test_the_card_says_what_it_is(name, ctl):
     assert json.loads(json.dumps(card)) == card and "layer" not in card["about"] and card["about"]["width"] == WIDTH
 
 
-def rewrite(folder, card=None, tensors=None):
-    "Change the card or the tensors and make the hash fit again: damage that a hash does not show"
-    if tensors is not None: (folder/"steerer.safetensors").write_bytes(save(tensors(load((folder/"steerer.safetensors").read_bytes()))))
-    old = json.loads((folder/"card.json").read_text())
-    old["tensors_sha256"] = hashlib.sha256((folder/"steerer.safetensors").read_bytes()).hexdigest()
-    (folder/"card.json").write_text(json.dumps(card(old) if card else old))
-
-
 DAMAGE = {
     "one bit": (lambda f: (f/"steerer.safetensors").write_bytes(bytes([(b := (f/"steerer.safetensors").read_bytes())[0] ^ 1]) + b[1:]), "does not match its card"),
     "unknown method": (lambda f: rewrite(f, lambda c: {**c, "method": "os.system"}), "unknown method 'os.system'"),
@@ -478,6 +470,10 @@ DAMAGE = {
     "missing tensors": (lambda f: rewrite(f, tensors=lambda t: {"median_norm_": t["median_norm_"]}), "do not make a"),
     "foreign tensors": (lambda f: rewrite(f, tensors=lambda t: {**t, "lora.A": torch.ones(2)}), "do not make a"),
     "a tensor named like a method": (lambda f: rewrite(f, tensors=lambda t: {**t, "edits": torch.ones(2)}), "do not make a"),
+    "an edited setting": (lambda f: (f/"card.json").write_text((f/"card.json").read_text().replace('"seed": 0', '"seed": 1').replace('"r": ', '"r": 1')), "card.json is not as it was saved"),
+    "an enormous width": (lambda f: rewrite(f, lambda c: {**c, "width": 10**12}), "no tensor is that wide"),
+    "NaN": (lambda f: rewrite(f, tensors=lambda t: {**t, "median_norm_": t["median_norm_"] * float("nan")}), "median_norm_ holds NaN or infinity"),
+    "blocks that are missing": (lambda f: rewrite(f, tensors=lambda t: {k: v[:1] if k != "median_norm_" and v.ndim else v for k, v in t.items()}), "do not make a"),
 }
 
 
@@ -486,6 +482,16 @@ def test_damaged_files(folder, damage):
     harm, message = DAMAGE[damage]
     harm(folder)
     with pytest.raises(ValueError, match=re.escape(message)): ods.load_steerer(folder)
+
+
+@pytest.mark.parametrize("setting", ["steps", "reset_every", "n_texts", "n_jacobian", "max_tokens", "n_components", "batch_size"])
+def test_loading_is_no_work_whatever_a_card_asks_for(ctl, setting, folder):
+    if setting not in ctl.params: pytest.skip(f"has no {setting}")
+    rewrite(folder, lambda c: {**c, "params": {**c["params"], setting: 10**12}})
+    start = time.perf_counter()
+    try: assert ods.load_steerer(folder).params[setting] == 10**12
+    except ValueError as e: assert str(folder) in str(e)
+    assert time.perf_counter() - start < 5
 
 
 def test_files_of_the_other_kind(ctl, folder, tmp_path):

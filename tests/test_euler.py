@@ -3,7 +3,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 import odesteer as ods
-from odesteer.euler import Contrast, Edit, Edits, contrast, logistic_regression, per_row, write_atomic
+from odesteer.euler import Contrast, Edit, Edits, alone, contrast, logistic_regression, per_row, read_json, set_aside, write_atomic
 
 
 def normal(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -312,6 +314,76 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, old, error):
     assert os.listdir(tmp_path) == ["f"] * (old is not None) and (old is None or (tmp_path/"f").read_bytes() == old)
     with pytest.raises(AttributeError): write_atomic(tmp_path/"f", [1])
     assert os.listdir(tmp_path) == ["f"] * (old is not None)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders can be synced where they can be opened")
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    "A power cut leaves the old file or the new one: the new one is flushed, then renamed, then the folder is flushed"
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(("sync", os.path.realpath(f"/proc/self/fd/{fd}"))) or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append(("rename", os.path.realpath(a))) or replace(a, b))
+    write_atomic(tmp_path/"f", b"new")
+    (_, part), renamed, folder = done
+    assert renamed == ("rename", part) and (folder == ("sync", str(tmp_path)) if sys.platform == "linux" else True)
+    done.clear()
+    ods.CAA().fit(normal(3, 2), normal(3, 2, seed=1)).save_pretrained(tmp_path)
+    assert [what for what, _ in done] == ["sync", "rename", "sync"] * 2
+
+
+def turn(lock, pace, order, name, work="the same"):
+    with alone(lock, work) as waited:
+        order.append(name)
+        time.sleep(pace)
+        order.append(name)
+    return waited
+
+
+def test_what_must_not_interleave_takes_turns(tmp_path):
+    order = []
+    with ThreadPoolExecutor(8) as pool: waited = list(pool.map(lambda i: turn(tmp_path/"lock", .02, order, i), range(8)))
+    assert len(order) == 16 and order[::2] == order[1::2] and sum(waited) >= 7 and os.listdir(tmp_path) == []
+
+
+def test_processes_take_turns_and_one_that_dies_lets_go(tmp_path):
+    code = "import sys, time; from odesteer.euler import alone\nwith alone(sys.argv[1], 'the same'):\n print('mine', flush=True)\n time.sleep(60)"
+    p = subprocess.Popen([sys.executable, "-c", code, str(tmp_path/"lock")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert p.stdout.readline() == "mine\n"
+        with pytest.raises(ValueError, match="another process is at work here, with other settings .it holds .*lock.: wait until it is done, or write elsewhere"), alone(tmp_path/"lock", "other"): pass
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(turn, tmp_path/"lock", 0, order := [], "second")
+            time.sleep(.2)
+            assert not other.done() and order == []
+            p.kill()
+            assert other.result(timeout=30) is True
+    finally:
+        p.kill()
+        p.wait()
+    with alone(tmp_path/"lock", "other") as waited: assert not waited
+
+
+def test_a_lock_is_gone_after_an_error(tmp_path):
+    with pytest.raises(KeyboardInterrupt), alone(tmp_path/"lock"): raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("text, why", [(b"", "Expecting value"), (b'{"a": 1', "Expecting"), (b"\xff\xfe\x00", "codec"), (b"[" * 100_000, "nested too deep"), (b"\x00" * 64, "Expecting value")])
+def test_a_damaged_json_file_is_named(tmp_path, text, why):
+    (tmp_path/"f.json").write_bytes(text)
+    with pytest.raises(ValueError, match=f"f.json is not valid JSON .*{why}.*: the file is damaged") as e: read_json(tmp_path/"f.json")
+    assert str(tmp_path/"f.json") in str(e.value)
+    with pytest.raises(FileNotFoundError): read_json(tmp_path/"none.json")
+
+
+def test_what_is_damaged_is_kept_under_another_name(tmp_path, capsys):
+    for content in "first", "second":  # of two accidents the last is kept
+        (tmp_path/"f").write_text(content)
+        assert set_aside(tmp_path/"f") == tmp_path/"f.damaged" and (tmp_path/"f.damaged").read_text() == content
+        (tmp_path/"d").mkdir()
+        (tmp_path/"d"/"f").write_text(content)
+        assert (set_aside(tmp_path/"d")/"f").read_text() == content
+    assert sorted(os.listdir(tmp_path)) == ["d.damaged", "f.damaged"]
+    assert f"odesteer: {tmp_path/'f'} is damaged; it is kept as f.damaged, and made again" in capsys.readouterr().err
 
 
 # ---- what a hook and a sweep ask

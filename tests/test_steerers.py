@@ -1,19 +1,21 @@
 "What every steerer of the registry promises, whatever its method"
 import copy
-import hashlib
 import json
 import math
+import os
 import random
 import re
+import time
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load, save
 
 import odesteer as ods
+
+from .project import rewrite
 
 D, N_POS, N_NEG = 16, 60, 50
 SMALL = {"odesteer": dict(n_components=128), "step-odesteer": dict(n_components=128), "hpr": dict(epochs=5, lr=3e-3), "recontrol": dict(epochs=20),
@@ -407,15 +409,6 @@ def test_the_card_says_what_it_is(name, steerer):
     for k, v in steerer.params.items(): assert v is None or hasattr(steerer, k)
 
 
-def rewrite(folder, card=None, tensors=None, blob=None):
-    "Change the card or the tensors and make the hash fit again: damage that a hash does not show"
-    if tensors is not None: blob = save(tensors(load((folder/"steerer.safetensors").read_bytes())))
-    if blob is not None: (folder/"steerer.safetensors").write_bytes(blob)
-    old = json.loads((folder/"card.json").read_text())
-    old["tensors_sha256"] = hashlib.sha256((folder/"steerer.safetensors").read_bytes()).hexdigest()
-    (folder/"card.json").write_text(json.dumps(card(old) if card else old))
-
-
 DAMAGED_FILES = {  # noticed before a class is looked for
     "one bit": (lambda f: (f/"steerer.safetensors").write_bytes(bytes([(b := (f/"steerer.safetensors").read_bytes())[0] ^ 1]) + b[1:]), "does not match its card"),
     "cut tensors": (lambda f: (f/"steerer.safetensors").write_bytes((f/"steerer.safetensors").read_bytes()[:-3]), "does not match its card"),
@@ -423,6 +416,12 @@ DAMAGED_FILES = {  # noticed before a class is looked for
     "binary card": (lambda f: (f/"card.json").write_bytes(b"\xff\xfe\x00"), "card.json is not valid JSON"),
     "foreign card": (lambda f: (f/"card.json").write_text('{"peft_type": "LORA"}'), "not a card that this version"),
     "list for a card": (lambda f: (f/"card.json").write_text("[1]"), "not a card that this version"),
+    "empty card": (lambda f: (f/"card.json").write_text(""), "card.json is not valid JSON"),
+    "deep card": (lambda f: (f/"card.json").write_text('{"a":' * 100_000), "card.json is not valid JSON (nested too deep)"),
+    "deep card that ends": (lambda f: (f/"card.json").write_text("[" * 100_000 + "]" * 100_000), "card.json is not valid JSON (nested too deep)"),
+    "an enormous card": (lambda f: os.truncate(f/"card.json", 2**27), "card.json has 134,217,728 bytes, more than it can need"),
+    "a width that is a truth value": (lambda f: rewrite(f, lambda c: {**c, "width": True}), "not a card that this version"),
+    "a card of another steerer": (lambda f: rewrite(f, lambda c: {**c, "tensors_sha256": "0" * 64}), "does not match its card"),
     "newer card": (lambda f: rewrite(f, lambda c: {**c, "format": 2}), "a newer odesteer"),
     "unknown method": (lambda f: rewrite(f, lambda c: {**c, "method": "os.system"}), "unknown method 'os.system': known are caa"),
     "method that is a list": (lambda f: rewrite(f, lambda c: {**c, "method": ["caa"]}), "not a card that this version"),
@@ -435,6 +434,15 @@ DAMAGED_METHODS = {  # noticed by the class that is filled
     "missing tensors": (lambda f: rewrite(f, tensors=lambda t: {"median_norm_": t["median_norm_"]}), "do not make a"),
     "foreign tensors": (lambda f: rewrite(f, tensors=lambda t: {**t, "lora.A": torch.ones(2)}), "do not make a"),
     "a tensor named like a method": (lambda f: rewrite(f, tensors=lambda t: {**t, "steer": torch.ones(2)}), "do not make a"),
+    "an enormous width": (lambda f: rewrite(f, lambda c: {**c, "width": 10**12}), "no tensor is that wide"),
+    "a width of nothing": (lambda f: rewrite(f, lambda c: {**c, "width": 0}), "no tensor is that wide"),
+    "NaN": (lambda f: rewrite(f, tensors=lambda t: {**t, "median_norm_": torch.tensor(math.nan)}), "median_norm_ holds NaN or infinity"),
+    "infinity": (lambda f: rewrite(f, tensors=lambda t: {k: torch.full_like(v, math.inf) if v.is_floating_point() else v for k, v in t.items()}), "holds NaN or infinity"),
+    "integers": (lambda f: rewrite(f, tensors=lambda t: {k: v.long() if v.is_floating_point() else v for k, v in t.items()}), "instead of floats"),
+    "no numbers": (lambda f: rewrite(f, tensors=lambda t: {k: v[:0] if v.ndim else v for k, v in t.items()}), "is empty"),
+    "no tensors": (lambda f: rewrite(f, tensors=lambda t: {}), "no tensor is that wide"),
+    "no unit of distance": (lambda f: rewrite(f, tensors=lambda t: {k: v for k, v in t.items() if k != "displacement_"}), "displacement_"),
+    "many units of distance": (lambda f: rewrite(f, tensors=lambda t: {**t, "displacement_": torch.ones(D)}), "displacement_ is not one number"),
 }
 
 
@@ -446,6 +454,37 @@ def check_damage(folder, harm, message):
 @common
 @pytest.mark.parametrize("damage", DAMAGED_FILES)
 def test_damaged_files(folder, damage): check_damage(folder, *DAMAGED_FILES[damage])
+
+
+def test_a_setting_that_was_edited_is_noticed(name, folder, a, steerer):
+    "A field with other settings is another field; only a card of before there was a hash of it is taken at its word"
+    card = json.loads((folder/"card.json").read_text())
+    for edited in (*({"params": {**card["params"], k: 3}} for k in card["params"]), {"about": {"model": "another"}}, {"chosen": {"C": 1.}}, {"fit": {}}, {"unit": "steps"}):
+        (folder/"card.json").write_text(json.dumps(card | edited))
+        with pytest.raises(ValueError, match="card.json is not as it was saved.*save it again"): ods.load_steerer(folder)
+    (folder/"card.json").write_text(json.dumps(card, indent=3, sort_keys=True))  # laid out in another way it says the same
+    assert torch.equal(ods.load_steerer(folder).steer(a, T=1.), steerer.steer(a, T=1.))
+    rewrite(folder, sealed=False)
+    assert "card_sha256" not in json.loads((folder/"card.json").read_text())
+    old = ods.load_steerer(folder)
+    assert torch.equal(old.steer(a, T=1.), steerer.steer(a, T=1.))
+    old.about["note"] = "changed on purpose"
+    old.save_pretrained(folder)
+    assert ods.load_steerer(folder).about == old.about and "card_sha256" in json.loads((folder/"card.json").read_text())
+
+
+@pytest.mark.parametrize("setting", ["steps", "epochs", "degree", "n_components", "k", "batch_size", "patience", "rank", "settings"])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_loading_is_no_work_whatever_a_card_asks_for(name, setting, sealed, folder):
+    "It is refused, or loads at once"
+    if setting not in made(name).params: pytest.skip(f"{name} has no {setting}")
+    absurd = {"steps": 10**12} if setting == "settings" else 10**12
+    rewrite(folder, lambda c: {**c, "params": {**c["params"], setting: absurd}}, sealed=sealed)
+    start = time.perf_counter()
+    try: loaded = ods.load_steerer(folder)
+    except ValueError as e: assert str(folder) in str(e)
+    else: assert loaded.params[setting] == absurd and getattr(loaded, setting) == absurd
+    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize("damage", DAMAGED_METHODS)
