@@ -17,7 +17,7 @@ import odesteer as ods
 from .baselines import RandomDirection, shuffle_labels
 from .data import read_rows, write_jsonl
 from .density import grouped_folds
-from .euler import contrast, logistic_regression
+from .euler import contrast, logistic_regression, write_atomic
 from .models import (Encoded, collect_activations, device_of, encode, evaluating, pad_id, padded,
                              score_continuations, score_encoded, steering)
 from .statistics import bootstrap_interval, paired_difference, per_item
@@ -415,7 +415,7 @@ def write_choice_task(
     config = dict(task=name, dataset_path="json", dataset_kwargs=source, test_split="test", doc_to_text="text",
                   output_type="multiple_choice", doc_to_choice="choices",
                   doc_to_target="answer", metric_list=metrics)
-    (folder/f"{name}.yaml").write_text(json.dumps(config, indent=1), encoding="utf-8")  # JSON is YAML
+    write_atomic(folder/f"{name}.yaml", json.dumps(config, indent=1))  # JSON is YAML
     return len(rows)
 
 # %% ../nbs/12_check.ipynb #ee6ff311

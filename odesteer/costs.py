@@ -14,7 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 import odesteer as ods
 from .data import ContrastTexts, fit_on
-from .euler import load_class
+from .euler import load_class, read_json
 from .models import encode
 from .runs import VARIES, Bench, Run, arm_label, canonical_params, run_key
 from .sweeps import Plan, Search, plan_steps, run_plan, strength_grid
@@ -64,8 +64,10 @@ def _set_search(self: Rehearsal, search):
     if search.layers == "ranked": self._rank()
     (self.out/"choices").mkdir(parents=True)
     for path in (self.before/"choices").glob("*.json"):
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        saved["config"]["strengths"] = _nudged(saved["config"]["strengths"])
+        try:
+            saved = read_json(path, dict)
+            saved["config"]["strengths"] = _nudged(saved["config"]["strengths"])
+        except (ValueError, KeyError, TypeError, AttributeError): continue  # damaged: it will be made again
         (self.out/"choices"/f"{run_key(saved['config'])}.json").write_text(json.dumps(saved))
 
 def _nudged(grid) -> list: return [{u: x * _NUDGE for u, x in s.items()} for s in grid]
@@ -281,8 +283,10 @@ def _there(bench) -> int:
     "Finished runs of the same model and task"
     def shared(config): return {k: v for k, v in config.items() if k not in VARIES}
     ours = json.loads(json.dumps(shared(bench.config())))
-    done = (path.with_name("config.json") for path in bench.out.glob("*/summary.json"))
-    return sum(shared(json.loads(path.read_text(encoding="utf-8"))) == ours for path in done)
+    def config(path):
+        try: return read_json(path.with_name("config.json"), dict)
+        except (ValueError, OSError): return {}  # damaged: it will be made again
+    return sum(shared(config(path)) == ours for path in bench.out.glob("*/summary.json"))
 
 def _time(rehearsal, pace) -> float:
     "Seconds of all runs: answers, their judge, and what is read of them; then the texts"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Contrast', 'contrast', 'Fitted', 'Steerer', 'hash_tensors', 'full_precision', 'in_full_precision', 'per_row', 'CAA',
-           'logistic_regression', 'ITI', 'RepE', 'write_atomic', 'sync', 'alone', 'read_json', 'set_aside',
+           'logistic_regression', 'ITI', 'RepE', 'write_atomic', 'sync', 'alone', 'Damaged', 'read_json', 'set_aside',
            'steerer_names', 'load_class', 'make_steerer', 'load_steerer', 'Edit', 'Edits']
 
 # %% ../nbs/00_euler.ipynb #c42fcbde
@@ -586,18 +586,30 @@ def _must_do(f, work):
                      "wait until it is done, or write elsewhere")
 
 # %% ../nbs/00_euler.ipynb #c6d9d4bc
+class Damaged(ValueError):
+    "A file that is not what was written; `path` is where it lies"
+    def __init__(self,
+        path,  # of the file
+        why: str,  # what is wrong with it, as a part of a sentence
+    ):
+        super().__init__(f"{path} {why}: the file is damaged")
+        self.path = Path(path)
+
 def read_json(
     path,  # of a JSON file in UTF-8
+    kind=object,  # class of what it must hold, such as dict
     most=2**30,  # bytes
 ):  # what it holds
-    "Read a file; a ValueError that names it where it is damaged, or larger than it can be."
+    "Read a file; `Damaged` where it holds something else, or more than it can need."
     path = Path(path)
-    if path.stat().st_size > most: raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than it can need")
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        why = "nested too deep" if isinstance(e, RecursionError) else e
-        raise ValueError(f"{path} is not valid JSON ({why}): the file is damaged") from None
+    if path.stat().st_size > most: raise Damaged(path, f"has {path.stat().st_size:,} bytes")
+    try: found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError: raise Damaged(path, "is not valid JSON (nested too deep)") from None
+    except ValueError as e: raise Damaged(path, f"is not valid JSON ({e})") from None
+    if not isinstance(found, kind): raise Damaged(path, f"holds a {type(found).__name__}, no {kind.__name__}")
+    return found
 
+# %% ../nbs/00_euler.ipynb #a0edb7b7
 def set_aside(
     path,  # of a file or folder that is damaged
 ) -> Path:  # where it is now: NAME.damaged
@@ -687,6 +699,7 @@ def _try_once(self: Fitted):
 @patch
 def _try(self: Steerer): self.vector_field(torch.ones(1, self.width))
 
+# %% ../nbs/00_euler.ipynb #0aaab002
 @patch
 def _restore(self: Fitted, tensors):
     "Put saved tensors where `fit` would have put them."

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .data import SAMPLING, ContrastTexts, Prompt
-from .euler import make_steerer, write_atomic
+from .euler import alone, make_steerer, read_json, sync, write_atomic
 from .models import collect_activations, generate_text, load_pretrained, no_progress_bars, steering
 
 # %% auto #0
@@ -598,7 +598,8 @@ def _save(
         **about, "parameters": sum(p.numel() for p in model.parameters()), "versions": _versions(),
         "loss": _loss_curve(losses, every),
         "sha256": {name: _file_hash(part/name) for name in ("model.safetensors", "tokenizer.json")}}
-    (part/"provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+    write_atomic(part/"provenance.json", json.dumps(provenance, indent=1) + "\n")
+    for path in (*part.iterdir(), part): sync(path)
     if folder.exists(): shutil.rmtree(folder)
     os.replace(part, folder)
 
@@ -701,7 +702,7 @@ def read_micro(
     from transformers import PreTrainedTokenizerFast
     remedy = f"delete the folder {folder} and train or install it again"
     try:
-        provenance = json.loads((folder/"provenance.json").read_text())
+        provenance = read_json(folder/"provenance.json", dict)
         damaged = [name for name, digest in provenance["sha256"].items() if _file_hash(folder/name) != digest]
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"no micro model can be read from {folder} ({e}): {remedy}") from e
@@ -802,9 +803,10 @@ def record_micro(
     path: Path = Path("odesteer/assets")/_RECORD,  # where to write it; what it says of other models stays
 ) -> dict:  # "world seed" -> numbers
     "Curves, hashes, rates with and without steering, and separability of several models, written to a JSON file"
-    record = json.loads(Path(path).read_text()) if Path(path).exists() else {}
-    for world, seed in models: record[f"{world} {seed}"] = _measured(load_micro(world, seed))
-    write_atomic(path, json.dumps(record, indent=1) + "\n")
+    new = {f"{world} {seed}": _measured(load_micro(world, seed)) for world, seed in models}
+    with alone(f"{path}.lock"):  # or what another process adds meanwhile is lost
+        record = (read_json(path, dict) if Path(path).exists() else {}) | new
+        write_atomic(path, json.dumps(record, indent=1) + "\n")
     return record
 
 # %% ../nbs/06_micro.ipynb #003ee7d1

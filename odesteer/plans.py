@@ -16,7 +16,7 @@ import odesteer as ods
 from .check import write_choice_task
 from .costs import plan_costs, total_cost
 from .data import check_reading
-from .euler import load_class
+from .euler import load_class, read_json
 from .judges import Panel, load_judge
 from .micro import AXES, Recipe
 from .pretrained import NAMED, count_layers, hub_origin, load_model
@@ -501,7 +501,7 @@ def _bench_files(o: BenchOptions, files):
     if len(files) < len(o.tasks):
         other = next(t for t in o.tasks if t not in files)
         raise ValueError(f"{files[0]} is a file that says what to do: run it apart from {other}")
-    def read(f): return json.loads(Path(f).read_text(encoding="utf-8")) if f.endswith(".json") else {"task": ""}
+    def read(f): return read_json(f) if f.endswith(".json") else {"task": ""}
     found = [read(f) for f in files]
     changed = {k: v for k, v in _changed(o).items() if k != "tasks"}
     if not all(isinstance(x, dict) and "task" in x for x in found):
@@ -531,4 +531,4 @@ def _run_again(path, o: BenchOptions) -> Run:
 def _recorded_threads(path):
     "With how many threads a run was made, where its folder says so"
     known = (Path(path) if Path(path).is_dir() else Path(path).parent)/"environment.json"
-    return json.loads(known.read_text(encoding="utf-8")).get("threads") if known.is_file() else None
+    return read_json(known, dict).get("threads") if known.is_file() else None

@@ -14,8 +14,8 @@ import numpy as np
 from fastcore.basics import patch
 import odesteer as ods
 from .data import digest
-from .euler import load_class
-from .runs import VARIES, Run, arm_label, own_params, read_run, run_key
+from .euler import Damaged, load_class, read_json
+from .runs import VARIES, Run, arm_label, log, own_params, read_run
 from .statistics import (bootstrap_interval, holm, paired_difference, product_of_means, quantile_interval,
                                  share_worse, sign_flip_test, win_rate)
 from .sweeps import ABLATIONS, ablation_arms
@@ -46,7 +46,7 @@ def find_runs(
         paths = sorted(f for f in root.iterdir() if re.fullmatch("[0-9a-f]{16}", f.name) and f.is_dir())
         for path in paths: _add_run(found, root, path)
         for path in sorted((root/"choices").glob("*.json")): _add_choice(found, path)
-        found.timings += [_read_json(path) for path in sorted((root/"speed").glob("*.json"))]
+        for path in sorted((root/"speed").glob("*.json")): _add_timing(found, path)
     if not found.runs: raise ValueError(f"no finished run in {folders}: {dict(found.count)}")
     return found
 
@@ -54,27 +54,31 @@ def find_runs(
 _UNREADABLE = OSError, ValueError, KeyError, TypeError, AttributeError  # what a damaged file may raise
 
 def _roots(folders): return [Path(f) for f in ([folders] if isinstance(folders, (str, Path)) else folders)]
-def _read_json(path): return json.loads(path.read_text(encoding="utf-8"))
 
+def _leave_out(count, path, e):
+    "Count a file or folder that is damaged, and say which"
+    if count is None: return
+    count["damaged"] += 1
+    log(f"odesteer: left out: {e if isinstance(e, Damaged) else f'{path}, which is damaged or not whole'}")
+
+# %% ../nbs/18_results.ipynb #a6f92534
 def _add_run(found, root, path):
     "Enter a run folder, or count why not"
     if not (path/"summary.json").exists():
         found.count["unfinished"] += 1
         return
     try: run = _whole_run(path)
-    except _UNREADABLE:
-        found.count["damaged"] += 1
-        return
+    except _UNREADABLE as e: return _leave_out(found.count, path, e)
     old = found.runs.setdefault(run.key, run)
     if old is not run: _check_same(found, old, run, root)
     found.count["finished" if old is run else "repeated"] += 1
     found.homes[run.key][str(root)] = run.summary
 
 def _whole_run(path) -> Run:
-    "A run from its folder; ValueError where its parts do not belong together"
+    "A run from its folder; `Damaged`, or a KeyError or TypeError where its parts are not there"
     run = read_run(path)
-    fits = run_key(run.config) == path.name and {len(x) for x in run.scores.values()} == {len(run.groups)}
-    if not fits or not run.summary["seconds"] > 0: raise ValueError
+    for k in ("task", "data", "arm", "method", "params", "layer", "strength", "split", "seed"): run.config[k]
+    run.config["model"]["name"], run.summary["tokens_per_second"]
     spec = run.summary.get("task")
     if run.config["split"] == "test": run.summary["answers"] = digest(_answers(path))
     elif spec:  # sweeps are long: keep the metrics that tables show
@@ -102,17 +106,24 @@ def _answers(path):
 def _add_choice(found, path):
     "Enter what a sweep chose, or count why not"
     try:
-        choice = _read_json(path)
+        choice = read_json(path, dict)
         setting = choice["layer"], choice["strength"]
-        choice["config"]["layers"], choice["trials"]  # raises where the file is not whole
-    except _UNREADABLE:
-        found.count["damaged"] += 1
-        return
+        for k in ("layers", "method", "params"): choice["config"][k]  # raises where the file is not whole
+        len(choice["trials"])
+    except _UNREADABLE as e: return _leave_out(found.count, path, e)
     old = found.choices.setdefault(path.stem, choice)
     before = old["layer"], old["strength"]
     if before != setting:
         raise ValueError(f"choice {path.stem} is {setting} in {path.parent} but was {before} in another folder: "
                          "report them separately")
+
+def _add_timing(found, path):
+    "Enter what was measured side by side"
+    try:
+        timing = read_json(path, dict)
+        for k in ("task", "data", "model"): timing["config"][k]
+        found.timings.append(timing | {"ratios": dict(timing["ratios"])})
+    except _UNREADABLE as e: _leave_out(found.count, path, e)
 
 # %% ../nbs/18_results.ipynb #ee046355
 class Point(NamedTuple):
@@ -728,11 +739,10 @@ def _guardrail_files(folders, count) -> list:
     found = {}
     for path in (p for root in _roots(folders) for p in sorted((root/"guardrails").glob("*.json"))):
         try:
-            file = _read_json(path)
+            file = read_json(path, dict)
             _same_questions(file["config"])  # raises where the file is not whole
             found.setdefault(path.stem, (file["config"], file["scores"]))
-        except _UNREADABLE:
-            if count is not None: count["damaged"] += 1
+        except _UNREADABLE as e: _leave_out(count, path, e)
     return list(found.values())
 
 def _guardrail_tasks(config, scores) -> list:
@@ -814,7 +824,7 @@ def _machine_seconds(found) -> Counter:
 def _machine(path) -> str:
     "What a run folder says about where it was made"
     try:
-        about = json.loads((path/"environment.json").read_text())
+        about = read_json(path/"environment.json", dict)
         return json.dumps({k: v for k, v in about.items() if isinstance(v, (str, int, float))}, sort_keys=True)
     except (OSError, ValueError): return "{}"
 
@@ -855,7 +865,7 @@ def committed(
     assets = resources.files("odesteer")/"assets"
     names = sorted(f.name.removesuffix(".json") for f in assets.iterdir() if f.name.endswith(".json"))
     if name not in names: raise ValueError(f"no results {name!r} come with the package: there are {', '.join(names)}")
-    return as_results(_read_json(assets/f"{name}.json"))
+    return as_results(read_json(assets/f"{name}.json"))
 
 # %% ../nbs/18_results.ipynb #f1c271d1
 class Same(NamedTuple):

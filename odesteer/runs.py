@@ -4,7 +4,7 @@
 
 # %% ../nbs/16_runs.ipynb #95e9c0b1
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,16 @@ from fastcore.basics import patch
 import odesteer as ods
 from .control import effort as measure_effort
 from .data import SAMPLING, digest, fit_on, group_of, sample_batch, texts_to_read, write_jsonl
-from .euler import load_class, write_atomic
+from .euler import Damaged, alone, load_class, read_json, set_aside, write_atomic
 from .judges import kl_to_unsteered
 from .micro import AXES
 from .models import fingerprint
 from .tasks import REAL_TASKS, Task, micro_task
 
 # %% auto #0
-__all__ = ['VARIES', 'write_batches', 'log', 'Bench', 'run_key', 'Run', 'read_run', 'Paused', 'environment', 'canonical_params',
-           'own_params', 'arm_label', 'rotation', 'time_at_angle', 'resolve_strength', 'strength_at', 'read_config',
-           'rerun']
+__all__ = ['VARIES', 'write_batches', 'log', 'kept', 'Bench', 'run_key', 'Run', 'read_run', 'Paused', 'environment',
+           'canonical_params', 'own_params', 'arm_label', 'rotation', 'time_at_angle', 'resolve_strength',
+           'strength_at', 'read_config', 'rerun']
 
 # %% ../nbs/16_runs.ipynb #b34f8a6f
 def write_batches(
@@ -34,28 +34,39 @@ def write_batches(
     what: dict,  # everything that the rows depend on
     label: str = None,  # of a progress bar; None: no bar
 ):
-    "Every batch reaches the disk as it is made, in OUT.part; work that was interrupted goes on where it stopped"
-    from tqdm import tqdm
+    """Every batch reaches the disk as it is made, in OUT.part; work that was interrupted goes on where it stopped.
+
+    Where another process does the same work, its result is waited for; a ValueError where it does other work."""
+    if not out: return write_jsonl(None, [row for i in _watched(starts, label) for row in batch(i)])
     header = json.dumps({"key": digest(json.dumps(what, sort_keys=True, default=str))})
-    part = Path(f"{out}.part")
-    done = _resume(part, header, len(starts)) if out else 0
-    if done: log(f"odesteer: {done} of {len(starts)} batches of {Path(out).name} were there already")
-    rows = []  # of the terminal
-    quiet = None if label else True  # None: a bar where somebody watches
-    for i in tqdm(starts[done:], label, initial=done, total=len(starts), disable=quiet, leave=False):
-        if out: _append(part, batch(i))
-        else: rows += batch(i)
-    if not out: return write_jsonl(None, rows)
-    with open(part, encoding="utf-8") as lines:
-        next(lines)  # the header
-        write_jsonl(out, (row for line in lines for row in json.loads(line)))
-    part.unlink()
+    part, before = Path(f"{out}.part"), _state(out)
+    with alone(f"{out}.lock", header) as waited:
+        if waited and _state(out) not in (None, before): return log(f"odesteer: another process has made {out}")
+        done = _resume(part, header, len(starts))
+        if done: log(f"odesteer: {done} of {len(starts)} batches of {Path(out).name} were there already")
+        for i in _watched(starts, label, done): _append(part, batch(i))
+        with open(part, encoding="utf-8") as lines:
+            next(lines)  # the header
+            write_jsonl(out, (row for line in lines for row in json.loads(line)))
+        part.unlink()
 
 def log(text: str):
     "A line for whoever watches, on stderr"
     print(text, file=sys.stderr, flush=True)
 
 # %% ../nbs/16_runs.ipynb #97939529
+def _watched(starts, label, done=0):
+    "The batches that are left, with a bar where there is a label and somebody watches"
+    from tqdm import tqdm
+    quiet = None if label else True  # None: a bar in a terminal
+    return tqdm(starts[done:], label, initial=done, total=len(starts), disable=quiet, leave=False)
+
+def _state(path):
+    "What tells a file from the one that replaces it; None where there is none"
+    path = Path(path)
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
+
+# %% ../nbs/16_runs.ipynb #4fdcdbcf
 def _append(part, rows):
     line = json.dumps(rows, ensure_ascii=False)
     with open(part, "a", encoding="utf-8") as f: f.write(line + "\n")
@@ -66,9 +77,9 @@ def _resume(part, header, most) -> int:
     if part.exists():
         with open(part, "rb") as f:
             for line in f:
-                whole = line.endswith(b"\n")
-                ours = lines > 0 or line.decode(errors="replace").rstrip("\n") == header
-                if not whole or not ours or lines > most: break
+                text = line.decode(errors="replace").removesuffix("\n")
+                ours = _is_batch(text) if lines else text == header
+                if not line.endswith(b"\n") or not ours or lines > most: break
                 size += len(line)
                 lines += 1
     if lines == 0:
@@ -76,6 +87,26 @@ def _resume(part, header, most) -> int:
         return 0
     with open(part, "r+b") as f: f.truncate(size)
     return lines - 1
+
+def _is_batch(line) -> bool:
+    try: return isinstance(json.loads(line), list)
+    except (ValueError, RecursionError): return False  # such as the zeros of a disk that lost power
+
+# %% ../nbs/16_runs.ipynb #748c1f4d
+def kept(
+    path,  # of a JSON file
+    make,  # () -> what shall stand in it
+    read,  # what stands in it -> what is wanted; any error of it says that the file is damaged
+    indent=None,  # of the file
+):  # what `read` gives
+    "What a file says; it is made where it is missing, and where it is damaged it is set aside and made again"
+    path = Path(path)
+    if path.exists():
+        try: return read(read_json(path, dict))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError): set_aside(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(make(), indent=indent))
+    return read(read_json(path, dict))
 
 # %% ../nbs/16_runs.ipynb #196b8e5e
 class Bench:
@@ -207,12 +238,21 @@ def steerer(self: Bench,
     key = digest(json.dumps(what, sort_keys=True))
     if key not in self._steerers:
         path = self.out/"steerers"/key
-        kept = ods.load_steerer(path) if (path/"card.json").exists() else None
-        if kept is None or (kept.needs_layer and "spread" not in kept.strength_units):  # none, or of an older version
-            kept = self._fit_method(method, layer, params, fold)
-            kept.save_pretrained(path)
-        self._steerers[key] = kept
+        found = _saved_steerer(path)
+        if found is None:
+            found = self._fit_method(method, layer, params, fold)
+            found.save_pretrained(path)
+        self._steerers[key] = found
     return self._steerers[key]
+
+def _saved_steerer(path):
+    "The steerer in a folder; None where there is none, where it is damaged, or of an older version"
+    if not (path/"card.json").exists(): return None
+    try: found = ods.load_steerer(path)
+    except (ValueError, FileNotFoundError):
+        set_aside(path)
+        return None
+    return None if found.needs_layer and "spread" not in found.strength_units else found
 
 # %% ../nbs/16_runs.ipynb #021af508
 @patch
@@ -295,18 +335,33 @@ class Run:
         first = ", ".join(f"{m} {means[m]:.3f}" for m in list(means)[:4] if means[m] is not None)
         return f"Run {self.key}: {c['task']} {c['split']} seed {c['seed']}, {arm}: {first}"
 
+# %% ../nbs/16_runs.ipynb #3e75fef3
 def read_run(
     path,  # folder of a finished run
 ) -> Run:
-    "A finished run from its folder"
+    "A finished run from its folder; `Damaged` names the file of it that is not whole"
     path = Path(path)
-    read = lambda name: json.loads((path/name).read_text(encoding="utf-8"))
-    groups = [row["group"] for row in _rows(path/"answers.jsonl")]
-    scores = {m: np.array([np.nan if x is None else x for x in xs], float) for m, xs in read("scores.json").items()}
-    return Run(path.name, read("config.json"), scores, groups, read("summary.json"))
+    config, summary, scores = (read_json(path/f"{name}.json", dict) for name in ("config", "summary", "scores"))
+    if run_key(config) != path.name: raise Damaged(path/"config.json", "is the config of another run")
+    seconds = summary.get("seconds")
+    if not (isinstance(summary.get("means"), dict) and isinstance(seconds, (int, float)) and seconds > 0):
+        raise Damaged(path/"summary.json", "has no means or no seconds")
+    groups = [row["group"] for row in _rows(path/"answers.jsonl", summary.get("n"), ("group", "answer"))]
+    try: scores = {m: np.array([np.nan if x is None else x for x in xs], float) for m, xs in scores.items()}
+    except (TypeError, ValueError): raise Damaged(path/"scores.json", "holds something else than numbers") from None
+    if {x.shape for x in scores.values()} != {(len(groups),)}:
+        raise Damaged(path/"scores.json", f"does not hold {len(groups)} scores of each metric")
+    return Run(path.name, config, scores, groups, summary)
 
-def _rows(path) -> list:
-    with open(path, encoding="utf-8") as f: return [json.loads(line) for line in f]
+def _rows(path, n=None, columns=()) -> list:
+    "The rows of a file; `Damaged` where one cannot be read or lacks a column, or where there are not n"
+    try:
+        with open(path, encoding="utf-8") as f: rows = [json.loads(line) for line in f]
+    except (ValueError, RecursionError): raise Damaged(path, "has lines that are not valid JSON") from None
+    if not all(isinstance(row, dict) and row.keys() >= {*columns} for row in rows):
+        raise Damaged(path, "has lines that are no rows")
+    if n not in (None, len(rows)): raise Damaged(path, f"has {len(rows)} rows instead of {n}")
+    return rows
 
 # %% ../nbs/16_runs.ipynb #868f185d
 @patch
@@ -323,12 +378,13 @@ def run(self: Bench,
     "Do a run, finish one that was interrupted, or read one that is done; `Paused` if it is past the deadline"
     config = self.config(method, layer, strength, params, split, seed, arm)
     path = self.out/run_key(config)
-    if not (path/"summary.json").exists():
+    run = self._found(path, config)
+    if run is None:
         self._check_time()
         path.mkdir(parents=True, exist_ok=True)
-        with _alone(path/"lock"):
-            if not (path/"summary.json").exists(): self._run(path, config, self._batched_with(config, beside))
-    run = read_run(path)
+        with alone(path/"lock"):
+            run = self._found(path, config)  # meanwhile made by another process?
+            if run is None: run = self._run(path, config, self._batched_with(config, beside))
     self.on_run(run)
     return run
 
@@ -345,26 +401,36 @@ def _check_time(self: Bench):
     if time.monotonic() > self.deadline:
         raise Paused("the time given is used up: the same command goes on from here")
 
-@contextmanager
-def _alone(path):
-    "Two processes that share a folder take turns at a run; a process that dies lets go"
-    try: import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with open(path, "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-    Path(path).unlink(missing_ok=True)
+@patch
+def _found(self: Bench, path, config) -> Run:
+    "The run in a folder; None where it is not finished, or not whole"
+    if not (path/"summary.json").exists(): return None
+    try: run = read_run(path)
+    except (Damaged, FileNotFoundError): return None
+    return run if len(run.groups) == len(self.task.prompts(config["split"])) else None
+
+def _mend(path, n):
+    "Set aside the files of a run that are damaged; those left are of use, but for the summary, which is written last"
+    readers = dict.fromkeys(("config.json", "summary.json", "scores.json"), partial(read_json, kind=dict))
+    readers |= {"answers.jsonl": partial(_rows, n=n, columns=_ANSWER), "judged.jsonl": partial(_rows, n=n)}
+    for name, read in readers.items():
+        if not (path/name).exists(): continue
+        try: read(path/name)
+        except Damaged: set_aside(path/name)
+    stale = ["summary.json"]
+    if not (path/"answers.jsonl").exists(): stale += ["judged.jsonl", "judged.jsonl.part"]  # of the answers before
+    for name in stale: (path/name).unlink(missing_ok=True)
+
+_ANSWER = "fold", "group", "prompt", "answer", "tokens", "seconds"  # columns of an answer
 
 # %% ../nbs/16_runs.ipynb #abe67884
 @patch
 def _run(self: Bench, path, config, beside):
     "Answer, judge, summarise; each file is left alone where it is whole"
-    start = time.time()
+    start, items = time.time(), self.task.prompts(config["split"])
+    _mend(path, len(items))
     write_atomic(path/"config.json", json.dumps(config, indent=1))
     write_atomic(path/"environment.json", json.dumps(environment(self.model), indent=1))
-    items = self.task.prompts(config["split"])
     starts = _starts(items, self.batch_size)
     def rows(name, batch):
         if not (path/name).exists(): write_batches(path/name, batch, starts, config)
@@ -378,6 +444,7 @@ def _run(self: Bench, path, config, beside):
     summary |= dict(wall=time.time() - start, when=time.strftime("%Y-%m-%d"))
     write_atomic(path/"summary.json", json.dumps(summary, indent=1))
     (path/"judged.jsonl").unlink()
+    return read_run(path)
 
 # %% ../nbs/16_runs.ipynb #9bdda57e
 @patch
@@ -629,15 +696,13 @@ def at_effort(self: Bench,
     what = [self.task.data, self.about, self.task.decoding, method, layer, params, fold, wanted,
             *self._unusual_reading(method).values()]
     path = self.out/"efforts"/f"{digest(json.dumps(what, sort_keys=True))}.json"
-    if not path.exists():
+    unit = "share" if load_class(method).needs_layer else "T"
+    def search():
         rows = _rows(self.out/self.run().key/"answers.jsonl")
         rows = [r for r in rows if r["fold"] == fold][:32]
-        unit = "share" if load_class(method).needs_layer else "T"
         measure = lambda x: self.effort(method, layer, {unit: x}, params, rows)
-        found = strength_at(measure, wanted, _EFFORT_POINTS[unit])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps({unit: found}))
-    return json.loads(path.read_text())
+        return {unit: strength_at(measure, wanted, _EFFORT_POINTS[unit])}
+    return kept(path, search, lambda said: {unit: float(said[unit])})
 
 # %% ../nbs/16_runs.ipynb #19e17052
 def read_config(
@@ -648,11 +713,10 @@ def read_config(
         _check_config(source, source)
         return source
     path = Path(source)/"config.json" if Path(source).is_dir() else Path(source)
-    try: config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"{path} is not JSON: {e}") from None
+    config = read_json(path)
     _check_config(config, path)
     beside = path.with_name("environment.json")
-    made = json.loads(beside.read_text())["odesteer"] if beside.exists() else ods.__version__
+    made = read_json(beside, dict).get("odesteer") if beside.exists() else ods.__version__
     if made != ods.__version__:
         raise ValueError(f"{path} was made by odesteer {made}, and this is {ods.__version__}: install that version to "
                          "make the same run (or copy config.json to another folder to make it with this one)")

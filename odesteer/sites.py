@@ -14,7 +14,7 @@ import odesteer as ods
 from .data import ContrastTexts, check_reading, digest, group_key, texts_to_read
 from .density import (DensityRatioBarrier, PolynomialCountSketch, grouped_folds, held_out_values, platt,
                               quality)
-from .euler import write_atomic
+from .euler import Damaged, alone, read_json, write_atomic
 from .models import fingerprint, text_config
 
 # %% auto #0
@@ -194,8 +194,15 @@ def add_ranking(
 ):
     "Put a ranking into a file, in the place of one of the same model, texts and settings"
     path, same = Path(path), lambda r: all(r[k] == record[k] for k in ("model", "texts", "how"))
-    kept = [r for r in json.loads(path.read_text(encoding="utf-8")) if not same(r)] if path.exists() else []
-    write_atomic(path, json.dumps([*kept, record], indent=1) + "\n")
+    with alone(f"{path}.lock"):  # or what another process adds meanwhile is lost
+        kept = [r for r in _records(path) if not same(r)] if path.exists() else []
+        write_atomic(path, json.dumps([*kept, record], indent=1) + "\n")
+
+def _records(path) -> list:
+    "The rankings of a file; `Damaged` where there are none"
+    records, parts = read_json(path, list), {"model", "texts", "how", "sites"}
+    if not all(isinstance(r, dict) and r.keys() >= parts for r in records): raise Damaged(path, "holds no rankings")
+    return records
 
 # %% ../nbs/08_sites.ipynb #da04435a
 def read_rankings(
@@ -203,5 +210,5 @@ def read_rankings(
 ) -> list:  # of dicts as `ranking` makes them, but with `Sites`
     "Rankings from a file"
     path = Path(path or Path(ods.__file__).parent/"assets"/"sites.json")
-    records = json.loads(path.read_text(encoding="utf-8"))
+    records = _records(path)
     return [r | {"sites": Sites(Site(**row) for row in r["sites"])} for r in records]

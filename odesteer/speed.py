@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import odesteer as ods
 from .density import in_chunks
-from .euler import Edit, write_atomic
+from .euler import Edit, alone, read_json, write_atomic
 from .models import decoder_layers, device_of, encode, pad_id, padded
 from .statistics import Ratio, ratio, trials
 
@@ -610,25 +610,30 @@ def keep(
 ):
     "Write results to a file, a row a line, beside the parts that it holds already; it must be of this machine."
     path = Path(path)
-    found = _earlier(path, found["machine"]) | found
+    _check_folder(path)
     def digits(v):
         if isinstance(v, list): return [digits(x) for x in v]
         return float(f"{v:.8g}") if isinstance(v, float) else v
     def line(row): return json.dumps({k: digits(v) for k, v in row.items()})
     def block(v): return line(v) if isinstance(v, dict) else "[\n" + ",\n".join(map(line, v)) + "\n]"
-    blocks = [f"{json.dumps(k)}: {block(v)}" for k, v in found.items()]
-    write_atomic(path, ("{" + ",\n".join(blocks) + "}\n").encode())
+    with alone(f"{path}.lock"):  # or what another process adds meanwhile is lost
+        found = _earlier(path, found["machine"]) | found
+        blocks = [f"{json.dumps(k)}: {block(v)}" for k, v in found.items()]
+        write_atomic(path, ("{" + ",\n".join(blocks) + "}\n").encode())
 
 # %% ../nbs/22_speed.ipynb #b665956c
-def _earlier(path, machine) -> dict:
-    "What a file of results holds already; an error where it is no such file, or of another machine."
+def _check_folder(path):
     if path.is_dir(): raise FileNotFoundError(f"{path} cannot be written: it is a folder")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
+
+def _earlier(path, machine) -> dict:
+    "What a file of results holds already; an error where it is no such file, or of another machine."
+    _check_folder(path)
     if not path.exists(): return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        then = found["machine"]
+        found = read_json(path, dict)
+        then = dict(found["machine"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is no file of `odesteer speed`: give another name") from None
     same = {k: v for k, v in machine.items() if k not in ("bandwidth", "flops")}  # these vary

@@ -13,9 +13,10 @@ import numpy as np
 import odesteer as ods
 from .check import lm_eval_scores
 from .data import SAMPLING, check_reading
-from .euler import load_class, write_atomic
+from .euler import load_class, read_json, set_aside, write_atomic
 from .models import device_of
-from .runs import VARIES, Bench, Run, arm_label, canonical_params, environment, log, own_params, run_key
+from .runs import (VARIES, Bench, Run, arm_label, canonical_params, environment, kept, log, own_params,
+                           run_key)
 from .sites import Site, Sites, mean_sites, rank_sites
 from .statistics import paired_difference, trials
 from .tasks import REAL_TASKS, Task, micro_task
@@ -174,14 +175,12 @@ def sweep(
     places, strengths = _places(bench, method, search), _strengths(bench, method, search)
     config = _sweep_config(bench, method, params, places, strengths, search)
     if name: config["name"] = name
-    path = bench.out/"choices"/f"{run_key(config)}.json"
-    if path.exists(): return _read_choice(path)
-    choice = _choose(bench, method, params, places, strengths, search)
-    is_ranked = search.layers == "ranked" and load_class(method).needs_layer
-    ranking = {"ranking": _ranking(bench, search).rows()} if is_ranked else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps({"config": config, **asdict(choice), **ranking}, indent=1))
-    return choice
+    def choose():
+        choice = _choose(bench, method, params, places, strengths, search)
+        is_ranked = search.layers == "ranked" and load_class(method).needs_layer
+        ranking = {"ranking": _ranking(bench, search).rows()} if is_ranked else {}
+        return {"config": config, **asdict(choice), **ranking}
+    return kept(bench.out/"choices"/f"{run_key(config)}.json", choose, _read_choice, indent=1)
 
 # %% ../nbs/17_sweeps.ipynb #fd7b8345
 def _places(bench, method, search) -> list:
@@ -205,9 +204,9 @@ def _sweep_config(bench, method, params, places, strengths, search) -> dict:
     return dict(**shared, method=method, params=params, layers=list(dict.fromkeys(layer for layer, _ in places)),
                 strengths=strengths, allow=search.allow, refine=search.refine, repeats=search.repeats, **unusual)
 
-def _read_choice(path) -> Choice:
-    saved = json.loads(path.read_text())
+def _read_choice(saved) -> Choice:
     trials = [Trial(*t) for t in saved["trials"]]
+    if not isinstance(saved["strength"], (dict, type(None))): raise ValueError("no strength")
     return Choice(saved["layer"], saved["strength"], saved["why"], trials, saved.get("reading", "last"))
 
 # %% ../nbs/17_sweeps.ipynb #6f1829d8
@@ -217,14 +216,13 @@ def ranked_sites(
 ) -> Sites:  # over all blocks, mean of the folds
     "Where the texts of a task are told apart best, see `rank_sites`; kept in a file"
     config = dict(data=bench.task.data, model=bench.about, max_length=bench.task.max_length, readings=list(readings))
-    path = bench.out/"sites"/f"{run_key(config)}.json"
-    if not path.exists():
+    def rank():
         how = dict(readings=readings, batch_size=bench.batch_size, max_length=bench.task.max_length,
                    split=bench.task.split)
         found = [rank_sites(bench.model, bench.tokenizer, fold.texts, **how) for fold in bench.task.folds]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps({"config": config, "sites": mean_sites(found).rows()}))
-    return Sites(Site(**row) for row in json.loads(path.read_text())["sites"])
+        return {"config": config, "sites": mean_sites(found).rows()}
+    def read(saved): return Sites(Site(**row) for row in saved["sites"])
+    return kept(bench.out/"sites"/f"{run_key(config)}.json", rank, read)
 
 def auto_layers(
     model,
@@ -390,13 +388,12 @@ def guardrails(
     own = {} if setting is None else dict(task=bench.task.name, data=bench.task.data, **setting._asdict(),
                                           **bench._unusual_reading(setting.method))
     config = dict(model=bench.about, lm_eval=lm_eval, **own)
-    path = bench.out/"guardrails"/f"{run_key(config)}.json"
-    if not path.exists():
+    def ask():
         steered = {} if setting is None else _steering_of(bench, setting)
         scores = lm_eval_scores(bench.model, bench.tokenizer, **lm_eval, **steered, batch_size=bench.batch_size)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps({"config": config, "scores": scores}))
-    return json.loads(path.read_text(encoding="utf-8"))
+        return {"config": config, "scores": scores}
+    def read(saved): return {"config": dict(saved["config"]), "scores": dict(saved["scores"])}
+    return kept(bench.out/"guardrails"/f"{run_key(config)}.json", ask, read)
 
 def _steering_of(bench, setting) -> dict:
     "Steerer, layer and strength of a setting, as `lm_eval_scores` takes them"
@@ -586,10 +583,12 @@ def _known_ratios(folder, shared, settings) -> dict:
     "What was measured before under the same conditions"
     known = {}
     for path in sorted(folder.glob("*.json")):
-        saved = json.loads(path.read_text())
-        arms = saved["config"].pop("arms")
-        if saved["config"] != shared: continue
-        known |= {name: saved["ratios"][name] for name, arm in arms.items() if settings.get(name) == arm}
+        try:
+            saved = read_json(path, dict)
+            arms = saved["config"].pop("arms")
+            if saved["config"] != shared: continue
+            known |= {name: saved["ratios"][name] for name, arm in arms.items() if settings.get(name) == arm}
+        except (ValueError, KeyError, TypeError, AttributeError): set_aside(path)
     return known
 
 # %% ../nbs/17_sweeps.ipynb #ddf2ce80

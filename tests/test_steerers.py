@@ -300,7 +300,7 @@ def test_seed_decides(name, steerer, data, a):
 
 def test_what_is_tried_on_few_methods_is_the_same_code_in_all(name):
     method = type(made(name))
-    for part in "fit", "_ready", "_check", "_given", "_try", "save_pretrained": assert getattr(method, part) is getattr(ods.Steerer, part), part
+    for part in "fit", "_ready", "_check", "_given", "_check_tensors", "_try_once", "save_pretrained": assert getattr(method, part) is getattr(ods.Steerer, part), part
     assert method._time in (ods.Steerer._time, ods.ODESteer._time)
     assert method.from_pretrained.__func__ is ods.Steerer.from_pretrained.__func__
     assert (method.steer is ods.Steerer.steer) == (name != "truthflow")
