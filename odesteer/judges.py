@@ -15,7 +15,7 @@ from .data import group_key
 from .models import (
     Encoded, answer_starts, device_of, encode, evaluating, fingerprint, is_steered, length_batches, load_pretrained,
     pad_id, padded, score_continuations, text_config, token_ids, truncated, unwrapped)
-from .pretrained import HUB_SETTINGS, hub_commit
+from .pretrained import HUB_SETTINGS, hub_commit, load_failure
 
 # %% auto #0
 __all__ = ['BETTER', 'HARMFUL', 'JUDGES', 'MARKS', 'distinct_n', 'empty_rate', 'repetition_rate', 'text_metrics', 'perplexity',
@@ -217,8 +217,12 @@ def get(self: ModelSource) -> tuple:
         import transformers
         at = dict(revision=self.identity["commit"]) if self.kind == "hub" else {}
         hub = {k: v for k, v in self.load.items() if k in HUB_SETTINGS}
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.given, **at, **hub)
-        self.model = load_pretrained(self.given, self.auto, **at, **self.load)
+        hub["trust_remote_code"] = self.load.get("trust_remote_code", False)  # else transformers asks on stdin
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.given, **at, **hub)
+            self.model = load_pretrained(self.given, self.auto, **at, **self.load)
+        except Exception as e:  # whatever a damaged file or the hub's library may say
+            raise ValueError(f"the judge {self.given} could not be loaded: {load_failure(e)}") from e
     return self.model, self.tokenizer
 
 @patch

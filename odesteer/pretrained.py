@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-import hashlib, io, json, os, re, shutil, struct, sys, tempfile, time
+import hashlib, io, json, os, pickle, re, shutil, struct, sys, tempfile, time
 import psutil
 import torch
 from safetensors import SafetensorError
-from .euler import write_atomic
+from .euler import read_json, sync, write_atomic
 from .models import load_pretrained, no_progress_bars
 
 # %% auto #0
 __all__ = ['NAMED', 'HUB_SETTINGS', 'Named', 'installed_file', 'ModelError', 'GGUF', 'read_gguf', 'cache_folder',
-           'native_bfloat16', 'free_memory', 'HubError', 'hub_commit', 'load_model', 'count_layers', 'hub_origin']
+           'native_bfloat16', 'free_memory', 'HubError', 'hub_commit', 'load_failure', 'load_model', 'count_layers',
+           'hub_origin']
 
 # %% ../nbs/07_pretrained.ipynb #3d5b8ecc
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _check_whole(head: GGUF):
 def _dequantised(head: GGUF) -> tuple:  # model, tokenizer
     "What transformers makes of a GGUF file: ordinary weights in float32"
     import transformers
-    folder, at = head.path.parent, dict(gguf_file=head.path.name)
+    folder, at = head.path.parent, dict(gguf_file=head.path.name, trust_remote_code=False)
     config = transformers.AutoConfig.from_pretrained(folder, **at)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **at)
     _set_tokens(tokenizer, head)
@@ -228,7 +229,8 @@ def _write_contents(folder, **about):
     "A list of what a folder holds, written last"
     def state(p): return [p.stat().st_size, p.stat().st_mtime_ns, _hash(p)]
     files = {p.name: state(p) for p in sorted(folder.iterdir())}
-    (folder/"contents.json").write_text(json.dumps(dict(files=files, **about), indent=1), encoding="utf-8")
+    for path in (*folder.iterdir(), folder): sync(path)  # the list is written last
+    write_atomic(folder/"contents.json", json.dumps(dict(files=files, **about), indent=1))
 
 def _contents(folder) -> dict:
     "What the list says, if every file is as it was; else nothing"
@@ -236,7 +238,7 @@ def _contents(folder) -> dict:
         now = path.stat()
         return now.st_size == size and (now.st_mtime_ns == changed or _hash(path) == sha)
     try:
-        listed = json.loads((folder/"contents.json").read_text(encoding="utf-8"))
+        listed = read_json(folder/"contents.json", dict)
         whole = listed["trained"] and all(same(folder/name, *was) for name, was in listed["files"].items())
         return listed if whole else {}
     except (OSError, ValueError, TypeError, KeyError): return {}
@@ -327,7 +329,7 @@ def _count_weights(config) -> int:
     from transformers import AutoModelForCausalLM
     if getattr(config, "quantization_config", None): return 0  # its weights are not of the size that the config names
     try:
-        with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
+        with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception: return 0  # loading will say why
     return sum(p.numel() for p in model.parameters())
 
@@ -368,6 +370,18 @@ def hub_commit(
 
 def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
+# %% ../nbs/07_pretrained.ipynb #82245447
+def load_failure(
+    e,  # what transformers raised
+) -> str:
+    "Why a model could not be loaded, in one line"
+    if "trust_remote_code" in str(e):
+        return ("it brings code of its own (auto_map in a file of its configuration), and code of a model is not run "
+                "here: take one whose architecture transformers knows, or load it yourself and steer it from Python")
+    if isinstance(e, RecursionError): return "a file of its configuration is nested too deep: it is damaged"
+    if isinstance(e, (pickle.UnpicklingError, EOFError)): return "its weights are damaged: fetch them again"
+    return _first_line(e)
+
 # %% ../nbs/07_pretrained.ipynb #adedba9d
 def _load_hub(name, place, revision, device, dtype) -> tuple:
     "A model of the hub: that of one commit, which it then names"
@@ -378,18 +392,21 @@ def _load_hub(name, place, revision, device, dtype) -> tuple:
 
 def _load_folder(name, place, revision, device, dtype, trained=None) -> tuple:
     "A folder or a model of the hub, by transformers"
-    from transformers import AutoConfig
-    config = AutoConfig.from_pretrained(place, revision=revision)
+    config = _config(place, revision)
     size = _count_weights(config)
     if dtype == "auto" and size: dtype = _settle_dtype(name, config, trained, size, device)
     if dtype != "auto" and size: _check_memory(name, size, dtype, device)
     tokenizer = _tokenizer(place, revision)
     return load_pretrained(place, device=device, revision=revision, dtype=dtype), tokenizer
 
+def _config(place, revision=None):
+    from transformers import AutoConfig
+    return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+
 def _tokenizer(place, revision=None):
     from transformers import AutoTokenizer
     with nullcontext() if sys.stderr.isatty() else no_progress_bars():
-        return AutoTokenizer.from_pretrained(place, revision=revision)
+        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
 
 # %% ../nbs/07_pretrained.ipynb #850a9b0e
 def _load_gguf(name, path, revision, device, dtype) -> tuple:
@@ -462,7 +479,7 @@ def load_model(
     except ModelError: raise
     except Exception as e:  # whatever a damaged file, a missing package or the hub's library may say
         raise ValueError(f"{name} could not be loaded as a causal language model with its tokenizer: "
-                         f"{_first_line(e)}{_advice(name)}") from e
+                         f"{load_failure(e)}{_advice(name)}") from e
     if kind in ("gguf", "adapter"): _name(model, tokenizer, str(name))
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -486,15 +503,16 @@ def count_layers(
     revision: str = None,  # branch, tag or commit on the hub
 ) -> int:
     "Number of decoder blocks, without the weights; a ValueError where there is no model of this name"
-    from transformers import AutoConfig
     kind, place = _locate(name, revision)
     if kind == "gguf": return read_gguf(place).layers
-    if kind == "adapter": return count_layers(*_base_of(place)[:2])
-    try: config = AutoConfig.from_pretrained(place, revision=revision)
-    except (OSError, ValueError) as e:
+    try:
+        if kind != "adapter": return int(_config(place, revision).get_text_config().num_hidden_layers)
+        base = _base_of(place)
+    except ModelError: raise
+    except Exception as e:  # whatever a damaged configuration may make of the hub's library
         raise ValueError(f"{name} is neither a folder with a model nor an id that the hub could give: "
-                         f"{_first_line(e)}{_advice(name)}") from None
-    return config.get_text_config().num_hidden_layers
+                         f"{load_failure(e)}{_advice(name)}") from None
+    return count_layers(*base[:2])
 
 def hub_origin(
     model,  # that `load_model` gave

@@ -1,6 +1,7 @@
 "Models come from one place: evaluation mode, a device, a dtype, a tokenizer that can pad, errors in one line"
 import json
 import os
+import pickle
 import shutil
 import time
 import warnings
@@ -93,6 +94,85 @@ def test_what_cannot_be_loaded_is_said_in_one_line(damage, tiny, tmp_path):
     name = "./nowhere" if damage == "no folder" else str(tmp_path)
     with pytest.raises(ValueError, match="could not be loaded as a causal language model with its tokenizer: .") as e: load_model(name)
     assert str(e.value).startswith(name) and "\n" not in str(e.value) and e.value.__cause__ is not None
+
+
+def rewritten(file, **changes): file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def more_than_weights(folder):
+    "What runs something when it is unpickled"
+    class Evil:
+        def __reduce__(self): return Path.touch, (folder/"RAN",)
+    with open(folder/"pytorch_model.bin", "wb") as f: pickle.dump({"a": Evil()}, f)
+
+
+DEEP = '{"a":' * 100_000
+HARM = {
+    "weights cut": lambda d: (d/"model.safetensors").write_bytes((d/"model.safetensors").read_bytes()[:500]),
+    "weights empty": lambda d: (d/"model.safetensors").write_bytes(b""),
+    "weights of another kind": lambda d: (d/"model.safetensors").write_bytes(b"\xff" * 500),
+    "pickle empty": lambda d: (unlinked(d)/"pytorch_model.bin").write_bytes(b""),
+    "pickle of garbage": lambda d: (unlinked(d)/"pytorch_model.bin").write_bytes(b"garbage" * 99),
+    "pickle that runs": lambda d: more_than_weights(unlinked(d)),
+    "pickle cut": lambda d: torch.save({"a": torch.ones(99)}, unlinked(d)/"pytorch_model.bin") or os.truncate(d/"pytorch_model.bin", 300),
+    "index deep": lambda d: (unlinked(d)/"model.safetensors.index.json").write_text(DEEP),
+    "config missing": lambda d: (d/"config.json").unlink(),
+    "config empty": lambda d: (d/"config.json").write_text(""),
+    "config deep": lambda d: (d/"config.json").write_text(DEEP),
+    "config binary": lambda d: (d/"config.json").write_bytes(b"\xff\xfe\x00"),
+    "config of a list": lambda d: (d/"config.json").write_text("[1]"),
+    "layers of words": lambda d: rewritten(d/"config.json", num_hidden_layers="many"),
+    "tokenizer cut": lambda d: (d/"tokenizer.json").write_text('{"version": '),
+    "tokenizer deep": lambda d: (d/"tokenizer_config.json").write_text(DEEP),
+}
+
+
+def unlinked(folder):
+    (folder/"model.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_damaged_folder_is_one_line(harm, tiny, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(tiny, tmp_path/"model")
+    HARM[harm](folder)
+    with pytest.raises(ValueError) as e: load_model(folder, device="cpu")
+    assert str(e.value).startswith(f"{folder} could not be loaded") and "\n" not in str(e.value) and not (folder/"RAN").exists()
+    if "config" in harm or "layers" in harm:
+        with pytest.raises(ValueError) as e: count_layers(folder)
+        assert str(folder) in str(e.value) and "\n" not in str(e.value)
+    monkeypatch.chdir(tmp_path)
+    Path("p.csv").write_text("wanted,unwanted\na,b\nc,d\n")
+    assert main(["fit", "--model", str(folder), "--pairs", "p.csv", "--method", "caa", "--out", "s"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and err.splitlines()[-1].startswith(f"odesteer: {folder} ")
+
+
+@pytest.mark.parametrize("where", ["config", "architecture", "tokenizer"])
+def test_code_of_a_model_is_never_run_whoever_says_yes(where, tiny, tmp_path, monkeypatch):
+    "transformers asks on standard input, which may be a list of something else"
+    folder = shutil.copytree(tiny, tmp_path/"model")
+    (folder/"odd.py").write_text(f"open({str(folder/'RAN')!r}, 'w').close()\nfrom transformers import PretrainedConfig\nclass Odd(PretrainedConfig): model_type = 'odd'\n")
+    if where == "config": rewritten(folder/"config.json", model_type="odd", auto_map={"AutoConfig": "odd.Odd", "AutoModelForCausalLM": "odd.Odd"})
+    if where == "architecture": rewritten(folder/"config.json", model_type="clip", auto_map={"AutoModelForCausalLM": "odd.Odd", "AutoModelForSequenceClassification": "odd.Odd"})
+    if where == "tokenizer": rewritten(folder/"tokenizer_config.json", tokenizer_class="Odd", auto_map={"AutoTokenizer": ["odd.Odd", None]})
+    def asked(*_): raise AssertionError("transformers asked on standard input")
+    monkeypatch.setattr("builtins.input", asked)
+    why = "it brings code of its own .auto_map in a file of its configuration., and code of a model is not run here: take"
+    with pytest.raises(ValueError, match=why) as e: load_model(folder, device="cpu")
+    assert str(folder) in str(e.value) and "\n" not in str(e.value)
+    if where == "config":
+        with pytest.raises(ValueError, match=why): count_layers(folder)
+    judge = ods.load_judge("reward", model=str(folder))
+    with pytest.raises(ValueError, match=f"the judge {folder} could not be loaded: .*code of its own"): judge.source.get()
+    assert not (folder/"RAN").exists()
+
+
+def test_code_beside_a_known_architecture_is_left_alone(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path/"model")
+    rewritten(folder/"config.json", auto_map={"AutoModelForCausalLM": "odd.Odd"})
+    (folder/"odd.py").write_text(f"open({str(folder/'RAN')!r}, 'w').close()")
+    assert type(load_model(folder, device="cpu")[0]) is transformers.LlamaForCausalLM and count_layers(folder) == 3 and not (folder/"RAN").exists()
 
 
 def test_layers_are_counted_without_weights(tmp_path):

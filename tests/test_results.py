@@ -10,7 +10,7 @@ import torch
 import odesteer as ods
 import odesteer.results as results_module
 from odesteer.results import Chosen, Interval, MetricRow, PairRow, StudyRow, as_results, committed, find_runs, gather, make_units, place
-from odesteer.runs import resolve_strength, rotation, time_at_angle
+from odesteer.runs import resolve_strength, rotation, run_key, time_at_angle
 from odesteer.statistics import bootstrap_interval
 from odesteer.sweeps import ABLATIONS, ablation_arms
 
@@ -124,7 +124,7 @@ def test_two_choices_for_one_sweep_are_an_error(tmp_path):
 
 @pytest.mark.parametrize("name, text", [("scores.json", '{"reward": [1, 2'), ("scores.json", '{"reward": [1, 2], "info": [1, 1]}'), ("config.json", "{}"), ("config.json", ""), ("answers.jsonl", '{"i": 0}\n'),
                                         ("answers.jsonl", "\x00\x00"), ("summary.json", "[]"), ("summary.json", '{"tokens_per_second": null}'), ("scores.json", None)])
-def test_damaged_runs_are_skipped_and_counted(tmp_path, name, text):
+def test_damaged_runs_are_skipped_counted_and_named(tmp_path, name, text, capsys):
     s = Study(tmp_path).base().method("caa", .3)
     whole = quick(tmp_path)
     broken = s.run("steer", "iti", {}, 1, {"share": .4})
@@ -132,6 +132,29 @@ def test_damaged_runs_are_skipped_and_counted(tmp_path, name, text):
     if text is not None: (broken/name).write_text(text)
     after = quick(tmp_path)
     assert after["runs"] == whole["runs"] | {"damaged": 1} and after["scopes"] == whole["scopes"]
+    said = capsys.readouterr().err
+    assert said.startswith(f"odesteer: left out: {broken}") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["task", "data", "model", "arm", "method", "params", "layer", "strength", "split", "seed"])
+def test_a_run_whose_config_lacks_a_part_is_left_out(tmp_path, key, capsys):
+    s = Study(tmp_path).base().method("caa", .3)
+    whole, broken = quick(tmp_path), s.run("steer", "iti", {}, 1, {"share": .4})
+    config = {k: v for k, v in json.loads((broken/"config.json").read_text()).items() if k != key}
+    (broken/"config.json").write_text(json.dumps(config))
+    broken.rename(tmp_path/run_key(config))
+    assert quick(tmp_path)["scopes"] == whole["scopes"] and run_key(config) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"config": {}}', "[" * 100_000])
+@pytest.mark.parametrize("folder", ["choices", "speed", "guardrails"])
+def test_damaged_small_files_are_left_out_and_named(tmp_path, folder, text, capsys):
+    Study(tmp_path).base().method("caa", .3)
+    whole = quick(tmp_path)
+    (tmp_path/folder).mkdir(exist_ok=True)
+    (tmp_path/folder/"x.json").write_text(text)
+    after = quick(tmp_path)
+    assert after["runs"]["damaged"] == 1 and after["scopes"] == whole["scopes"] and str(tmp_path/folder/"x.json") in capsys.readouterr().err
 
 
 def test_unfinished_runs_and_strangers_are_no_runs(tmp_path):

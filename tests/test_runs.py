@@ -2,7 +2,12 @@
 import copy
 import json
 import math
+import re
+import subprocess
+import sys
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +18,7 @@ import torch
 
 import odesteer as ods
 from odesteer.data import Prompt
-from odesteer.runs import Bench, Paused, canonical_params, rerun, run_key, strength_at, write_batches
+from odesteer.runs import Bench, Paused, canonical_params, read_run, rerun, run_key, strength_at, write_batches
 from odesteer.sweeps import MICRO_PARAMS, micro_bench
 from odesteer.tasks import Fold, Task
 
@@ -152,12 +157,90 @@ def test_a_judge_may_leave_items_undefined(lm, tmp_path):
     assert np.isnan(run.scores["true_info"]).sum() == 2 and run.summary["means"]["true_info"] == 1. and "NaN" not in (tmp_path/run.key/"scores.json").read_text()
 
 
-def test_a_damaged_steerer_or_lost_file_is_made_again_or_named(lm, tmp_path):
-    b = bench(lm, tmp_path)
-    b.steerer("caa", 1, {})
-    card, = tmp_path.glob("steerers/*/steerer.safetensors")
-    card.write_bytes(b"x")
-    with pytest.raises(ValueError, match="damaged"): bench(lm, tmp_path).steerer("caa", 1, {})
+DAMAGE = {"empty": lambda text: "", "cut": lambda text: text[:len(text) // 2], "zeros": lambda text: "\x00" * 64, "another kind": lambda text: "[3]\n", "deep": lambda text: "[" * 100_000}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["config.json", "answers.jsonl", "scores.json", "summary.json"])
+def test_a_damaged_file_of_a_run_is_set_aside_and_the_run_made_again(lm, tmp_path, name, damage, capsys):
+    run = bench(lm, tmp_path).run("caa", 1, {"share": .3})
+    file = tmp_path/run.key/name
+    text = file.read_text()
+    file.write_text(broken := DAMAGE[damage](text))
+    with pytest.raises(ValueError, match=re.escape(str(file))): read_run(tmp_path/run.key)
+    again = bench(lm, tmp_path).run("caa", 1, {"share": .3})
+    assert again.config == run.config and again.groups == run.groups and all(np.array_equal(again.scores[m], run.scores[m], equal_nan=True) for m in run.scores)
+    said = capsys.readouterr().err
+    assert f"{file} is damaged; it is kept as {name}.damaged, and made again" in said and said.count("damaged;") == 1
+    assert file.with_name(f"{name}.damaged").read_text() == broken and (name == "summary.json" or without_seconds(file) == without_seconds(text))
+    assert bench(lm, tmp_path).run("caa", 1, {"share": .3}).summary == again.summary and not capsys.readouterr().err  # whole now
+    assert not list(tmp_path.rglob("*lock")) and not list(tmp_path.rglob("*.part"))
+
+
+def without_seconds(text):
+    "What a file of a run says, without the times that it took"
+    text = text if isinstance(text, str) else text.read_text()
+    return re.sub(r'"seconds": [\d.e-]+', "", text)
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "scores.json"])
+def test_a_finished_run_with_too_few_answers_is_no_run(lm, tmp_path, name, capsys):
+    run = bench(lm, tmp_path).run()
+    file = tmp_path/run.key/name
+    if name == "answers.jsonl": file.write_text("".join(file.read_text().splitlines(True)[:-1]))
+    else: file.write_text(json.dumps({m: list(x[:-1]) for m, x in run.scores.items()}))
+    with pytest.raises(ValueError, match=name): read_run(tmp_path/run.key)
+    assert len(bench(lm, tmp_path).run().groups) == len(run.groups)
+    if name == "answers.jsonl":  # and where all files agree on too few
+        rows, summary = file.read_text().splitlines(True)[:-1], json.loads((tmp_path/run.key/"summary.json").read_text())
+        file.write_text("".join(rows))
+        (tmp_path/run.key/"scores.json").write_text(json.dumps({m: list(x[:-1]) for m, x in run.scores.items()}))
+        (tmp_path/run.key/"summary.json").write_text(json.dumps(summary | {"n": len(rows)}))
+        assert len(read_run(tmp_path/run.key).groups) == len(rows)
+        assert len(bench(lm, tmp_path).run().groups) == len(run.groups) and "answers.jsonl is damaged" in capsys.readouterr().err
+
+
+def test_a_lost_file_of_a_run_is_made_again(lm, tmp_path):
+    run = bench(lm, tmp_path).run()
+    for name in "config.json", "environment.json", "answers.jsonl", "scores.json", "summary.json":
+        (tmp_path/run.key/name).unlink()
+        again = bench(lm, tmp_path).run()
+        assert all(np.array_equal(again.scores[m], run.scores[m], equal_nan=True) for m in run.scores)
+        assert name == "environment.json" or (tmp_path/run.key/name).exists()
+
+
+def test_lines_that_a_power_cut_left_in_a_half_file_are_made_again(tmp_path):
+    out, made = tmp_path/"x.jsonl", []
+    def batch(i): made.append(i); return [{"i": i}]
+    def stop(i):
+        if i == 3: raise KeyboardInterrupt
+        return batch(i)
+    for tail in (b"\x00" * 40 + b"\n", b'{"i": 3}\n', b'[{"i": 3}\n', b"[" * 100_000 + b"\n"):
+        with pytest.raises(KeyboardInterrupt): write_batches(out, stop, range(5), {})
+        with open(f"{out}.part", "ab") as f: f.write(tail)
+        write_batches(out, batch, range(5), {})
+        assert [json.loads(line)["i"] for line in out.read_text().splitlines()] == [*range(5)]
+
+
+@pytest.mark.parametrize("harm", [lambda f: (f/"steerer.safetensors").write_bytes(b"x"), lambda f: (f/"card.json").write_text(""), lambda f: (f/"steerer.safetensors").unlink(),
+                                  lambda f: (f/"card.json").write_text((f/"card.json").read_text().replace('"layer": 1', '"layer": 2'))])
+def test_a_damaged_steerer_is_set_aside_and_fitted_again(lm, tmp_path, harm, capsys):
+    fitted = bench(lm, tmp_path).steerer("caa", 1, {})
+    folder, = tmp_path.glob("steerers/*")
+    harm(folder)
+    again = bench(lm, tmp_path).steerer("caa", 1, {})
+    assert torch.equal(again.mean_pos_, fitted.mean_pos_) and ods.load_steerer(folder).card == again.card
+    assert f"{folder} is damaged" in capsys.readouterr().err and folder.with_name(f"{folder.name}.damaged").is_dir()
+
+
+def test_small_files_that_are_damaged_are_made_again(lm, tmp_path, capsys):
+    b = bench(lm, tmp_path, n=8)
+    at = b.at_effort("caa", 1, .06)
+    file, = tmp_path.glob("efforts/*.json")
+    for text in "", '{"sha', "[]", "{}", '{"share": null}':
+        file.write_text(text)
+        assert bench(lm, tmp_path, n=8).at_effort("caa", 1, .06) == at and f"{file} is damaged" in capsys.readouterr().err
+    assert bench(lm, tmp_path, n=8).at_effort("caa", 1, .06) == at and not capsys.readouterr().err
 
 
 def test_a_kept_steerer_of_an_older_version_is_fitted_again(lm, tmp_path):
@@ -225,6 +308,68 @@ def test_time_that_is_used_up_pauses_between_runs(lm, tmp_path):
     with pytest.raises(Paused): b.run()
     with pytest.raises(Paused): b.read_layers([1])
     assert not contents(tmp_path) and not (tmp_path/"activations").exists()
+
+
+# ---- two at once
+
+def in_turns(out, work, n, pace=.01, batches=range(6)):
+    "The same work n times at once, begun one after the other; what each raised"
+    def batch(i):
+        time.sleep(pace)
+        return [{"row": i}]
+    def go(i):
+        time.sleep(i * pace)
+        try: write_batches(out, batch, batches, work(i))
+        except ValueError as e: return str(e)
+    with ThreadPoolExecutor(n) as pool: return list(pool.map(go, range(n)))
+
+
+def test_the_same_work_twice_at_once_is_done_once_and_whole(tmp_path, capsys):
+    out = tmp_path/"a.jsonl"
+    assert in_turns(out, lambda i: {"work": 1}, 4) == [None] * 4
+    assert [json.loads(line)["row"] for line in open(out)] == [*range(6)] and [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    assert capsys.readouterr().err.count(f"odesteer: another process has made {out}") == 3
+    assert in_turns(out, lambda i: {"work": 1}, 1) == [None]  # asked for later, it is done again
+
+
+def test_other_work_into_the_same_file_meanwhile_is_refused(tmp_path):
+    out = tmp_path/"a.jsonl"
+    first, second = in_turns(out, lambda i: {"work": i}, 2, pace=.05)
+    assert first is None and "another process is at work here, with other settings" in second and "a.jsonl.lock" in second
+    assert [json.loads(line)["row"] for line in open(out)] == [*range(6)]
+
+
+def test_who_waits_goes_on_where_one_that_failed_stopped(tmp_path):
+    out, made = tmp_path/"a.jsonl", []
+    def go(fails):
+        def batch(i):
+            time.sleep(.02)
+            if fails and i == 2: raise RuntimeError("the first fails")
+            made.append(i)
+            return [{"row": i}]
+        if not fails: time.sleep(.01)
+        try: write_batches(out, batch, range(4), {})
+        except RuntimeError: pass
+    with ThreadPoolExecutor(2) as pool: list(pool.map(go, (True, False)))
+    assert [json.loads(line)["row"] for line in open(out)] == [*range(4)] == made
+
+
+def test_two_processes_with_one_file_lose_nothing(tmp_path):
+    code = ("import sys, time; from odesteer.runs import write_batches\n"
+            "def batch(i): time.sleep(.05); return [{'row': i}]\n"
+            "write_batches(sys.argv[1], batch, range(20), {'the': 'same'})")
+    two = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path/"a.jsonl")], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [p.communicate()[1] for p in two]
+    assert [p.returncode for p in two] == [0, 0] and [json.loads(line)["row"] for line in open(tmp_path/"a.jsonl")] == [*range(20)], said
+
+
+def test_a_run_asked_for_twice_at_once_is_made_once(lm, tmp_path):
+    seen, benches = [], [bench(lm, tmp_path) for _ in range(2)]
+    for b in benches:
+        judge = b.task.judge
+        b.task.judge = lambda prompts, answers, judge=judge: seen.append(len(prompts)) or judge(prompts, answers)
+    with ThreadPoolExecutor(2) as pool: one, two = pool.map(lambda b: b.run(), benches)
+    assert one.summary == two.summary and sum(seen) == len(one.groups)
 
 
 # ---- controllers: they act on all blocks, and are fitted on texts
