@@ -11,7 +11,7 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
-import io, json, re
+import hashlib, io, json, re, unicodedata
 import numpy as np
 from fastcore.basics import patch
 from .euler import Fitted, load_class, write_atomic
@@ -21,11 +21,11 @@ from .statistics import format_number, holm
 from .sweeps import ABLATIONS
 
 # %% auto #0
-__all__ = ['READINGS', 'Table', 'main_table', 'ranked', 'steering_methods', 'study_table', 'pair_table', 'guardrail_table',
-           'tables', 'Gain', 'gain', 'together', 'study_gains', 'Verdict', 'enough_steps', 'worth_curving',
-           'setting_matters', 'closed_loop', 'jacobian_needed', 'costs', 'beats', 'verdicts', 'strength_figure',
-           'pareto_figure', 'layer_figure', 'study_figure', 'forest_figure', 'figures', 'report', 'published',
-           'published_gains', 'Beside', 'beside_published']
+__all__ = ['READINGS', 'Table', 'as_written', 'file_names', 'main_table', 'ranked', 'steering_methods', 'study_table',
+           'pair_table', 'guardrail_table', 'tables', 'Gain', 'gain', 'together', 'study_gains', 'Verdict',
+           'enough_steps', 'worth_curving', 'setting_matters', 'closed_loop', 'jacobian_needed', 'costs', 'beats',
+           'verdicts', 'strength_figure', 'pareto_figure', 'layer_figure', 'study_figure', 'forest_figure', 'figures',
+           'report', 'published', 'published_gains', 'Beside', 'beside_published']
 
 # %% ../nbs/19_report.ipynb #a26c546f
 @dataclass
@@ -58,16 +58,45 @@ def _cell(c, sign="") -> str:
     if isinstance(c, float): return format_number(c, sign)
     return "" if c is None else str(c)
 
+# %% ../nbs/19_report.ipynb #43cde4d2
+_MARKUP = re.compile(r"[\\`*${|]|~(?=~)|!(?=\[)|\](?=[(\[:{])|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|^(?:>|[#+-]+(?=\s|$))")
+
+def as_written(
+    text: str,  # such as a name
+) -> str:  # Markdown, one line
+    "Text that Markdown shows as it is written: no markup, no HTML, no second line"
+    text = _MARKUP.sub(r"\\\g<0>", _one_line(text))
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"&(?=#?\w+;)", "&amp;", text))
+
+def _one_line(text) -> str:
+    "Text without what cannot be seen, such as line breaks and marks that turn the direction of writing"
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+def file_names(
+    names,  # of tables or figures
+) -> dict:  # name -> file name, without its end
+    "A file for every name: readable, no longer than a disk takes, and none twice, on disks that know no case either"
+    slugs = {name: re.sub(r"\W+", "-", name).strip("-") for name in names}
+    same = lambda slug: unicodedata.normalize("NFKC", slug).casefold()
+    uses = Counter(map(same, slugs.values()))
+    def short(name, slug):
+        size = len(slug.encode())
+        if slug and uses[same(slug)] == 1 and size <= 120: return slug
+        start, end = slug, ""
+        if size > 120: start, end = (part.decode(errors="ignore") for part in (slug.encode()[:80], slug.encode()[-20:]))
+        return "-".join(filter(None, [start, hashlib.sha256(repr(name).encode()).hexdigest()[:8], end]))
+    return {name: short(name, slug) for name, slug in slugs.items()}
+
 # %% ../nbs/19_report.ipynb #a050fc72
 @patch
 def markdown(self: Table) -> str:
-    "For reading; bars and backslashes in the text are escaped"
-    plain = lambda t: t.replace("\\", "\\\\").replace("|", "\\|")
+    "For reading; whatever a name holds is shown as it is"
     line = lambda row: "| " + " | ".join(row) + " |"
-    lines = [line(map(plain, self.columns)), line(["---"]*len(self.columns))]
+    lines = [line(map(as_written, self.columns)), line(["---"]*len(self.columns))]
     for i, row in enumerate(self.cells()):
-        lines.append(line(f"**{plain(c)}**" if i == self.best and c else plain(c) for c in row))
-    return "\n\n".join(t for t in (f"**{self.title}**", "\n".join(lines), self.note) if t)
+        lines.append(line(f"**{as_written(c)}**" if i == self.best and c else as_written(c) for c in row))
+    title, note = as_written(self.title), as_written(self.note)
+    return "\n\n".join(t for t in (f"**{title}**", "\n".join(lines), note) if t)
 
 @patch
 def _repr_markdown_(self: Table): return self.markdown()
@@ -93,6 +122,7 @@ def latex(self: Table) -> str:
     body = [[f"\\textbf{{{_tex(c)}}}" if i == self.best and c else _tex(c) for c in row]
             for i, row in enumerate(self.cells())]
     head, *lines = [" & ".join(row) + r" \\" for row in [list(map(_tex, self.columns)), *body]]
+    lines = ["{}" + line if line[:1] in ("[", "*") else line for line in lines]  # or it would belong to the end before
     form = "l" + "r"*(len(self.columns) - 1)
     note = [_tex(self.note)] if self.note else []
     return "\n".join([r"\begin{table}", rf"\caption{{{_tex(self.title)}}}", rf"\begin{{tabular}}{{{form}}}",
@@ -101,7 +131,7 @@ def latex(self: Table) -> str:
 
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
         ">": r"\textgreater{}", "|": r"\textbar{}", **{c: "\\" + c for c in "&%$#_{}"}}
-def _tex(text): return "".join(_TEX.get(c, c) for c in text)
+def _tex(text): return "".join(_TEX.get(c, c) for c in _one_line(text))
 
 # %% ../nbs/19_report.ipynb #528c1eb6
 def main_table(
@@ -320,7 +350,8 @@ class Verdict:
     claim: str
     evidence: list  # of str
 
-    def __str__(self): return f"{self.question} **{self.claim}** " + "; ".join(self.evidence) + "."
+    def __str__(self):
+        return f"{self.question} **{as_written(self.claim)}** " + as_written("; ".join(self.evidence)) + "."
     def _repr_markdown_(self): return str(self)
 
 def _by_reading(gains) -> dict:
@@ -494,6 +525,11 @@ def _color_of(method):
     from odesteer.plots import COLORS
     return COLORS.get({"unsteered": "none"}.get(method, method), COLORS["random"])
 
+def _label_text(name) -> str:
+    "A name in a figure: short, and a dollar sign begins no formula"
+    text = _one_line(name)
+    return (text if len(text) <= 60 else text[:59] + "…").replace("$", "\\$")
+
 def strength_figure(scope: dict):  # matplotlib figure
     "Validation: the primary metric against strength, a panel per method; dashed: no steering"
     import matplotlib.pyplot as plt
@@ -515,7 +551,7 @@ def strength_figure(scope: dict):  # matplotlib figure
         plain = all(needs_layer(rows[arm]["method"]) for arm in curves)
         controllers = "" if plain else "; of controllers the set-point"
         fig.supxlabel(f"strength, {_words_of(scope)} (dotted: chosen){controllers}", fontsize=9)
-        fig.supylabel(f"{scope['primary']}, validation", fontsize=9)
+        fig.supylabel(f"{_label_text(scope['primary'])}, validation", fontsize=9)
     return fig
 
 # %% ../nbs/19_report.ipynb #73aca4e5
@@ -531,7 +567,7 @@ def _strength_panel(ax, scope, row, points, widest):
     strengths = {c.strength[unit] for c in row["chosen"] if c and c.strength and unit in c.strength}
     for s in strengths: ax.axvline(s, color="black", ls=":", lw=1)
     axis = "" if needs_layer(method) and unit == usual else f", {load_class(method).strength_names[unit]}"
-    name = _label(row).replace(":", "\n")
+    name = _label_text(_label(row)).replace(":", "\n")
     ax.set_title(name + axis + ("" if strengths else ": off"), fontsize=7 if "\n" in name else 8.5)
 
 # %% ../nbs/19_report.ipynb #35ce6a7e
@@ -546,9 +582,10 @@ def pareto_figure(scope: dict):  # matplotlib figure
         last = axes[0, -1]
         right = last.get_xlim()[1]
         for r in rows:
-            direct_label(last, right, _shift(p, r).value, _label(r), _color_of(r["method"])).set(fontsize=8)
+            label = _label_text(_label(r))
+            direct_label(last, right, _shift(p, r).value, label, _color_of(r["method"])).set(fontsize=8)
         last.set_xlim(right=right)
-        axes[0, 0].set_ylabel(f"change of {p}" + (" (less is better)" if scope["better"][p] < 0 else ""))
+        axes[0, 0].set_ylabel(f"change of {_label_text(p)}" + (" (less is better)" if scope["better"][p] < 0 else ""))
         spread_labels(last, 9.5)
     return fig
 
@@ -562,7 +599,7 @@ def _pareto_panel(ax, scope, rows, guard):
         beaten = any(x >= point[0] and y >= point[1] and (x, y) != point for x, y in points)
         _cross(ax, _shift(guard, r), _shift(p, r), _color_of(r["method"]), filled=not beaten)
     ax.axvline(0, color="#999999", ls="--", lw=.9, zorder=0)
-    ax.set_xlabel(f"change of {guard}")
+    ax.set_xlabel(f"change of {_label_text(guard)}")
 
 # %% ../nbs/19_report.ipynb #f0cbd9fe
 def _cross(ax, x: Interval, y: Interval, color, filled):
@@ -585,8 +622,8 @@ def layer_figure(scope: dict):  # matplotlib figure
             if not best: continue  # a controller acts on all layers
             color, last = _color_of(rows[arm]["method"]), max(best)
             ax.plot(list(best), list(best.values()), marker="o", color=color, lw=1.2)
-            direct_label(ax, last, best[last], _label(rows[arm]), color).set(fontsize=8)
-        ax.set(xlabel="layer (block, from 0)", ylabel=f"best {scope['primary']} on validation",
+            direct_label(ax, last, best[last], _label_text(_label(rows[arm])), color).set(fontsize=8)
+        ax.set(xlabel="layer (block, from 0)", ylabel=f"best {_label_text(scope['primary'])} on validation",
                xticks=sorted({k for best in found.values() for k in best}))
         spread_labels(ax, 9)
     return fig
@@ -617,7 +654,7 @@ def study_figure(
             ax.set_title(_meeting(where), fontsize=9)
         axes[0, 0].set_yticks(list(heights.values()), arms)
         axes[0, 0].set_ylim(.5 - len(arms), .5)
-        fig.supxlabel(f"{scope['primary']}, difference to {reference} (test, 95 % intervals)", fontsize=9)
+        fig.supxlabel(f"{_label_text(scope['primary'])}, difference to {reference} (test, 95 % intervals)", fontsize=9)
     return fig
 
 def _interval_line(ax, d: Interval, height, method, lw, filled=True):
@@ -642,7 +679,7 @@ def _line_figure(scope, rows, name):
         if steps: _step_axis(ax, sorted({x for points in lines.values() for x, *_ in points}))
         else: _walk_on(ax, rows[0].value - rows[0].change)
         ax.set(xlabel="steps" if steps else "level: quantile of the barrier over wanted activations",
-               ylabel=f"{scope['primary']} (test)")
+               ylabel=f"{_label_text(scope['primary'])} (test)")
         spread_labels(ax)
     return fig
 
@@ -669,10 +706,10 @@ def forest_figure(scope: dict):  # matplotlib figure
             change = None if _is_off(r) else _change(p, r)
             _interval_line(ax, change or Interval(0.), -i, r["method"], 1.4, filled=not _is_off(r))
         ax.axvline(0, color="black", ls="--", lw=.9, zorder=0)
-        names = [_named(r) + (": no safe strength" if _is_off(r) else "") for r in rows]
+        names = [_label_text(_named(r)) + (": no safe strength" if _is_off(r) else "") for r in rows]
         ax.set_yticks([-i for i in range(len(rows))], names)
         less = " (less is better)" if scope["better"][p] < 0 else ""
-        ax.set(xlabel=f"change of {p}{less}", ylim=(.6 - len(rows), .6))
+        ax.set(xlabel=f"change of {_label_text(p)}{less}", ylim=(.6 - len(rows), .6))
     return fig
 
 def figures(
@@ -695,21 +732,26 @@ def report(
     "Write report.md with its figures, tables as CSV and LaTeX, and results.json; errors of `gather`"
     import matplotlib.pyplot as plt
     results = as_results(folders) if isinstance(folders, dict) else gather(folders, **settings)
-    out, drawn = Path(out), []
+    out, drawn = Path(out), {}
     for sub in ("tables", "figures"): (out/sub).mkdir(parents=True, exist_ok=True)
-    write_atomic(out/"results.json", json.dumps(results, separators=(",", ":")).encode())
+    def write(path, text): write_atomic(out/path, text.encode("utf-8", "backslashreplace"))
+    write("results.json", json.dumps(results, separators=(",", ":")))
     found = tables(results)
+    drawings = [f"{_name(s)}, {what}" for s in results["scopes"] for what in _drawings(s)]
+    files = file_names([*found, *drawings])
     for name, table in found.items():
-        write_atomic(out/"tables"/f"{_slug(name)}.csv", table.csv().encode())
-        write_atomic(out/"tables"/f"{_slug(name)}.tex", table.latex().encode())
+        write(f"tables/{files[name]}.csv", table.csv())
+        write(f"tables/{files[name]}.tex", table.latex())
     for name, figure in figures(results):
-        figure.savefig(out/"figures"/f"{_slug(name)}.png")
+        png = io.BytesIO()
+        figure.savefig(png, format="png")
         plt.close(figure)
-        drawn.append(name)
-    write_atomic(out/"report.md", "\n\n".join(_pages(results, found, drawn)).encode())
+        write_atomic(out/"figures"/f"{files[name]}.png", png.getvalue())
+        drawn[name] = f"figures/{files[name]}.png"
+    write("report.md", "\n\n".join(_pages(results, found, drawn)))
     return results
 
-def _slug(name): return re.sub(r"\W+", "-", name).strip("-")
+def _drawings(scope): return ["strength", "layers", "pareto", *scope.get("studies", {})]
 
 # %% ../nbs/19_report.ipynb #7095638a
 def _pages(results, found, drawn):
@@ -727,7 +769,7 @@ def _provenance(results):
     "How many runs, how long, on which machines"
     runs, seconds = results["runs"], results["seconds"]
     time = f"{seconds/3600:.1f} hours" if seconds >= 3600 else f"{seconds/60:.1f} minutes"
-    about = lambda machine: ", ".join(f"{k} {v}" for k, v in machine.items() if k != "seconds")
+    about = lambda machine: as_written(", ".join(f"{k} {v}" for k, v in machine.items() if k != "seconds"))
     return (f"{runs['finished']} runs and {results['choices']} choices of strength; "
             f"{runs['repeated']} runs were found twice and agree; "
             f"left out: {runs['unfinished']} unfinished, {runs['damaged']} damaged. "
@@ -738,12 +780,12 @@ def _scope_pages(s, found, drawn, answers):
     "Paragraphs about a scope"
     name = _name(s)
     def picture(what):
-        full = f"{name}, {what}"
-        return [f"![{what}](figures/{_slug(full)}.png)"] if full in drawn else []
-    yield f"## {s['task']}, {_title(s)}"
+        file = drawn.get(f"{name}, {what}")
+        return [f"![{what}]({file})"] if file else []
+    yield "## " + as_written(f"{s['task']}, {_title(s)}")
     yield from (f"- {v}" for v in answers)
     yield found[name].markdown()
-    why = [f"- {r['arm']}: {r['why']}" for r in s["rows"] if "why" in r]
+    why = ["- " + as_written(f"{r['arm']}: {r['why']}") for r in s["rows"] if "why" in r]
     if why: yield "What validation chose, and why:\n\n" + "\n".join(why)
     for what in ("strength", "pareto", "layers"): yield from picture(what)
     for study in s.get("studies", {}):

@@ -764,6 +764,7 @@ def gather(
     for same in _worlds(sorted(units, key=_order)):
         scopes.append(_scope(Scope(same, resamples), full=True))
         if len(same) > 1: scopes += [_scope(Scope([u], resamples), full=False) for u in same]
+    _tell_apart(scopes)
     seconds = _machine_seconds(found)
     guardrails = guardrail_rows(folders, found.count)
     return dict(format=1, odesteer=ods.__version__, runs=dict(found.count), choices=len(found.choices),
@@ -773,6 +774,14 @@ def gather(
                 machines=[json.loads(m) | {"seconds": round(s)} for m, s in seconds.items()], scopes=scopes)
 
 def _order(unit): return unit.shared["task"], unit.shared["model"]["name"], len(unit.points)
+
+def _tell_apart(scopes):
+    "Number what has the same name, such as models whose folders are both called model, or one model drawn in two ways"
+    seen = set()
+    for s in scopes:
+        name, i = s["name"], 1
+        while (s["task"], s["name"]) in seen: s["name"], i = f"{name} ({i + 1})", i + 1
+        seen.add((s["task"], s["name"]))
 
 def _worlds(units) -> list:
     "Units grouped by what they share but for the training seed of the model"

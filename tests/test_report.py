@@ -1,14 +1,16 @@
 "Reports of made-up studies whose answers are known: tables, verdicts, figures, files"
 import csv
+import html as html_module
 import io
 import itertools
 import json
 import re
+import unicodedata
 
 import numpy as np
 import pytest
 
-from odesteer.report import Gain, Table, figures, main_table, report, strength_figure, tables, together, verdicts
+from odesteer.report import Gain, Table, as_written, figures, file_names, main_table, report, strength_figure, tables, together, verdicts
 from odesteer.results import as_results, guardrail_rows
 from odesteer.statistics import bootstrap_interval
 
@@ -134,6 +136,87 @@ def test_markup_is_escaped():
     line = t.markdown().split("\n\n")[1].split("\n")[2]
     assert line.replace("\\|", "").count("|") == 3
     assert list(csv.reader(io.StringIO(t.csv())))[1] == [specials, "1.0", "0.5", "1.5"]
+
+
+ODD = ["x <script>alert(1)</script>", "<!-- hidden", "a & b &lt;i&gt; &#60;", "![i](http://e.x/i.png)", "[l](http://e.x)", "[l]: http://e.x", "a\n# Verdict: proven", "a\r\n\r\n| x | y |", "a|b", "`code` ``", "*b* __c__ _d_ ~~e~~",
+       "# head", "> quote", "- item", "$x^2$ and $$", "{{< include x.md >}}", "\\", "a\u202eb\u2028c\x1b[31m", "lone \ud800", "&amp;", "../../up", "CON", "." * 30]
+
+
+@pytest.mark.parametrize("name", [*ODD, *(f"{c} text {c * 2} more" for c in "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")])
+def test_text_is_shown_as_it_is_written(name):
+    "By an independent reader of Markdown: no element but the paragraph, and the text is the name's"
+    markdown_it = pytest.importorskip("markdown_it")
+    html = markdown_it.MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(f"before {as_written(name)} after")
+    assert re.findall(r"<(?!/)[^>]*>", html) == ["<p>"]
+    shown = "".join(c if c.isprintable() else " " for c in name)
+    assert html_module.unescape(re.sub(r"</?p>", "", html)).strip() == " ".join(f"before {shown} after".split())
+    for start in "", "# ", "- ", "**":
+        line = markdown_it.MarkdownIt("commonmark", {"html": True}).render(f"{start}{as_written(name)}")
+        assert not re.search(r"<(script|img|a|code|em|del|blockquote|h2|hr|table|ul>\s*<li>\s*<ul)\b", line) and "<!--" not in line
+
+
+def odd_study(out, model, effect=.3, task=None):
+    s = Study(out, model=model, world=None)
+    s.about = {k: v for k, v in s.about.items() if v is not None} | {"sha256": repr(model)}
+    s.held = lambda: dict(task=task or "toy", data={"sha256": "d"}, model=s.about)
+    return s.base().method("caa", effect)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_name_cannot_write_into_a_report(tmp_path, name):
+    odd_study(tmp_path/"runs", name, task=name)
+    report(tmp_path/"runs", tmp_path/"report", resamples=19)
+    plain, odd = tmp_path/"plain", (tmp_path/"report"/"report.md").read_text()
+    odd_study(plain, "m", task="t")
+    report(plain, tmp_path/"other", resamples=19)
+    shape = lambda text: [re.match(r"#+ |!\[|- |\*\*|\||$", line) and re.match(r"#+ |!\[|- |\*\*|\||$", line).group() for line in text.splitlines()]
+    assert shape(odd) == shape((tmp_path/"other"/"report.md").read_text())  # the same headings, pictures and tables
+    assert not re.search(r"<script|<!--|(?<!\\)\]\(http|\x1b|\u202e", odd)
+    for file in re.findall(r"\]\((figures/.*?)\)", odd): assert (tmp_path/"report"/file).is_file()
+    files = [p.relative_to(tmp_path/"report").parts for p in (tmp_path/"report").rglob("*") if p.is_file()]
+    assert {len(f) for f in files} == {1, 2} and all(re.fullmatch(r"[\w-]+\.(csv|tex|png|json|md)", f[-1]) for f in files)
+
+
+@pytest.mark.parametrize("names", [("m.1", "m-1"), ("M", "m"), ("a b", "a_b", "a-b"), ("é", "e\u0301"), ("x" * 240, "x" * 239 + "y"), ("名" * 240, "名" * 239 + "字"), ("m", "m/")])
+def test_names_that_differ_have_files_that_differ(tmp_path, names):
+    assert len({unicodedata.normalize("NFC", f).casefold() for f in file_names(names).values()}) == len(names)
+    assert all(len(f.encode()) <= 140 for f in file_names([f"toy, {n}, strength" for n in names]).values())
+    for i, name in enumerate(names): odd_study(tmp_path/"runs", name, effect=.1 + .3*i)
+    report(tmp_path/"runs", tmp_path/"report", resamples=19)
+    text = (tmp_path/"report"/"report.md").read_text()
+    figures = re.findall(r"\]\((figures/.*?)\)", text)
+    assert len(figures) == len(set(figures)) == 3 * len(names) and len({(tmp_path/"report"/f).read_bytes() for f in figures if "pareto" in f}) == len(names)
+    tables = [p.read_text() for p in sorted((tmp_path/"report"/"tables").glob("*.csv")) if not p.stem.endswith("pairs") and "pairs" not in p.stem]
+    assert len(tables) == len(set(tables)) == len(names)
+
+
+def test_models_of_one_name_are_numbered(tmp_path):
+    "Folders are often called model; two of them are two models"
+    for i in range(3):
+        s = Study(tmp_path/"runs", model="model", world=None)
+        s.about = {"name": "model", "sha256": f"{i}"}
+        s.base().method("caa", .1 + .3*i)
+    r = report(tmp_path/"runs", tmp_path/"report", resamples=19)
+    assert [s["name"] for s in r["scopes"]] == ["model", "model (2)", "model (3)"] and len(tables(r)) == len(verdicts(r)) == 3
+    assert len(list((tmp_path/"report"/"tables").glob("*.csv"))) == 3
+
+
+def test_a_dollar_begins_no_formula_in_a_figure(tmp_path):
+    import matplotlib.pyplot as plt
+    spec = {"primary": "$reward^$", "better": {"$reward^$": 1, "$x$": 1}, "watch": ["$x$"]}
+    s = Study(tmp_path/"runs", spec=spec)
+    def scores(effect): return {"$reward^$": s.luck + effect, "$x$": np.ones(len(s.luck))}
+    for split in "val", "test": s.run("none", split=split, scores=scores(0.))
+    s.run("steer", "caa", {}, 1, {"share": .4}, "val", scores=scores(.3))
+    s.run("steer", "caa", {}, 1, {"share": .4}, scores=scores(.3))
+    s.choice("caa")
+    found = quick(tmp_path/"runs")
+    for name, figure in figures(found):
+        figure.canvas.draw()
+        plt.close(figure)
+        words = [t.get_text() for ax in figure.axes for t in (ax.title, ax.xaxis.label, ax.yaxis.label)] + [figure.get_supylabel()]
+        assert any(r"\$" in w for w in words) and not any(re.search(r"(?<!\\)\$", w) for w in words), name
+    assert r"\$reward^\$" in main_table(found["scopes"][0]).markdown()
 
 
 def test_results_survive_json_and_are_enough_for_the_report(results, tmp_path):
