@@ -68,3 +68,27 @@ def __getattr__(name):
 
 
 def __dir__(): return sorted({*globals(), *__all__, *_MODULES})
+
+
+def _command():
+    "The `odesteer` command, which Ctrl-C ends in one line, also in the seconds in which its modules are imported"
+    import signal
+    pressed, imported = [], []
+    def interrupt(*_):
+        pressed.append(True)
+        if not imported: _stop()  # half-imported modules would swallow an exception, or print it
+        raise KeyboardInterrupt
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler: signal.signal(signal.SIGINT, interrupt)
+    from .cli import main
+    imported.append(True)
+    try: code = main()
+    except BaseException:
+        if pressed: _stop()  # such as an ImportError of what was imported just then
+        raise
+    return code if code == 130 or not pressed else _stop()
+
+
+def _stop():
+    import os
+    os.write(2, b"odesteer: stopped\n")
+    os._exit(130)

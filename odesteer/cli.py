@@ -6,7 +6,7 @@
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
 from dataclasses import dataclass, replace
 from pathlib import Path
-import argparse, json, shutil, textwrap, time, warnings
+import argparse, io, json, shutil, textwrap, time, warnings
 import numpy as np
 import torch
 import odesteer as ods
@@ -140,7 +140,9 @@ def demo_figure(
         right.axvline(value, color="black", ls=":", lw=1)
         right.set(xlabel=f"strength, {load_class(method).strength_names[unit]}", ylabel=demo.bench.task.primary,
                   title=f"validation, n={n}; dotted: strength used")
-        fig.savefig(path)
+        png = io.BytesIO()
+        fig.savefig(png, format="png")
+    write_atomic(path, png.getvalue())
 
 # %% ../nbs/27_cli.ipynb #d3844e7e
 def _plot_rise(ax, rise, strength, value, color):

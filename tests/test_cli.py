@@ -3,6 +3,8 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from odesteer.sweeps import show_preset
 from odesteer.cli import main
 from odesteer.euler import load_class
 from odesteer.data import Pairs, Prompt, check_pairs, cue_auc, fit_steerer, load_pairs, read_rows, sample
+
+from .project import ROOT, rewrite
 
 DATA = os.environ.get("ODESTEER_DATA")
 real = pytest.mark.skipif(not DATA, reason="ODESTEER_DATA names no folder")
@@ -221,6 +225,29 @@ def test_an_interrupted_generate_goes_on_where_it_stopped(files, tiny, monkeypat
     # another setting is another run
     Path("b.jsonl.part").write_text('{"key": "of something else"}\n[{"prompt": "x", "output": "y"}]\n')
     assert main([*run, "--out", "b.jsonl"]) == 0 and Path("b.jsonl").read_text() == whole
+
+
+def test_two_generates_with_one_file_lose_nothing(files, tiny):
+    "A command that was given again while the first still runs, say by a scheduler"
+    main(["fit", "--model", str(tiny), "--pairs", "pairs.jsonl", "--method", "caa", "--out", "s"])
+    run = ["generate", "--steerer", "s", "--prompts", "prompts.txt", "--max-new-tokens", "4", "--batch-size", "1"]
+    assert main([*run, "--out", "whole.jsonl"]) == 0
+    command = [sys.executable, "-c", "import sys; from odesteer.cli import main; sys.exit(main())", *run, "--out", "a.jsonl"]
+    two = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}) for _ in range(2)]
+    said = [p.communicate()[1] for p in two]
+    assert [p.returncode for p in two] == [0, 0] and Path("a.jsonl").read_text() == Path("whole.jsonl").read_text(), said
+    assert not list(Path().glob("a.jsonl.*"))
+
+
+@pytest.mark.parametrize("harm", [lambda f: (f/"card.json").write_text('{"a":' * 100_000), lambda f: (f/"card.json").write_text(""), lambda f: (f/"card.json").write_bytes(b"\xff"),
+                                  lambda f: (f/"card.json").write_text((f/"card.json").read_text().replace('"layer": 1', '"layer": 2')), lambda f: (f/"card.json").unlink(),
+                                  lambda f: (f/"steerer.safetensors").write_bytes(b""), lambda f: rewrite(f, lambda c: {**c, "width": 10**12}),
+                                  lambda f: rewrite(f, tensors=lambda t: {k: v * float("nan") for k, v in t.items()})])
+def test_a_damaged_steerer_is_one_line_that_names_it(files, tiny, capsys, harm):
+    main(["fit", "--model", str(tiny), "--pairs", "pairs.jsonl", "--method", "caa", "--layer", "1", "--out", "s"])
+    harm(Path("s"))
+    line = fails(capsys, "generate", "--steerer", "s", "--prompts", "prompts.txt")
+    assert line.startswith("odesteer: s") and len(line) < 400
 
 
 def test_generate_answers_as_the_library_does(files, tiny):
@@ -1062,3 +1089,41 @@ def test_speed_names_what_it_does_not_know(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "no part 'fits'; choose from steer, collect, fit" in fails(capsys, "speed", "--parts", "fits")
     assert "there is no folder nowhere" in fails(capsys, "speed", "--parts", "import", "--out", "nowhere/speed.json")
+
+
+# ---- Ctrl-C, whenever it comes
+
+INTERRUPTED = """
+import os, signal, sys, time
+from importlib.abc import MetaPathFinder
+class Finder(MetaPathFinder):
+    "Presses Ctrl-C when a module is imported, which then fails as compiled modules do"
+    def find_spec(self, name, *_):
+        if name != wanted or name in seen: return
+        seen.append(name)
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(.2)
+        except BaseException: raise ImportError("initialization failed")
+seen, wanted = [], sys.argv[1]
+sys.meta_path.insert(0, Finder())
+if len(sys.argv) > 2: signal.signal(signal.SIGINT, signal.SIG_IGN)
+from odesteer import _command
+sys.argv[1:] = ["check-pairs", "pairs.csv"]
+raise SystemExit(_command())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process cannot press Ctrl-C on Windows")
+@pytest.mark.parametrize("module", ["odesteer.cli", "torch", "scipy.stats", "sklearn"])
+def test_ctrl_c_is_one_line_while_modules_are_imported_too(module, tmp_path):
+    (tmp_path/"pairs.csv").write_text("wanted,unwanted\n" + "".join(f"good {i},bad {i}\n" for i in range(30)))
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, module], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stderr) == (130, "odesteer: stopped\n"), done
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process cannot press Ctrl-C on Windows")
+def test_ctrl_c_that_the_shell_has_ignored_stays_ignored(tmp_path):
+    (tmp_path/"pairs.csv").write_text("wanted,unwanted\n" + "".join(f"good {i},bad {i}\n" for i in range(30)))
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, "torch", "ignored"], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode in (0, 1) and "stopped" not in done.stderr and "Traceback" not in done.stderr, done

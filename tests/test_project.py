@@ -275,7 +275,7 @@ def test_wheel_declares_what_the_settings_say(distributions):
     bare = lambda requirement: re.match(r"[\w-]+", requirement).group().lower()
     declared = [r for r in meta.get_all("Requires-Dist") if "extra" not in r]
     assert sorted(map(bare, declared)) == sorted(map(bare, cfg["requirements"].split()))
-    assert "odesteer = odesteer.cli:main" in entry
+    assert "odesteer = odesteer:_command" in entry
     assert not re.search(r"\]\((?!https?:|#)", meta.get_payload()), "links in the description of a package index are absolute"
 
 
