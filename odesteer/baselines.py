@@ -484,7 +484,7 @@ def _check_training(params):
         v = params.get(k, 1.0)
         if not (_is_number(v) and 0 < v < math.inf): raise ValueError(f"{k} must be a positive number; got {v!r}")
     share = params["held_out"]
-    if not 0 <= share < 1:
+    if not (_is_number(share) and 0 <= share < 1):
         raise ValueError(f"held_out is a share of the questions, at least 0 and below 1; got {share!r}")
 
 # %% ../nbs/09_baselines.ipynb #6e831b3d

@@ -622,6 +622,7 @@ class BarrierLQR(Controller):
         if isinstance(leash, bool) or not isinstance(leash, (int, float)) or not leash > 0:
             raise ValueError(f"leash must be a positive number; got {leash!r}")
         _check_choice("jacobian", jacobian, "mean", "identity")
+        ODESteer(n_components=n_components, gamma=gamma, C=C, seed=seed)  # its errors for what it gets
         super().__init__(q=q, r=r, qf=qf, jacobian=jacobian, n_components=n_components, gamma=gamma, C=C, steps=steps,
                          leash=leash, n_texts=n_texts, n_jacobian=n_jacobian, max_tokens=max_tokens, seed=seed)
         self._new_parts(0)

@@ -164,6 +164,8 @@ class Fitted(nn.Module):
 
     def __init__(self, **params):
         super().__init__()
+        if not isinstance(params.get("seed", 0), (int, np.integer)):
+            raise ValueError(f"seed must be a whole number; got {params['seed']!r}")
         self.params = params  # hyper-parameters
         self.about = {}  # what only you know: model, revision, layer, ...
         self.chosen = {}  # what the fit chose by itself

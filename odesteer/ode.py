@@ -190,6 +190,10 @@ def _validate_numbers(self: ODESteer):
         number = isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < math.inf
         if v != "cv" and not number:
             raise ValueError(f"{name} must be a positive number or 'cv'; got {v!r}")
+    for name in ("n_components", "degree"):
+        v = getattr(self, name)
+        if isinstance(v, bool) or not isinstance(v, int) or v < 1:
+            raise ValueError(f"{name} must be a positive integer; got {v!r}")
     whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0
     if not (rank is None or whole):
         raise ValueError(f"rank must be a whole number of directions, or None to be exact; got {rank!r}")

@@ -140,7 +140,7 @@ def read_gguf(
     with open(path, "rb") as f:
         if f.read(4) != b"GGUF": raise ModelError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
         try: head = _read_head(path, f)
-        except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError):
+        except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError, RecursionError):
             raise ModelError(f"{path} is damaged: its head cannot be read; fetch it again") from None
     kind, parts = head.about.get("general.type", "model"), head.about.get("split.count", 1)
     if parts > 1: raise ModelError(f"{path.name} is one of {parts} parts: join them with llama-gguf-split --merge")

@@ -530,6 +530,7 @@ def _label_text(name) -> str:
     text = _one_line(name)
     return (text if len(text) <= 60 else text[:59] + "…").replace("$", "\\$")
 
+# %% ../nbs/19_report.ipynb #1bdd54f5
 def strength_figure(scope: dict):  # matplotlib figure
     "Validation: the primary metric against strength, a panel per method; dashed: no steering"
     import matplotlib.pyplot as plt

@@ -773,6 +773,7 @@ def gather(
                 resamples=resamples, guardrails=guardrails,
                 machines=[json.loads(m) | {"seconds": round(s)} for m, s in seconds.items()], scopes=scopes)
 
+# %% ../nbs/18_results.ipynb #215d6ebe
 def _order(unit): return unit.shared["task"], unit.shared["model"]["name"], len(unit.points)
 
 def _tell_apart(scopes):

@@ -1,5 +1,6 @@
 "Where activations are read, and how places are ranked by what can be read there"
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -393,6 +394,23 @@ def test_a_file_keeps_rankings_apart(llama, tmp_path):
     kept = read_rankings(path)
     assert [(r["texts"]["name"], r["how"]["seed"], r["sites"][0].auc) for r in kept] == [("b", 0, .6), ("a", 1, .7), ("a", 0, .8)]
     assert kept[0]["model"]["blocks"] == LAYERS and kept[0]["texts"]["wanted"] == 6 and "number" not in path.read_text()
+
+
+@pytest.mark.parametrize("text", ["", "[{", "{}", "[3]", '[{"model": {}}]', "[" * 100_000])
+def test_a_damaged_file_of_rankings_is_named_and_kept(llama, tmp_path, text):
+    path = tmp_path/"sites.json"
+    path.write_text(text)
+    record = ranking(sites((0, "last", .5)), llama, "tiny", contrast_texts(6), "a")
+    for use in (lambda: add_ranking(path, record), lambda: read_rankings(path)):
+        with pytest.raises(ValueError, match="the file is damaged") as e: use()
+        assert str(path) in str(e.value) and path.read_text() == text and [p.name for p in tmp_path.iterdir()] == ["sites.json"]
+
+
+def test_rankings_that_are_added_at_once_are_all_kept(llama, tmp_path):
+    texts, path = contrast_texts(6), tmp_path/"sites.json"
+    records = [ranking(sites((0, "last", .5)), llama, "tiny", texts, "a", seed=i) for i in range(12)]
+    with ThreadPoolExecutor(6) as pool: list(pool.map(lambda r: add_ranking(path, r), records))
+    assert sorted(r["how"]["seed"] for r in read_rankings(path)) == [*range(12)]
 
 
 # -- a pretrained model

@@ -1,5 +1,6 @@
 "Speed: what is timed is what it says, counts are right, the yardstick is the published recipe, and the whole table runs"
 import json
+from concurrent.futures import ThreadPoolExecutor
 import math
 
 import numpy as np
@@ -207,6 +208,12 @@ def test_results_of_two_machines_are_not_mixed(found, tmp_path):
     for broken in "[1]", "{", '{"fit": []}':
         out.write_text(broken)
         with pytest.raises(ValueError, match="is no file of"): keep({"machine": kept["machine"]}, out)
+
+
+def test_parts_that_are_kept_at_once_are_all_there(found, tmp_path):
+    kept, out = json.loads(found[1].read_text()), tmp_path/"speed.json"
+    with ThreadPoolExecutor(6) as pool: list(pool.map(lambda i: keep({"machine": kept["machine"], f"part {i}": []}, out), range(12)))
+    assert json.loads(out.read_text()).keys() == {"machine", *(f"part {i}" for i in range(12))} and [p.name for p in tmp_path.iterdir()] == ["speed.json"]
 
 
 def test_what_cannot_be_measured_is_refused_first(tmp_path):

@@ -419,7 +419,7 @@ DAMAGED_FILES = {  # noticed before a class is looked for
     "empty card": (lambda f: (f/"card.json").write_text(""), "card.json is not valid JSON"),
     "deep card": (lambda f: (f/"card.json").write_text('{"a":' * 100_000), "card.json is not valid JSON (nested too deep)"),
     "deep card that ends": (lambda f: (f/"card.json").write_text("[" * 100_000 + "]" * 100_000), "card.json is not valid JSON (nested too deep)"),
-    "an enormous card": (lambda f: os.truncate(f/"card.json", 2**27), "card.json has 134,217,728 bytes, more than it can need"),
+    "an enormous card": (lambda f: os.truncate(f/"card.json", 2**27), "card.json has 134,217,728 bytes: the file is damaged"),
     "a width that is a truth value": (lambda f: rewrite(f, lambda c: {**c, "width": True}), "not a card that this version"),
     "a card of another steerer": (lambda f: rewrite(f, lambda c: {**c, "tensors_sha256": "0" * 64}), "does not match its card"),
     "newer card": (lambda f: rewrite(f, lambda c: {**c, "format": 2}), "a newer odesteer"),
