@@ -1,7 +1,7 @@
 "Speed: what is timed is what it says, counts are right, the yardstick is the published recipe, and the whole table runs"
 import json
-from concurrent.futures import ThreadPoolExecutor
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest

@@ -17,7 +17,7 @@ from odesteer.euler import load_class
 from odesteer.report import main_table, strength_figure
 from odesteer.results import find_runs, gather
 from odesteer.runs import Paused, Run
-from odesteer.sweeps import ABLATIONS, FULL, MICRO_PARAMS, QUICK, Plan, Search, Trial, ablation_arms, auto_layers, benchmark, compare_speed, micro_bench, plan_steps, run_plan, stop_rule, strength_grid, sweep
+from odesteer.sweeps import ABLATIONS, FULL, MICRO_PARAMS, QUICK, Plan, Search, Trial, ablation_arms, auto_layers, benchmark, compare_speed, micro_bench, plan_steps, ranked_sites, run_plan, stop_rule, strength_grid, sweep
 from odesteer.sweeps import _closer
 
 from .benches import bench, contents, fake, small
@@ -131,6 +131,33 @@ def test_the_choice_of_a_sweep_keeps_its_name(lm, tmp_path, monkeypatch):
     for method, key in (("caa", "5254b5e7865cac0a"), ("odesteer", "1bce0b1ed279cba4")):
         sweep(b, method, FULL.search, MICRO_PARAMS["speakers"].get(method, {}))
         assert (tmp_path/"choices"/f"{key}.json").exists(), [p.name for p in (tmp_path/"choices").iterdir()]
+
+
+BROKEN = ["", '{"config": ', "[]", "{}", '{"layer": 1, "strength": 3, "why": "", "trials": []}', "[" * 100_000, "\x00" * 99]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_damaged_choice_is_set_aside_and_made_again(lm, tmp_path, text, capsys):
+    search = Search([1, 2], (.2,), refine=0, repeats=1, allow=2.)
+    choice = sweep(bench(lm, tmp_path), "caa", search)
+    file, = (tmp_path/"choices").glob("*.json")
+    whole = file.read_text()
+    file.write_text(text)
+    assert sweep(bench(lm, tmp_path), "caa", search) == choice and file.read_text() == whole
+    assert f"{file} is damaged; it is kept as {file.name}.damaged" in capsys.readouterr().err and file.with_name(f"{file.name}.damaged").read_text() == text
+    assert sweep(bench(lm, tmp_path), "caa", search) == choice and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", BROKEN[:4])
+def test_damaged_rankings_and_speeds_are_made_again(lm, tmp_path, text, capsys):
+    b, one = bench(lm, tmp_path), ("caa", 1, {"share": .3}, {})
+    ranked, speeds = ranked_sites(b, ["last"]), compare_speed(b, [one], rounds=2, tokens=2)
+    for folder in "sites", "speed":
+        file, = (tmp_path/folder).glob("*.json")
+        file.write_text(text)
+        again = ranked_sites(b, ["last"]) if folder == "sites" else compare_speed(b, [one], rounds=2, tokens=2)
+        assert repr(again) == repr(ranked) if folder == "sites" else again.keys() == speeds.keys()
+        assert f"{file} is damaged" in capsys.readouterr().err and len([*(tmp_path/folder).glob("*.json")]) == 1
 
 
 def test_a_sweep_of_a_controller_has_no_layers_and_its_own_strengths(lm, tmp_path, monkeypatch):
