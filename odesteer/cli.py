@@ -6,7 +6,7 @@
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
 from dataclasses import dataclass, replace
 from pathlib import Path
-import argparse, io, json, shutil, textwrap, time, warnings
+import argparse, json, shutil, textwrap, time, warnings
 import numpy as np
 import torch
 import odesteer as ods
@@ -124,6 +124,7 @@ def demo_figure(
     rise=None,  # from `barrier_rise`
 ):
     "Left: h along trajectories. Right: the primary metric against strength, on validation prompts"
+    from io import BytesIO
     from matplotlib.figure import Figure
     from odesteer import plots
     method, _, strength, _ = demo.setting
@@ -140,7 +141,7 @@ def demo_figure(
         right.axvline(value, color="black", ls=":", lw=1)
         right.set(xlabel=f"strength, {load_class(method).strength_names[unit]}", ylabel=demo.bench.task.primary,
                   title=f"validation, n={n}; dotted: strength used")
-        png = io.BytesIO()
+        png = BytesIO()
         fig.savefig(png, format="png")
     write_atomic(path, png.getvalue())
 

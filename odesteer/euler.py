@@ -508,6 +508,19 @@ def _card_hash(card) -> str:
     said = {k: v for k, v in json.loads(json.dumps(card)).items() if k != "card_sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
+# %% ../nbs/00_euler.ipynb #5f655d8e
+@patch
+def _check_tensors(self: Fitted, tensors):
+    "A ValueError for what no fit leaves behind, before anything is computed with it."
+    for name, t in tensors.items():
+        if not t.numel(): raise ValueError(f"{name} is empty")
+        floats = t.is_floating_point()
+        if not floats and name.rpartition(".")[2] not in self._integers:
+            raise ValueError(f"{name} holds {str(t.dtype)[6:]} instead of floats")
+        if floats and not torch.stack(t.aminmax()).isfinite().all(): raise ValueError(f"{name} holds NaN or infinity")
+    if not 1 <= self.width <= max((n for t in tensors.values() for n in t.shape), default=0):
+        raise ValueError("no tensor is that wide")
+
 # %% ../nbs/00_euler.ipynb #4e9db35a
 def write_atomic(
     path,  # file to write, str or Path, in a folder that exists
@@ -677,18 +690,6 @@ def from_pretrained(cls: Fitted,
     return self
 
 # %% ../nbs/00_euler.ipynb #5f01de12
-@patch
-def _check_tensors(self: Fitted, tensors):
-    "A ValueError for what no fit leaves behind, before anything is computed with it."
-    for name, t in tensors.items():
-        if not t.numel(): raise ValueError(f"{name} is empty")
-        floats = t.is_floating_point()
-        if not floats and name.rpartition(".")[2] not in self._integers:
-            raise ValueError(f"{name} holds {str(t.dtype)[6:]} instead of floats")
-        if floats and not torch.stack(t.aminmax()).isfinite().all(): raise ValueError(f"{name} holds NaN or infinity")
-    if not 1 <= self.width <= max((n for t in tensors.values() for n in t.shape), default=0):
-        raise ValueError("no tensor is that wide")
-
 @patch
 def _try_once(self: Fitted):
     "Is everything there? Loading is no work: where a method takes many steps, one of them tells."

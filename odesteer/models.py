@@ -48,7 +48,7 @@ def load_pretrained(
     "A model of any class of transformers; what `from_pretrained` raises passes through"
     import transformers
     with nullcontext() if sys.stderr.isatty() else no_progress_bars():
-        model = getattr(transformers, auto).from_pretrained(name, **{"trust_remote_code": False, **kwargs})
+        model = getattr(transformers, auto).from_pretrained(name, **kwargs)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return (model if "device_map" in kwargs else model.to(device)).eval()
 
