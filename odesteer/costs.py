@@ -40,7 +40,7 @@ class Rehearsal(Bench):
     @property
     def texts(self) -> int: return self._texts.total()
 
-    def run(self, *args, **kwargs) -> Run:
+    def run(self, *args, beside=(), **kwargs) -> Run:
         config, n = self.config(*args, **kwargs), 1 if self.most else 2
         key = run_key(config)
         if not self.finished(*args, **kwargs):
