@@ -368,8 +368,8 @@ def _reading(model, layers, blocks, site="output"):
 
 # %% ../nbs/04_models.ipynb #97d8e3ac
 #: where activations can be read for fitting: the last token of an answer (or text), the mean of its tokens (without
-#: attention sinks, most often the first token of a text, whose norm is more than 8 times the median one), the last token
-#: that the chat template puts behind it, or all its tokens
+#: attention sinks: tokens, mostly the first of a text, whose norm is more than 8 times the median one), the last
+#: token that the chat template puts behind it, or all its tokens
 READINGS = "last", "mean", "template", "all"
 
 def _spans(
@@ -453,7 +453,7 @@ class _Call:
         self.guided, self.passes, self.cache, self.negative = False, 0, None, None
 
     def prompt_of(self, given):
-        "Guidance sends a negative prompt through the model, inside `generate` and behind each pass: whose pass is this?"
+        "Guidance sends a negative prompt through the model too, behind each pass of `generate`: whose pass is this?"
         if not self.guided: return self.prompt
         cache, self.passes = given.get("past_key_values"), self.passes + 1
         if self.passes == 1: self.cache = cache
@@ -821,9 +821,9 @@ def _rewind(cache, prompt):
     try: cache.crop(-1)
     except (AttributeError, NotImplementedError, ValueError, RuntimeError): pass
     if _cached(dict(past_key_values=cache)) != length - 1:
-        raise ValueError(f"this {type(cache).__name__} was filled while the model was steered, so the last token of its "
-                         "prefix was steered as if it ended a prompt, and it cannot be taken back: fill it before "
-                         "steering begins")
+        raise ValueError(f"this {type(cache).__name__} was filled while the model was steered, so the last token "
+                         "of its prefix was steered as if it ended a prompt, and it cannot be taken back: fill it "
+                         "before steering begins")
     cache._steered_from = None
 
 # %% ../nbs/04_models.ipynb #ab689ecf
@@ -867,10 +867,12 @@ def _places(self: Steering) -> dict:
     names = list(inspect.signature(owner.forward).parameters)
     def on_decoder():
         before = owner.register_forward_pre_hook(partial(watch.look, names), with_kwargs=True)
-        return before, owner.register_forward_hook(watch.looked, always_call=True)
+        return [before, owner.register_forward_hook(watch.looked, always_call=True)]
     # before the hooks of others, so that whoever reads a block's output reads what the next block will get
-    def on_block(i): return self.stack[i].register_forward_hook(partial(watch.steer, i), with_kwargs=True, prepend=True),
-    def on_head(head, names): return head.register_forward_pre_hook(partial(watch.note_labels, names), with_kwargs=True),
+    def on_block(i):
+        return [self.stack[i].register_forward_hook(partial(watch.steer, i), with_kwargs=True, prepend=True)]
+    def on_head(head, names):
+        return [head.register_forward_pre_hook(partial(watch.note_labels, names), with_kwargs=True)]
     places = {("decoder", owner): on_decoder} | {("block", self.stack[i]): partial(on_block, i) for i in self._edits}
     name = next(n for n, m in self.model.named_modules() if m is owner)
     for depth in range(name.count(".") + 1 if name else 0):
@@ -948,8 +950,9 @@ def note_labels(self: _Watch, names, module, args, kwargs):
 
 @patch
 def steer(self: _Watch, layer, module, args, kwargs, output):
-    "After a block has run"
-    for s in self.present: output = s._steer(layer, args, kwargs, output)
+    "After a block has run; one that runs outside any pass is computed again by autograd, which began with `present`"
+    call = self.here.call if self.here.call is not None else self.here.single
+    for s in self.present if call is None else call.steerings: output = s._steer(layer, args, kwargs, output)
     return output
 
 # %% ../nbs/04_models.ipynb #0678a932
@@ -1153,6 +1156,7 @@ def strength(self: Steering, strength):
     edits, values = {}, {}
     for layer, part in self.parts:
         value = _resolve(part, strength)
+        if isinstance(part, Steerer): _check_range(part, value, strength, self.model)
         for i, edit in part.edits(self.model, layer, strength).items():
             i = layer_index(self.stack, i)
             edits[i], values[i] = _as_edit(edit), value.to(device_of(self.stack[i]))
@@ -1181,6 +1185,19 @@ def _resolve(part: Edits, strength) -> Tensor:
     if not value.detach().isfinite().all():
         raise ValueError(f"strength must be finite, in float32 too; got {strength!r}")
     return value
+
+@torch.no_grad()
+def _check_range(steerer, value, strength, model):
+    "In float16, where numbers end at 65504, a great strength would give infinity"
+    if getattr(model, "dtype", None) != torch.float16: return
+    unit = steerer._unit(strength)[0]
+    if unit in ("nats", "until"): return
+    typical = getattr(steerer, "median_norm_", torch.ones(())).cpu() / steerer.width**.5
+    rows = typical * torch.ones(max(value.numel(), 1), steerer.width)
+    moved = steerer.steer(rows.to(device_of(model)), **{unit: value.detach().reshape(-1).to(device_of(model))})
+    if not moved.half().isfinite().all():
+        raise ValueError(f"strength {strength!r} moves activations beyond 65504, where float16 ends: "
+                         "ask for less, or load the model in bfloat16 or float32")
 
 # %% ../nbs/04_models.ipynb #203c45c0
 def steering(
