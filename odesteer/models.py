@@ -367,8 +367,8 @@ def _reading(model, layers, blocks, site="output"):
         for h in handles: h.remove()
 
 # %% ../nbs/04_models.ipynb #97d8e3ac
-#: where activations can be read for fitting: the last token of an answer (or text), the mean of its tokens (without
-#: attention sinks: tokens, mostly the first of a text, whose norm is more than 8 times the median one), the last
+#: where activations can be read for fitting: the last token of an answer (or text), the mean of its tokens (of a whole
+#: text without attention sinks: tokens, mostly the first, whose norm is more than 8 times the median one), the last
 #: token that the chat template puts behind it, or all its tokens
 READINGS = "last", "mean", "template", "all"
 
@@ -614,11 +614,13 @@ def _picked(y, spans, mean) -> tuple:
     "Of each row of a batch its tokens from the first to the end, (n, d) on the CPU; or their mean, (1, d)"
     where, sizes = torch.tensor([(r, j) for r, s in enumerate(spans) for j in range(*s)]).T, [b - a for a, b in spans]
     picked = y[tuple(where.to(y.device))].float()
-    if mean: picked = torch.stack([_without_sinks(a).mean(0) for a in picked.split(sizes)])
+    if mean:
+        texts = zip(picked.split(sizes), spans)
+        picked = torch.stack([(a if first else _without_sinks(a)).mean(0) for a, (first, _) in texts])
     return picked.cpu().split([1] * len(spans) if mean else sizes)
 
 def _without_sinks(a):
-    "Tokens of a text, (n, d), but for those whose norm is more than 8 times the median one: see `READINGS`"
+    "Tokens of a whole text, (n, d), but for those whose norm is more than 8 times the median one: see `READINGS`"
     norm = a.norm(dim=-1)
     return a[(norm <= 8 * norm.median()) | ~norm.isfinite()]
 
