@@ -67,11 +67,15 @@ class Certificate:
 
 # %% ../nbs/01_barrier.ipynb #120c6988
 def certificate(
-    barrier: Barrier,  # whose values are looked at
+    barrier: Barrier,  # whose values are looked at; or a steerer that has one
     path: Tensor,  # trajectory with its start, (steps + 1, ..., d); a ValueError without any step
     tol=0.0,  # a fall of h up to this counts as rounding
 ) -> Certificate:
     "Measure how monotonically h rises along a trajectory."
+    barrier = getattr(barrier, "barrier", barrier)
+    if not hasattr(barrier, "value"):
+        raise TypeError(f"a certificate looks at the values of a barrier; got {type(barrier).__name__}, "
+                        "which has none: give a barrier, or a steerer that climbs one, such as ODESteer")
     if path.ndim < 2 or len(path) < 2:
         raise ValueError("a path needs its start and at least one step: shape (steps + 1, ..., d); "
                          f"got {tuple(path.shape)}")

@@ -48,10 +48,15 @@ def _matrix(x, name):
     if x.numel() == 0:
         raise ValueError(f"{name} is empty, shape {tuple(x.shape)}: "
                          "a steerer needs at least one activation of each class")
-    if not torch.stack(x.aminmax()).isfinite().all():
+    ends = torch.stack(x.aminmax())
+    if not ends.isfinite().all():
         bad = (~x.isfinite()).any(-1).nonzero().flatten()
         raise ValueError(f"{name} holds NaN or infinity in {len(bad)} of {len(x)} rows (first: row {bad[0].item()}): "
                          "drop these rows or collect again in a wider dtype")
+    largest = ends.abs().max().item()
+    if x.dtype != torch.float64 and largest and not 1e-15 < largest < 1e15:
+        raise ValueError(f"{name} holds numbers up to {largest:.1e}, whose squares leave the range of float32: "
+                         "these are no activations of a model, or they need another scale (or float64)")
     return x.detach() if x.dtype == torch.float64 else x.detach().float()
 
 # %% ../nbs/00_euler.ipynb #7e939c00

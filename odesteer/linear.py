@@ -5,6 +5,7 @@
 # %% ../nbs/13_linear.ipynb #6822a95e
 from __future__ import annotations
 import math
+import threading
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,11 +74,13 @@ def _one_pass(model, ids, start=0, **kwargs):
     "Run tokens `start`, ...: the decoder's output, states before each block and after the last, what else blocks get"
     stack = decoder_layers(model)
     owner = next(m for m in model.modules() if any(c is stack for c in m.children()))
-    states, given = [], []
+    states, given, me = [], [], threading.get_ident()
     def before(module, args, kwargs):
+        if threading.get_ident() != me: return  # a pass of another thread is none of ours
         states.append(args[0] if args else kwargs["hidden_states"])
         given.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
-    def after(module, args, y): states.append(y if isinstance(y, Tensor) else y[0])
+    def after(module, args, y):
+        if threading.get_ident() == me: states.append(y if isinstance(y, Tensor) else y[0])
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in stack]
     handles.append(stack[-1].register_forward_hook(after))
     ids = torch.tensor([ids], device=device_of(model.get_input_embeddings()))

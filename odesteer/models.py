@@ -4,20 +4,26 @@
 
 # %% auto #0
 __all__ = ['READINGS', 'no_progress_bars', 'load_pretrained', 'decoder_layers', 'unwrapped', 'text_config', 'layer_index',
-           'device_of', 'Encoded', 'encode', 'token_ids', 'padded', 'pad_id', 'truncated', 'evaluating',
-           'length_batches', 'fingerprint', 'is_steered', 'answer_starts', 'ActivationCache', 'collect_activations',
-           'steered_positions', 'Steering', 'steering', 'generate_text', 'score_encoded', 'score_continuations',
-           'describe_site']
+           'device_of', 'Encoded', 'encode', 'text_tokenizer', 'token_ids', 'padded', 'pad_id', 'truncated',
+           'evaluating', 'length_batches', 'fingerprint', 'is_steered', 'answer_starts', 'ActivationCache',
+           'collect_activations', 'steered_positions', 'Steering', 'steering', 'generate_text', 'score_encoded',
+           'score_continuations', 'describe_site']
 
 # %% ../nbs/04_models.ipynb #72de7520
+import copy
 import hashlib
 import inspect
+import itertools
 import json
+import operator
+import os
 import sys
 import threading
 import warnings
 import weakref
+from collections import Counter
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -45,10 +51,12 @@ def load_pretrained(
     device: str = None,  # default: a GPU if there is one; `device_map=` decides instead where it is given
     **kwargs,  # of `from_pretrained`: revision, dtype, device_map, quantization_config, cache_dir, ...
 ) -> nn.Module:  # the model, in evaluation mode
-    "A model of any class of transformers; what `from_pretrained` raises passes through"
+    """A model of any class of transformers; what `from_pretrained` raises passes through.
+
+    Code that a folder brings along is never run unless `trust_remote_code=True` is given."""
     import transformers
     with nullcontext() if sys.stderr.isatty() else no_progress_bars():
-        model = getattr(transformers, auto).from_pretrained(name, **kwargs)
+        model = getattr(transformers, auto).from_pretrained(name, **{"trust_remote_code": False} | kwargs)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return (model if "device_map" in kwargs else model.to(device)).eval()
 
@@ -62,6 +70,7 @@ def decoder_layers(
     if not isinstance(model, nn.Module):
         hint = _SWAPPED if hasattr(model, "decode") else ""
         raise TypeError(f"the model must be a transformers model; got {type(model).__name__}{hint}")
+    _refuse_virtual(model)
     if name is not None: return _named_blocks(model, name)
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} has an encoder and a decoder; "
@@ -78,10 +87,14 @@ def decoder_layers(
 _SWAPPED = " (are model and tokenizer swapped?)"
 
 def unwrapped(
-    model,  # a model, or what torch.compile made of it
-) -> nn.Module:  # the model itself: hooks and `generate` live on what torch.compile wraps
-    "The model inside the wrapper of torch.compile"
-    return getattr(model, "_orig_mod", model)
+    model,  # a model, or what torch.compile, DataParallel, a trainer or a value head made of it
+) -> nn.Module:  # the model itself: hooks and `generate` live on what is wrapped
+    "The model inside its wrappers"
+    inner = getattr(model, "_orig_mod", None)  # torch.compile
+    if inner is None and isinstance(model, nn.Module):
+        # DataParallel and its relatives; models with a value head for reinforcement learning
+        inner = getattr(model, "pretrained_model", None if hasattr(model, "config") else getattr(model, "module", None))
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 def text_config(
     model,  # a model of transformers
@@ -94,6 +107,7 @@ def _decoder(model):
     found = model.get_decoder() if hasattr(model, "get_decoder") else None
     return getattr(model, "base_model", model) if found is None or found is model else found
 
+# %% ../nbs/04_models.ipynb #48f9a55c
 def _block_lists(model):
     return [k for k, m in model.named_modules() if isinstance(m, nn.ModuleList)] or ["(no list at all)"]
 
@@ -104,14 +118,22 @@ def _named_blocks(model, name):
     lists = ", ".join(_block_lists(model))
     raise ValueError(f"{type(model).__name__} has no list of blocks named {name!r}: it has {lists}")
 
+def _refuse_virtual(model):
+    "Trained vectors before the prompt (prompt, prefix and p-tuning) belong to no token of it"
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError("this model's adapter puts trained vectors before every prompt (prompt, prefix or p-tuning), "
+                         "which shifts all positions: read and steer its base model (model.get_base_model()), "
+                         "or use an adapter that changes weights, such as LoRA")
+
 # %% ../nbs/04_models.ipynb #bc3594ef
 def layer_index(
     blocks,  # the decoder blocks, see `decoder_layers`
     layer: int,  # from 0, or from -1 for the last
 ) -> int:  # from 0
     "The index of a block; TypeError for what is no integer, ValueError for a block that does not exist"
-    if isinstance(layer, bool) or not isinstance(layer, int): raise TypeError(f"a layer is an integer; got {layer!r}")
-    n = len(blocks)
+    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
+        raise TypeError(f"a layer is an integer; got {layer!r}")
+    n, layer = len(blocks), operator.index(layer)  # NumPy has integers of its own
     if not -n <= layer < n:
         raise ValueError(f"layer {layer} does not exist: this model has {n} blocks, 0 to {n - 1} (or -1 for the last)")
     return layer % n
@@ -138,12 +160,7 @@ def encode(
     readings=(),  # where they will be read: "template" adds the tail, "mean" and "all" find where chats' answers begin
 ) -> list[Encoded]:
     "Token ids of texts, with a single beginning-of-sequence token; an empty prompt or answer is a ValueError"
-    if isinstance(tokenizer, nn.Module) or not callable(tokenizer):
-        hint = _SWAPPED if isinstance(tokenizer, nn.Module) else ""
-        raise TypeError(f"the tokenizer must be that of the model; got {type(tokenizer).__name__}{hint}")
-    if isinstance(texts, (str, dict)) or not hasattr(texts, "__len__"):
-        raise TypeError(f"texts must be a list of texts; got {type(texts).__name__}: wrap a single text in [ ]")
-    if len(texts) == 0: raise ValueError("texts is empty: give at least one text")
+    tokenizer, texts = text_tokenizer(tokenizer), _listed(texts)
     coded = [_encode(tokenizer, t, i, readings) for i, t in enumerate(texts)]
     for i, (text, e) in enumerate(zip(texts, coded)):
         if len(e.ids) == 0 or (e.answer == 0 and _is_pair(text)):
@@ -152,6 +169,31 @@ def encode(
     return coded
 
 # %% ../nbs/04_models.ipynb #4206f2c5
+def text_tokenizer(
+    tokenizer,  # a tokenizer, or the processor of a model for text and images
+):  # the tokenizer for text, with the chat template of the processor where it has none itself
+    "The tokenizer; a TypeError for what is none"
+    if isinstance(tokenizer, nn.Module) or not callable(tokenizer):
+        hint = _SWAPPED if isinstance(tokenizer, nn.Module) else ""
+        raise TypeError(f"the tokenizer must be that of the model; got {type(tokenizer).__name__}{hint}")
+    inner, template = getattr(tokenizer, "tokenizer", None), getattr(tokenizer, "chat_template", None)
+    if not callable(inner): return tokenizer
+    if template is None or getattr(inner, "chat_template", None) is not None: return inner
+    inner = copy.copy(inner)
+    inner.chat_template = template
+    return inner
+
+def _listed(texts) -> list:
+    "A list of texts from a list, tuple, array or column"
+    if isinstance(texts, (str, dict)) or not hasattr(texts, "__len__"):
+        raise TypeError(f"texts must be a list of texts; got {type(texts).__name__}: wrap a single text in [ ]")
+    if hasattr(texts, "columns") or getattr(texts, "ndim", 1) != 1:
+        raise TypeError(f"texts must be a list of texts; got a {type(texts).__name__} with several columns: give one, "
+                        "such as table['text']")
+    if len(texts) == 0: raise ValueError("texts is empty: give at least one text")
+    return list(texts)
+
+# %% ../nbs/04_models.ipynb #df6735f5
 def _is_chat(t): return isinstance(t, (list, tuple)) and len(t) > 0 and all(isinstance(m, dict) for m in t)
 def _is_pair(t): return isinstance(t, (list, tuple)) and len(t) == 2 and isinstance(t[1], str)
 
@@ -159,6 +201,7 @@ def _is_finished(t): return _is_chat(t) and t[-1]["role"] == "assistant"
 
 def _encode(tokenizer, text, i=0, readings=()) -> Encoded:
     prompt, special = _as_text(tokenizer, text[0] if _is_pair(text) else text, i)
+    _readable(prompt + text[1] if _is_pair(text) else prompt, i)
     ids, start = token_ids(tokenizer, prompt, special), 0
     if _is_pair(text):
         # the prompt keeps the tokens that generation sees, even where the answer would have merged with its last one
@@ -178,6 +221,11 @@ def _answer_start(tokenizer, chat, i, ids) -> int:
     if len(chat) < 2 or chat[-2]["role"] != "user": return 0
     head = token_ids(tokenizer, *_as_text(tokenizer, chat[:-1], i))
     return next((k for k, (a, b) in enumerate(zip(head, ids)) if a != b), min(len(head), len(ids)))
+def _readable(text, i):
+    try: text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"text {i} holds half a surrogate pair, {text[e.start]!a} at character {e.start}, which is no "
+                         "letter in any language: repair or drop it (text.encode(errors='ignore').decode())") from None
 
 # %% ../nbs/04_models.ipynb #caceaab1
 def token_ids(
@@ -255,6 +303,7 @@ def pad_id(
     tokenizer,  # of the model
 ) -> int:
     "What fills the gaps is masked, so any token will do where the tokenizer has none for it"
+    tokenizer = text_tokenizer(tokenizer)
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 def truncated(
@@ -288,13 +337,23 @@ def _shortened(e, limit, i):
 # %% ../nbs/04_models.ipynb #b1061507
 class _Reached(Exception): "The top layer asked for has been computed"
 
+_FOUR = ("the blocks of {model} give {shape}, several streams of activations for each token, "
+         "where (batch, tokens, d) is needed: such models (Gemma 3n) can be neither read nor steered")
+
+def _owner(model, blocks):
+    "The module whose forward pass runs the blocks"
+    return next(m for m in model.modules() if any(c is blocks for c in m.children()))
+
 @contextmanager
 def _reading(model, layers, blocks, site="output"):
     "Inside, `run(**inputs)` returns {layer: block output or input} and computes nothing above it"
-    seen, owner = {}, next(m for m in model.modules() if any(c is blocks for c in m.children()))
+    seen, owner, me = {}, _owner(model, blocks), threading.get_ident()
     def before(layer, module, args, kwargs): note(layer, args[0] if args else kwargs["hidden_states"])
     def after(layer, module, args, output): note(layer, output if isinstance(output, Tensor) else output[0])
     def note(layer, a):
+        # a pass of another thread is none of ours; compiled code cannot ask
+        if not torch.compiler.is_compiling() and threading.get_ident() != me: return
+        if a.ndim != 3: raise ValueError(_FOUR.format(model=type(model).__name__, shape=tuple(a.shape)))
         seen[layer] = a
         if layer == max(layers): raise _Reached
     def run(**inputs):
@@ -308,7 +367,8 @@ def _reading(model, layers, blocks, site="output"):
         for h in handles: h.remove()
 
 # %% ../nbs/04_models.ipynb #97d8e3ac
-#: where activations can be read for fitting: the last token of an answer (or text), the mean of its tokens, the last
+#: where activations can be read for fitting: the last token of an answer (or text), the mean of its tokens (of a whole
+#: text without attention sinks: tokens, mostly the first, whose norm is more than 8 times the median one), the last
 #: token that the chat template puts behind it, or all its tokens
 READINGS = "last", "mean", "template", "all"
 
@@ -348,8 +408,14 @@ def length_batches(
     size: int,  # texts of a batch
 ) -> list:  # of lists of indices; every text once
     "Batches of similar length, the longest first: little padding, and memory that does not suffice shows at once"
+    _check_batch(size)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i:i + size] for i in range(0, len(order), size)]
+
+def _check_batch(size):
+    if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
+        raise ValueError(f"batch_size must be 1 or more; got {size!r}")
+
 
 # %% ../nbs/04_models.ipynb #344d1c32
 def fingerprint(
@@ -357,32 +423,72 @@ def fingerprint(
 ) -> str:
     "A hash of a model's configuration and of all its weights, from exact integer sums over rows and columns of bits"
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a weight
     sha = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, w in model.state_dict().items():
-        sha.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
-        if w.device.type == "meta" or w.numel() == 0: continue
-        bits = w.view(integers[w.element_size()]).reshape(len(w) if w.ndim else 1, -1)
-        for dim in (0, 1): sha.update(bits.sum(dim, dtype=torch.int64).cpu().numpy().tobytes())
+    for name, w in model.state_dict().items(): _add_bits(sha, name, w)
     return sha.hexdigest()
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a weight
+
+def _add_bits(sha, name, w):
+    "Add an entry of a state: a tensor, the parts of a quantised one, or whatever else a module keeps"
+    if isinstance(w, (tuple, list)):
+        for i, part in enumerate(w): _add_bits(sha, f"{name}.{i}", part)
+    elif not isinstance(w, Tensor): sha.update(f"{name} {w}".encode())
+    elif hasattr(w, "__tensor_flatten__"):
+        for part in w.__tensor_flatten__()[0]: _add_bits(sha, f"{name}.{part}", getattr(w, part))
+    elif w.is_quantized: _add_bits(sha, f"{name} {w.qscheme()}", [w.int_repr(), w.dequantize()])
+    else:
+        sha.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
+        if w.device.type == "meta" or w.numel() == 0: return
+        bits = w.view(_INTEGERS[w.element_size()]).reshape(len(w) if w.ndim else 1, -1)
+        for dim in (0, 1): sha.update(bits.sum(dim, dtype=torch.int64).cpu().numpy().tobytes())
+
 # %% ../nbs/04_models.ipynb #5b3076dc
+class _Call:
+    "A call of `generate`, or a forward pass outside it: who steers it is settled when it begins"
+    def __init__(self, steerings, prompt=None):
+        self.steerings, self.prompt, self.thread = steerings, prompt, threading.get_ident()
+        self.kept = {}  # what edits remember of the prompt
+        self.begun = None  # column of a single pass from which on its cache is steered
+        self.guided, self.passes, self.cache, self.negative = False, 0, None, None
+
+    def prompt_of(self, given):
+        "Guidance sends a negative prompt through the model too, behind each pass of `generate`: whose pass is this?"
+        if not self.guided: return self.prompt
+        cache, self.passes = given.get("past_key_values"), self.passes + 1
+        if self.passes == 1: self.cache = cache
+        if cache is self.cache and (cache is not None or self.passes % 2 == 1): return self.prompt
+        if self.negative is None: self.negative = _negative_prompt(given)
+        return self.negative
+
+class _Here(threading.local):
+    "What one thread is doing with a model"
+    call = None  # the `generate` that runs
+    single = None  # the forward pass outside `generate` that runs
+    prompt = None  # of the pass that runs inside `generate`, a `_PromptMask`
+    answer = rows = None  # see `answer_starts`
+    labels = None  # of the forward pass that begins
+
 class _Watch:
-    "What the hooks on one model must know about the call that they are in"
+    "Who steers a model, and the calls that run: what the hooks must know. Grows below"
     def __init__(self):
-        self.users, self.wrapped = 0, []  # steerings that are attached; (model, its own generate) of what they wrapped
-        self.prompt = None  # of the running `generate`, a `_PromptMask`
-        self.answer = self.rows = None  # see `answer_starts`
-        self.lock = threading.RLock()
+        self.steerings = self.present = ()  # attached, oldest first; and those that a running call still needs
+        self.calls, self.hooks, self.wrapped = set(), {}, []
+        self.of_one = True  # do all steerings belong to one thread or task?
+        self.here = _Here()
+
+    def __reduce_ex__(self, protocol):
+        raise RuntimeError("a model that is being steered cannot be copied or pickled: remove the steering first")
 
 _WATCHES = weakref.WeakKeyDictionary()  # decoder -> _Watch
 def _watch_of(model) -> _Watch: return _WATCHES.setdefault(_decoder(model), _Watch())
 
+# %% ../nbs/04_models.ipynb #1b54a83d
 def is_steered(
     model,  # a causal language model
 ) -> bool:
     "Does anything steer this model right now?"
-    return _watch_of(unwrapped(model)).users > 0
+    return len(_watch_of(unwrapped(model)).present) > 0
 
 @contextmanager
 def answer_starts(
@@ -391,11 +497,11 @@ def answer_starts(
     rows: tuple = None,  # (indices, number): which of the caller's rows the batch holds, and how many there are in all
 ):
     "Inside, hooks know where the answers of this batch begin, and whose strength belongs to which row"
-    watch = _watch_of(model)
+    here = _watch_of(model).here
     if rows: rows = torch.as_tensor(rows[0], device=device_of(model.get_input_embeddings())), rows[1]
-    before, (watch.answer, watch.rows) = (watch.answer, watch.rows), (answer, rows)
+    before, (here.answer, here.rows) = (here.answer, here.rows), (answer, rows)
     try: yield
-    finally: watch.answer, watch.rows = before
+    finally: here.answer, here.rows = before
 
 # %% ../nbs/04_models.ipynb #c30861b2
 class ActivationCache:
@@ -508,17 +614,25 @@ def _picked(y, spans, mean) -> tuple:
     "Of each row of a batch its tokens from the first to the end, (n, d) on the CPU; or their mean, (1, d)"
     where, sizes = torch.tensor([(r, j) for r, s in enumerate(spans) for j in range(*s)]).T, [b - a for a, b in spans]
     picked = y[tuple(where.to(y.device))].float()
-    if mean: picked = torch.stack([a.mean(0) for a in picked.split(sizes)])
+    if mean:
+        texts = zip(picked.split(sizes), spans)
+        picked = torch.stack([(a if first else _without_sinks(a)).mean(0) for a, (first, _) in texts])
     return picked.cpu().split([1] * len(spans) if mean else sizes)
+
+def _without_sinks(a):
+    "Tokens of a whole text, (n, d), but for those whose norm is more than 8 times the median one: see `READINGS`"
+    norm = a.norm(dim=-1)
+    return a[(norm <= 8 * norm.median()) | ~norm.isfinite()]
+
 
 # %% ../nbs/04_models.ipynb #d0a6fd2d
 def _wanted(layers, site, batch_size):
     "The layers that were asked for as a list, None for all"
     if site not in ("output", "input"):
         raise ValueError(f"site must be 'output' or 'input' of the blocks; got {site!r}")
-    if not (isinstance(batch_size, int) and batch_size >= 1):
-        raise ValueError(f"batch_size must be 1 or more; got {batch_size!r}")
+    _check_batch(batch_size)
     if layers is None or isinstance(layers, int): return None if layers is None else [layers]
+    if hasattr(layers, "__index__") and getattr(layers, "ndim", 0) == 0: return [operator.index(layers)]
     if isinstance(layers, (str, dict)) or not hasattr(layers, "__iter__"):
         raise TypeError(f"layers must be a block's number, a list of them, or None for all; got {layers!r}")
     return list(layers)
@@ -552,7 +666,7 @@ def steered_positions(
     return everything if real is None else (real[:, start:],)
 
 # %% ../nbs/04_models.ipynb #76775932
-@dataclass
+@dataclass(eq=False)
 class _PromptMask:
     "Where prompts stand in the batch that `generate` was called with"
     batch: int  # prompts
@@ -573,81 +687,221 @@ def _prompt_mask(model, inputs=None, input_ids=None, inputs_embeds=None, attenti
     masked = 0 if attention_mask is None else attention_mask.shape[1]
     return _PromptMask(len(tokens), max(tokens.shape[1], masked), real)
 
-# %% ../nbs/04_models.ipynb #81f71022
-def _attach(model):
-    "While anything steers this model, its `generate` notes the prompt; nothing else about it changes"
-    watch = _watch_of(model)
-    watch.users += 1
-    if not hasattr(model, "generate") or any(m is model for m, _ in watch.wrapped): return
-    watch.wrapped.append((model, vars(model).get("generate")))
-    original = model.generate
-    @wraps(original)
-    def generate(*args, **kwargs):
-        with watch.lock:  # one call at a time: what a call notes must not reach another thread's
-            # a model that drafts for itself calls generate within generate: the outer prompt counts
-            if watch.prompt is not None: return original(*args, **kwargs)
-            watch.prompt = _prompt_mask(model, *args[:1], **kwargs)
-            try: return original(*args, **kwargs)
-            finally: watch.prompt = None
-    model.generate = generate
+def _negative_prompt(given) -> _PromptMask:
+    "A negative prompt, read off its first pass"
+    ids, mask = given["input_ids"], given.get("attention_mask")
+    real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == ids.shape else None
+    return _PromptMask(*ids.shape, real)
 
-def _detach(model):
-    watch = _watch_of(model)
-    watch.users -= 1
-    while watch.users == 0 and watch.wrapped:
-        m, own = watch.wrapped.pop()
-        if own is None: del m.generate
-        else: m.generate = own
+
+# %% ../nbs/04_models.ipynb #873fb8b6
+_OWN = ContextVar("steerings opened in this thread or task", default=())
+
+@patch
+def acting(self: _Watch) -> tuple:
+    """The steerings of a call that begins now: those of its own thread or task, oldest first.
+
+    A call that has none of its own, such as that of a thread that streams an answer, gets those of whoever steers;
+    a RuntimeError where several do."""
+    mine = tuple(s for s in self.steerings if s.is_mine())
+    if mine or not self.steerings: return mine
+    if self.of_one: return self.steerings
+    raise RuntimeError("this model is being steered by several threads or tasks at once, and this call belongs to "
+                       "none of them: open `with steering(...)` in the thread that calls the model")
+
+@patch
+def add(self: _Watch, steering):
+    steering.view = *(s for s in self.steerings if s.is_mine()), steering
+    with _LOCK: self.steerings += (steering,)
+    self.settle()
+
+@patch
+def drop(self: _Watch, steering):
+    "A call of this thread loses it at once, one of another thread keeps what it began with"
+    with _LOCK: self.steerings = tuple(s for s in self.steerings if s is not steering)
+    for call in (self.here.call, self.here.single):
+        if call is not None: call.steerings = tuple(s for s in call.steerings if s is not steering)
+    self.settle()
+
+# %% ../nbs/04_models.ipynb #fd45c943
+_LOCK, _BORN = threading.RLock(), itertools.count()
+
+@patch
+def settle(self: _Watch):
+    "Hooks where somebody needs them, and nowhere else"
+    with _LOCK:
+        needed = {*self.steerings, *(s for call in list(self.calls) for s in call.steerings)}
+        self.present = tuple(sorted(needed, key=lambda s: s.born))
+        self.of_one = not self.steerings or any({*self.steerings} <= {*s.view} for s in self.steerings)
+        wanted = {}
+        for s in self.present: wanted |= s.places
+        for place in self.hooks.keys() - wanted.keys():
+            for handle in self.hooks.pop(place): handle.remove()
+        for place in wanted.keys() - self.hooks.keys(): self.hooks[place] = wanted[place]()
+        _note_prompts(self)
+    # code that torch.compile made before a hook came or went would go on as if nothing had happened
+    if "torch._dynamo" in sys.modules: torch._dynamo.reset()
+
+@patch
+def ended(self: _Watch, call):
+    "A call is over: whoever was removed while it ran goes now"
+    self.calls.discard(call)
+    if len(self.present) > len(self.steerings): self.settle()
+
+def _after_fork():
+    "The child of a fork has one thread: no other holds a lock or runs a call"
+    global _LOCK
+    _LOCK = threading.RLock()
+    for watch in list(_WATCHES.values()):
+        watch.calls = {call for call in watch.calls if call.thread == threading.get_ident()}
+
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_after_fork)
+
+# %% ../nbs/04_models.ipynb #982ac854
+@patch
+def generating(self: _Watch, model, original, args, kwargs):
+    "Run a model's own `generate`: the hooks know its prompt, and who steers it"
+    here = self.here
+    # a model that drafts for itself calls generate within generate: the outer prompt counts
+    acting = () if here.call is not None else self.acting()
+    if not acting: return original(*args, **kwargs)
+    _refuse_virtual(getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", model))
+    here.call = call = _Call(acting, _prompt_mask(model, *args[:1], **kwargs))
+    settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    call.guided = kwargs.get("guidance_scale", getattr(settings, "guidance_scale", None)) not in (None, 1)
+    self.calls.add(call)
+    try:
+        _rewind(kwargs.get("past_key_values"), call.prompt)
+        return original(*args, **kwargs)
+    finally:
+        here.call = here.prompt = None
+        self.ended(call)
+
+def _wrapped(original, watch_of):
+    @wraps(original)
+    def generate(self, *args, **kwargs):
+        watch = watch_of(self)
+        if watch is None: return original(self, *args, **kwargs)
+        return watch.generating(self, partial(original, self), args, kwargs)
+    return generate
+
+# %% ../nbs/04_models.ipynb #087d3fad
+_STEERED, _GENERATES = set(), {}  # watches with somebody present; class -> its own `generate`, while there are any
+
+def _note_prompts(watch):
+    "While anything is steered, every `generate` of transformers asks whether its model is; nothing else changes"
+    (_STEERED.add if watch.present else _STEERED.discard)(watch)
+    classes = {type(s.model) for w in _STEERED for s in w.present}
+    mixin = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None)
+    # a class inherits its `generate` from there, or has its own
+    owners = {next((c for c in cls.__mro__ if "generate" in vars(c)), None) for cls in classes}
+    wanted = (owners | ({mixin} if _STEERED else set())) - {None}
+    for cls in _GENERATES.keys() - wanted: _restore_generate(cls)
+    for cls in wanted - _GENERATES.keys():
+        _GENERATES[cls] = cls.generate, (ours := _wrapped(cls.generate, lambda model: _WATCHES.get(_decoder(model))))
+        cls.generate = ours
+
+def _restore_generate(cls):
+    "Unless somebody wrapped ours meanwhile"
+    original, ours = _GENERATES[cls]
+    if cls.generate is ours:
+        cls.generate = original
+        del _GENERATES[cls]
+
+# %% ../nbs/04_models.ipynb #77423ae2
+def _mark(cache, column):
+    "Write on a cache from where on its tokens are steered; -1: from somewhere within an answer on"
+    if getattr(cache, "_steered_from", None) is None and hasattr(cache, "__dict__"): cache._steered_from = column
+
+def _rewind(cache, prompt):
+    """Before `generate` goes on from a cache whose last token was steered as a prompt's end, and is none.
+
+    That is a prefix that was read in one pass inside the block. Its last token will be computed again."""
+    begun = getattr(cache, "_steered_from", None)
+    length = _cached(dict(past_key_values=cache)) if begun is not None else 0
+    if begun is None or int(torch.as_tensor(begun).min()) != length - 1 or length >= prompt.length: return
+    try: cache.crop(-1)
+    except (AttributeError, NotImplementedError, ValueError, RuntimeError): pass
+    if _cached(dict(past_key_values=cache)) != length - 1:
+        raise ValueError(f"this {type(cache).__name__} was filled while the model was steered, so the last token "
+                         "of its prefix was steered as if it ended a prompt, and it cannot be taken back: fill it "
+                         "before steering begins")
+    cache._steered_from = None
 
 # %% ../nbs/04_models.ipynb #ab689ecf
 class Steering:
     """A model that is being steered: a handle and a context manager. Made by `steering`.
 
-    Grows below: `strength`, which can be assigned to, and what the hooks do: `_look` before the decoder runs,
-    `_steer` after a block has run. `applied` counts steered token activations; `remove` ends the steering."""
+    Grows below: `strength`, which can be assigned to, and what the hooks ask: `_look` before the decoder runs, `_steer`
+    after a block has run. `applied` counts steered token activations; `remove` ends the steering.
+
+    A handle belongs to the thread that made it, a `with` block to its thread or task: see `_Watch.acting`."""
     def __init__(self, model, parts, strength, positions, history, stack):
         self.model, self.parts, self.stack = model, parts, stack  # parts: (layer, steerer or controller), see `Edits`
         self.positions, self.history = positions, history
-        self._watch, self._where = _watch_of(model), None  # which tokens of the running pass are steered
-        self._edits, self._values, self._remembered, self._applied = {}, {}, {}, 0
+        self.thread, self.born, self.entered, self.attached = threading.get_ident(), next(_BORN), False, True
+        self._watch, self.here, self.last = _watch_of(model), _Where(), None
+        self._pad = _known_pad(model)
+        self._edits, self._values, self._applied = {}, {}, Counter()  # applied: by thread
         self.strength = strength
-        owner = next(m for m in model.modules() if any(c is stack for c in m.children()))
-        self._names = list(inspect.signature(owner.forward).parameters)
-        self._hooks = [owner.register_forward_pre_hook(self._look, with_kwargs=True)]
-        for i in self._edits:
-            self._hooks.append(stack[i].register_forward_hook(partial(self._steer, i), with_kwargs=True))
+        self.places = self._places()
         with torch.inference_mode(False): self._count = {i: _zero(device_of(stack[i])) for i in self._edits}
-        _attach(model)
-        _forget_compiled()
+        self._watch.add(self)
+
+    def is_mine(self) -> bool:
+        "Does it belong to this thread or task?"
+        return self in _OWN.get() if self.entered else self.thread == threading.get_ident()
 
     def remove(self):
-        "Stop steering; the model is exactly what it was"
-        if not self._hooks: return
-        for h in self._hooks: h.remove()
-        self._hooks = []
-        _detach(self.model)
-        _forget_compiled()
+        "Stop steering; once the calls that it steers have ended, the model is exactly what it was"
+        if self.attached: self._watch.drop(self)
+        self.attached = False
+
+class _Where(threading.local):
+    "Which tokens of this thread's pass are steered: None, the first of the last columns, or indices (rows, columns)"
+    def __init__(self): self.where = "never asked"
+
+# %% ../nbs/04_models.ipynb #e7eee3e7
+@patch
+def _places(self: Steering) -> dict:
+    "(kind, module) -> what sets the hooks there"
+    watch, owner = self._watch, _owner(self.model, self.stack)
+    names = list(inspect.signature(owner.forward).parameters)
+    def on_decoder():
+        before = owner.register_forward_pre_hook(partial(watch.look, names), with_kwargs=True)
+        return [before, owner.register_forward_hook(watch.looked, always_call=True)]
+    # before the hooks of others, so that whoever reads a block's output reads what the next block will get
+    def on_block(i):
+        return [self.stack[i].register_forward_hook(partial(watch.steer, i), with_kwargs=True, prepend=True)]
+    def on_head(head, names):
+        return [head.register_forward_pre_hook(partial(watch.note_labels, names), with_kwargs=True)]
+    places = {("decoder", owner): on_decoder} | {("block", self.stack[i]): partial(on_block, i) for i in self._edits}
+    name = next(n for n, m in self.model.named_modules() if m is owner)
+    for depth in range(name.count(".") + 1 if name else 0):
+        head = self.model.get_submodule(".".join(name.split(".")[:depth]))
+        names = list(inspect.signature(head.forward).parameters)
+        if "labels" in names: places["head", head] = partial(on_head, head, names)
+    return places
 
 # %% ../nbs/04_models.ipynb #9c4928c8
 def _zero(device): return torch.zeros((), dtype=torch.int64, device=device)
 
-def _forget_compiled():
-    "Code that torch.compile made before a hook came or went would go on as if nothing had happened"
-    if "torch._dynamo" in sys.modules: torch._dynamo.reset()
-
 @patch(as_prop=True)
 def applied(self: Steering) -> int:
     "How many token activations have been steered so far"
-    return self._applied + sum(int(c) for c in self._count.values())
+    return sum(self._applied.values()) + sum(int(c) for c in self._count.values())
 
 @patch
 def __enter__(self: Steering):
-    if not self._hooks: raise RuntimeError("this steering was removed: call steering(...) again")
+    if not self.attached: raise RuntimeError("this steering was removed: call steering(...) again")
+    self.entered = True
+    _OWN.set((*(s for s in _OWN.get() if s.attached), self))
     return self
 
 @patch
 def __exit__(self: Steering, kind, *_):
     self.remove()
+    _OWN.set(tuple(s for s in _OWN.get() if s is not self))
     if kind is None and not self.applied:
         raise RuntimeError("steering was never applied: no forward pass of this model ran inside the block. "
                            "Was generate called inside the `with`, and on this model object? "
@@ -661,32 +915,84 @@ def __reduce_ex__(self: Steering, protocol):
 @patch
 def __repr__(self: Steering):
     layers = f"layer{'s' * (len(self._edits) > 1)} {', '.join(map(str, self._edits))}"
-    state = "attached" if self._hooks else "removed"
+    state = "attached" if self.attached else "removed"
     return (f"Steering({layers} of {type(self.model).__name__}, strength={self._strength!r}, "
             f"positions={self.positions!r}, {state}, applied={self.applied})")
 
 # %% ../nbs/04_models.ipynb #db6ef968
 @patch
-def _look(self: Steering, module, args, kwargs):
-    "Before the decoder runs: which of its tokens are to be steered?"
-    given, prompt = {**dict(zip(self._names, args)), **kwargs} if args else kwargs, self._watch.prompt
+def look(self: _Watch, names, module, args, kwargs):
+    "Before the decoder runs: who steers this pass, and which of its tokens?"
+    given, here = {**dict(zip(names, args)), **kwargs} if args else kwargs, self.here
+    for s in self.present: s.here.where = None
+    if here.call is not None:
+        here.prompt, acting = here.call.prompt_of(given), here.call.steerings
+        _mark(given.get("past_key_values"), -1)
+    elif torch.compiler.is_compiling(): acting = self.present
+    else:
+        acting = self.acting()
+        here.single = _Call(acting)
+        self.calls.add(here.single)
+    for s in acting: s.here.where = s.last = s._look(given)
+    here.labels = None
+
+@patch
+def looked(self: _Watch, module, args, output=None):
+    "After the decoder has run, or failed"
+    call = self.here.single
+    if call is None or torch.compiler.is_compiling(): return
+    self.here.single = None
+    if call.begun is not None: _mark(getattr(output, "past_key_values", None), call.begun)
+    self.ended(call)
+
+@patch
+def note_labels(self: _Watch, names, module, args, kwargs):
+    "Before a model with labels runs: what will be scored?"
+    self.here.labels = {**dict(zip(names, args)), **kwargs}.get("labels")
+
+@patch
+def steer(self: _Watch, layer, module, args, kwargs, output):
+    "After a block has run; one that runs outside any pass is computed again by autograd, which began with `present`"
+    call = self.here.call if self.here.call is not None else self.here.single
+    for s in self.present if call is None else call.steerings: output = s._steer(layer, args, kwargs, output)
+    return output
+
+# %% ../nbs/04_models.ipynb #0678a932
+@patch
+def _look(self: Steering, given):
+    "Which tokens of the pass that begins are to be steered?"
+    here = self._watch.here
     tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
     if given.get("cache") is not None:
         raise NotImplementedError("continuous batching packs several requests into one row, "
                                   "where their prompts cannot be told apart: use generate")
     batch, n = tokens.shape[:2]
-    positions, answer = self.positions, self._watch.answer
+    positions, answer, prompt = self.positions, here.answer, here.prompt
     if isinstance(positions, Tensor): positions = self._per_row(positions.to(tokens.device), batch, "positions")
     elif positions == "last" and answer is not None: positions = answer.to(tokens.device)
     if self.history == "unsteered": positions = self._only_last(given, answer, n)
-    if n == 1:  # the one new token of a decoding step
-        self._where = 0
-        return
+    if n == 1: return 0  # the one new token of a decoding step
     start = _cached(given)
-    real = _real_tokens(given, prompt, batch, start + n, tokens.device)
-    if prompt is None: first = None
-    else: first = n - 1 if self.history == "unsteered" else prompt.length - 1
-    self._where = _place(steered_positions(positions, n, start, real, first))
+    real = _real_tokens(given, prompt, batch, start + n, tokens.device, self._pad)
+    if prompt is not None:
+        first = n - 1 if self.history == "unsteered" else prompt.length - 1
+        return _place(steered_positions(positions, n, start, real, first))
+    ends = self._ends(given, positions, (batch, n), None if real is None else real[:, start:])
+    if ends is not None: return _place((ends,))
+    if not isinstance(positions, str) or positions == "all": return _place(steered_positions(positions, n, start, real))
+    return self._last(given, n, start, real)
+
+@patch
+def _last(self: Steering, given, n, start, real):
+    """The last prompt token of a pass outside `generate`, and what follows it.
+
+    A cache that nothing has steered holds the beginning of a prompt, one that was steered that of an answer."""
+    cache, single = given.get("past_key_values"), self._watch.here.single
+    if start and getattr(cache, "_steered_from", None) is None:
+        where = _place(steered_positions("last", n, 0, None if real is None else real[:, start:]))
+    else: where = _place(steered_positions("last", n, start, real))
+    if single is not None: single.begun = start + (where if isinstance(where, int) else where[1])
+    return where
 
 def _place(where):
     "Which tokens, found once for all layers: the first of a row's steered columns, or indices (rows, columns)"
@@ -695,6 +1001,40 @@ def _place(where):
     # a mask would be searched again, and waited for, in every layer
     return where if len(where) == 2 else where[0].nonzero(as_tuple=True)
 
+# %% ../nbs/04_models.ipynb #c159b382
+@patch
+def _ends(self: Steering, given, positions, shape, real):
+    """(batch, n) bool: what is steered where the end of a row is not all that matters, or None.
+
+    With labels: each document from the token before its first label on, since that is what is scored.
+    Of several documents in a row, whose position ids fall: the last token of each."""
+    labels, starts = self._watch.here.labels, _document_starts(given, shape, real)
+    if labels is not None and labels.shape != shape: labels = None  # of whole rows
+    if starts is not None and (not isinstance(positions, str) or self.history == "unsteered" or self._remembers()):
+        raise NotImplementedError("several documents are packed into one row (their position ids fall), where this way "
+                                  "of steering needs one prompt a row: give each document a row of its own")
+    if positions != "last" if isinstance(positions, str) else True: return None
+    if labels is not None and self.history == "steered":
+        scored = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+        count = scored.cumsum(1)
+        before = 0 if starts is None else ((count - scored.long()) * starts).cummax(1).values
+        ends = count > before
+    elif starts is not None: ends = nn.functional.pad(starts[:, 1:], (0, 1), value=True)
+    else: return None
+    return ends if real is None else ends & real
+
+def _document_starts(given, shape, real):
+    "Where documents begin in the rows of a pass, (batch, n) bool; None: each row holds one, as far as one can tell"
+    place = given.get("position_ids")
+    if torch.compiler.is_compiling() or not isinstance(place, Tensor) or place.ndim != 2: return None
+    if place.shape[1] != shape[1]: return None
+    falls = (place[:, 1:] <= place[:, :-1]).expand(shape[0], -1)
+    if real is not None: falls = falls & real[:, :-1] & real[:, 1:]
+    return nn.functional.pad(falls, (1, 0), value=True) if falls.any() else None
+
+@patch
+def _remembers(self: Steering): return any(edit.remember is not None for edit in self._edits.values())
+
 # %% ../nbs/04_models.ipynb #de0a7151
 def _cached(given) -> int:
     "How many tokens the cache holds before this pass"
@@ -702,10 +1042,11 @@ def _cached(given) -> int:
     try: return int(cache.get_seq_length())
     except (AttributeError, ValueError): return 0  # no cache, or a recurrent state: it takes its prompt in one pass
 
-def _real_tokens(given, prompt, batch, end, device):
+def _real_tokens(given, prompt, batch, end, device, pad):
     "Which columns hold no pad, (batch, end) bool up to the end of this pass, or None: no pads are known of"
     if prompt: real = None if prompt.real is None else prompt.real.repeat_interleave(batch // prompt.batch, 0)
     else: real = given.get("attention_mask")
+    if real is None and not prompt: real = _before_pads(given.get("input_ids"), pad)
     if not isinstance(real, Tensor) or real.ndim != 2: return None
     gap = end - real.shape[1]
     sides = (0, gap) if prompt else (max(gap, 0), min(gap, 0))
@@ -722,6 +1063,19 @@ def _only_last(self: Steering, given, answer, n):
         raise ValueError("history='unsteered' steers one token of a pass, but an answer scored in one pass needs all "
                          "of its tokens steered: use history='steered', or score token by token without a cache")
     return "last"
+
+def _known_pad(model):
+    "The id that fills gaps and means nothing else; None where there is none"
+    settings = getattr(model, "generation_config", None) or model.config
+    pad = getattr(settings, "pad_token_id", None)
+    others = [getattr(settings, name, None) for name in ("eos_token_id", "bos_token_id")]
+    return None if pad in [i for x in others for i in (x if isinstance(x, list) else [x])] else pad
+
+def _before_pads(ids, pad):
+    "Which tokens stand before the pads that end their row; None where no row ends with one, or nobody can tell"
+    if ids is None or pad is None or torch.compiler.is_compiling() or not (ids[:, -1] == pad).any(): return None
+    return (ids != pad).flip(1).cummax(1).values.flip(1)
+
 
 # %% ../nbs/04_models.ipynb #91b59a2b
 def _take(a, where):
@@ -742,13 +1096,15 @@ def _spread(values, where, n):
 
 # %% ../nbs/04_models.ipynb #2e810a3a
 @patch
-def _steer(self: Steering, layer, module, args, kwargs, output):
+def _steer(self: Steering, layer, args, kwargs, output):
     "After a block has run: its output with the chosen tokens steered"
-    where, y = self._where, output if isinstance(output, Tensor) else output[0]
-    if where is None: return
+    where, y = self.here.where, output if isinstance(output, Tensor) else output[0]
+    if isinstance(where, str): where = self.last  # autograd computes a block again in a thread of its own
+    if where is None or layer not in self._edits: return output
+    if y.ndim != 3: raise ValueError(_FOUR.format(model=type(self.model).__name__, shape=tuple(y.shape)))
     x = (args[0] if args else kwargs["hidden_states"]).to(y.device)
     edit, value, old, kept = self._edits[layer], self._values[layer].to(y.device), _take(y, where), ()
-    if len(old) == 0: return
+    if len(old) == 0: return output
     if value.ndim: value = _spread(self._per_row(value, len(y), "strength"), where, y.shape[1])
     with full_precision(y):  # the steerer chooses its own precision
         if edit.remember is not None: kept = (_spread(self._recall(layer, edit, y, where), where, y.shape[1]),)
@@ -758,7 +1114,7 @@ def _steer(self: Steering, layer, module, args, kwargs, output):
                          f"and returned {tuple(steered.shape)} {steered.dtype}: both must be kept")
     recorded = torch.compiler.is_compiling() or (y.is_cuda and torch.cuda.is_current_stream_capturing())
     if recorded: self._count[layer].add_(len(old))  # counts again whenever the code or graph runs
-    else: self._applied += len(old)
+    else: self._applied[threading.get_ident()] += len(old)
     new = _put(y, where, steered)
     return new if isinstance(output, Tensor) else (new, *output[1:])
 
@@ -768,21 +1124,22 @@ def _recall(self: Steering, layer, edit, y, where):
     """What an edit makes of the output at each row's last prompt token, (batch, ...).
 
     Kept until `generate` returns, made anew in any other pass."""
-    prompt, answer = self._watch.prompt, self._watch.answer
-    if prompt is None or self._remembered.get(layer, (None,))[0] is not prompt:
+    here = self._watch.here
+    kept, key = {} if here.call is None else here.call.kept, (self, layer, here.prompt)
+    if key not in kept:
         steered = torch.zeros(y.shape[:2], device=y.device)
         if isinstance(where, int): steered[:, where:] = 1.0
         else: steered[tuple(w.to(y.device) for w in where)] = 1.0
         everywhere = isinstance(self.positions, str) and self.positions == "all"
         if everywhere: steered = steered.cumsum(1) * steered  # the last one, not the first
-        column = steered.argmax(1) if answer is None else answer.to(y.device) - 1
-        self._remembered[layer] = prompt, edit.remember(y[torch.arange(len(y), device=y.device), column])
-    return self._remembered[layer][1]
+        column = steered.argmax(1) if here.answer is None else here.answer.to(y.device) - 1
+        kept[key] = edit.remember(y[torch.arange(len(y), device=y.device), column])
+    return kept[key]
 
 @patch
 def _per_row(self: Steering, values, batch, name):
     "One value per row of the batch; beams and return sequences share the value of their prompt"
-    rows, prompt = self._watch.rows, self._watch.prompt
+    rows, prompt = self._watch.here.rows, self._watch.here.prompt
     prompts = rows[1] if rows else prompt.batch if prompt else batch
     if len(values) != prompts:
         raise ValueError(f"{name} has {len(values)} rows, but there are {prompts} in the batch: "
@@ -801,6 +1158,7 @@ def strength(self: Steering, strength):
     edits, values = {}, {}
     for layer, part in self.parts:
         value = _resolve(part, strength)
+        if isinstance(part, Steerer): _check_range(part, value, strength, self.model)
         for i, edit in part.edits(self.model, layer, strength).items():
             i = layer_index(self.stack, i)
             edits[i], values[i] = _as_edit(edit), value.to(device_of(self.stack[i]))
@@ -826,7 +1184,22 @@ def _resolve(part: Edits, strength) -> Tensor:
     if value.ndim > 1:
         raise ValueError("strength must be a number or one value per row of the batch; "
                          f"got shape {tuple(value.shape)}")
+    if not value.detach().isfinite().all():
+        raise ValueError(f"strength must be finite, in float32 too; got {strength!r}")
     return value
+
+@torch.no_grad()
+def _check_range(steerer, value, strength, model):
+    "In float16, where numbers end at 65504, a great strength would give infinity"
+    if getattr(model, "dtype", None) != torch.float16: return
+    unit = steerer._unit(strength)[0]
+    if unit in ("nats", "until"): return
+    typical = getattr(steerer, "median_norm_", torch.ones(())).cpu() / steerer.width**.5
+    rows = typical * torch.ones(max(value.numel(), 1), steerer.width)
+    moved = steerer.steer(rows.to(device_of(model)), **{unit: value.detach().reshape(-1).to(device_of(model))})
+    if not moved.half().isfinite().all():
+        raise ValueError(f"strength {strength!r} moves activations beyond 65504, where float16 ends: "
+                         "ask for less, or load the model in bfloat16 or float32")
 
 # %% ../nbs/04_models.ipynb #203c45c0
 def steering(
@@ -953,7 +1326,8 @@ def generate_text(
     **generate_kw,  # what model.generate takes: max_new_tokens, do_sample, num_beams, ...
 ) -> list:  # of str, what follows each prompt (num_return_sequences in a row for each)
     "Answers to prompts, in their order, padded on the left and stripped of the prompt by token count"
-    model, answers = unwrapped(model), []
+    _check_batch(batch_size)
+    model, tokenizer, answers = unwrapped(model), text_tokenizer(tokenizer), []
     coded, pad = encode(tokenizer, prompts), pad_id(tokenizer)
     generate_kw = {"pad_token_id": pad, **generate_kw}
     for b in range(0, len(coded), batch_size):
@@ -983,6 +1357,7 @@ def score_encoded(
 ) -> tuple:  # (N,) float32: log-probability of each answer given its prompt; (N,) bool: is it the greedy answer?
     "How likely answers are that are given as tokens"
     model, n = unwrapped(model), len(coded)
+    _refuse_virtual(model)
     scores, greedy, device = torch.empty(n), torch.empty(n, dtype=torch.bool), device_of(model.get_input_embeddings())
     with evaluating(model):
         for rows in length_batches([len(e.ids) for e in coded], batch_size):
@@ -1024,7 +1399,7 @@ def describe_site(
     blocks: str = None,  # dotted name of the list of blocks, if the search for it fails
 ) -> dict:
     "Where activations come from, for `steerer.about`: model, revision, layer, width, positions and prompt format"
-    model = unwrapped(model)
+    model, tokenizer = unwrapped(model), text_tokenizer(tokenizer)
     stack = decoder_layers(model, blocks)
     layer = layer_index(stack, layer)
     name = next(n for n, m in model.named_modules() if m is stack[layer])

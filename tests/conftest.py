@@ -7,11 +7,11 @@ import pytest
 from .notebooks import Pool
 from .project import copy_of_sources, reads_gguf, run, user_env
 
-REPORT = []  # lines that tests add and pytest prints at the end: times, never asserted
+REPORT = []  # lines that tests add and pytest prints at the end: times, never asserted, and how much was tried
 
 
 def pytest_terminal_summary(terminalreporter):
-    if REPORT: terminalreporter.section("times")
+    if REPORT: terminalreporter.section("times and counts")
     for line in REPORT: terminalreporter.write_line(line)
 
 

@@ -26,7 +26,7 @@ class Dice(Rehearsal):
         super().__init__(real, search, True, out)
         self.search, self.asked, self.known = search, {}, {}
 
-    def run(self, *args, **kwargs):
+    def run(self, *args, beside=(), **kwargs):
         config = self.config(*args, **kwargs)
         key = run_key(config)
         self.asked[key] = config

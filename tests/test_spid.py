@@ -301,8 +301,8 @@ def brute_effort(model, part, texts, **kw):
         q, ids = len(TOK(prompt)["input_ids"]), torch.tensor([TOK(prompt)["input_ids"] + TOK(answer, add_special_tokens=False)["input_ids"]])
         before, after = {}, {}
         blocks = decoder_layers(model)
-        hooks = [b.register_forward_hook(lambda m, a, y, t=t: before.setdefault(t, y.clone()) * 1) for t, b in enumerate(blocks)]
         with ods.steering(model, part, positions=torch.tensor([q]), **kw):
+            hooks = [b.register_forward_hook(lambda m, a, y, t=t: before.setdefault(t, y.clone()) * 1, prepend=True) for t, b in enumerate(blocks)]
             hooks += [b.register_forward_hook(lambda m, a, y, t=t: after.setdefault(t, y.clone()) * 1) for t, b in enumerate(blocks)]
             logits(model, ids)
         for h in hooks: h.remove()
