@@ -59,7 +59,7 @@ def _cell(c, sign="") -> str:
     return "" if c is None else str(c)
 
 # %% ../nbs/19_report.ipynb #43cde4d2
-_MARKUP = re.compile(r"[\\`*${|]|~(?=~)|!(?=\[)|\](?=[(\[:{])|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|^(?:>|[#+-]+(?=\s|$))")
+_MARKUP = re.compile(r"[\\`*${|@^~]|!(?=\[)|\](?=[(\[:{])|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|^(?:>|[#+-]+(?=\s|$))")
 
 def as_written(
     text: str,  # such as a name

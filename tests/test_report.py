@@ -216,7 +216,7 @@ def test_a_dollar_begins_no_formula_in_a_figure(tmp_path):
         plt.close(figure)
         words = [t.get_text() for ax in figure.axes for t in (ax.title, ax.xaxis.label, ax.yaxis.label)] + [figure.get_supylabel()]
         assert any(r"\$" in w for w in words) and not any(re.search(r"(?<!\\)\$", w) for w in words), name
-    assert r"\$reward^\$" in main_table(found["scopes"][0]).markdown()
+    assert r"\$reward\^\$" in main_table(found["scopes"][0]).markdown()
 
 
 def test_results_survive_json_and_are_enough_for_the_report(results, tmp_path):
