@@ -210,6 +210,7 @@ def _key(text: str) -> str: return hashlib.sha256(text.encode("utf-8", "surrogat
 def _tokenizer_hash(tokenizer) -> str:
     return _key(json.dumps([sorted(tokenizer.get_vocab().items()), str(getattr(tokenizer, "chat_template", None))]))
 
+# %% ../nbs/11_judges.ipynb #cc14b957
 @patch
 def get(self: ModelSource) -> tuple:
     "(model, tokenizer), loaded once"
