@@ -662,16 +662,15 @@ def main(
 def _as_options(text, o) -> str:
     "A message in the words of the shell: an argument of Python that is an option here is called by the option's name"
     known = {name: f"--{name.replace('_', '-')} " for name in vars(o)} if o else {}
-    for task in getattr(o, "tasks", ()):
-        if task not in REAL_TASKS: continue
-        spec = REAL_TASKS[task]
-        options = {name: f"--option {name}=" for name in inspect.signature(spec.build).parameters}
-        known = options | known | dict.fromkeys(spec.files, "--data ")
+    for task, spec in REAL_TASKS.items() if "tasks" in known else ():
+        known = {name: f"--option {name}=" for name in inspect.signature(spec.build).parameters} | known
+        for k, file in enumerate(spec.files if task in o.tasks else ()):
+            known[file] = "--data " + "".join(f"{before.upper()}," for before in spec.files[:k])
     def option(match):
         name, value = match.groups()
         if name not in known: return match.group()
-        return known[name] + shlex.quote(value.strip("'")) if value else known[name].rstrip("= ")
-    return re.sub(r"(?<![\w:-])(?<!--option )(?<!--set )([a-z_]+)=('[^']*'|[A-Z]+\b|(?=[\s,;:.)]|$))", option, text)
+        return known[name] + shlex.quote(value.strip("'")) if value else known[name].rstrip("=, ")
+    return re.sub(r"(?<![\w:-])(?<!--option )(?<!--set )([A-Za-z_]+)=('[^']*'|[A-Z]+\b|(?=[\s,;:.)]|$))", option, text)
 
 # %% ../nbs/27_cli.ipynb #6905a020
 _FILE = ("JSONL, JSON, CSV, TSV or parquet file (.gz too), a folder saved by datasets, or the name of a data set; "
@@ -748,8 +747,8 @@ _EXAMPLES = {
              "odesteer demo --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --prompts prompts.txt --spread 1"),
     "fit": ("odesteer fit --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --columns pos,neg --layer 6 "
             "--out steerer",
-            'odesteer fit --model MODEL --pairs TruthfulQA.csv --columns "Correct Answers,Incorrect Answers" --sep ";" '
-            "--question Question --out steerer",
+            "odesteer fit --model MODEL --pairs harmless.json,harmful.json --out steerer",
+            "odesteer fit --model MODEL --pairs replies.csv --wanted-label no --unwanted-label yes --out steerer",
             'odesteer fit --model MODEL --pairs chats.jsonl --system "Answer in one sentence." --out steerer'),
     "sites": ("odesteer sites --model smollm2 --pairs pairs.jsonl",
               "odesteer sites --model MODEL --pairs chats.csv --question Question --template chat "

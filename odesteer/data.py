@@ -16,9 +16,10 @@ from .models import READINGS
 
 # %% auto #0
 __all__ = ['SPLITS', 'READERS', 'QUESTION_ANSWER', 'USUAL', 'USUAL_LABELS', 'TEXTS', 'BAD', 'LABELLED', 'LABELS', 'CUES',
-           'SAMPLING', 'Prompt', 'ContrastTexts', 'group_of', 'group_key', 'digest', 'read_rows', 'write_jsonl',
-           'Pairs', 'load_pairs', 'cell', 'prompt_text', 'cue_auc', 'PairsReport', 'check_pairs', 'load_prompts',
-           'fit_on', 'token_rows', 'fit_steerer', 'texts_to_read', 'check_reading', 'sample', 'sample_batch']
+           'SAMPLING', 'Prompt', 'ContrastTexts', 'group_of', 'group_key', 'digest', 'read_rows', 'NoDataSet',
+           'write_jsonl', 'cell', 'Pairs', 'load_pairs', 'prompt_text', 'cue_auc', 'PairsReport', 'check_pairs',
+           'load_prompts', 'fit_on', 'token_rows', 'fit_steerer', 'texts_to_read', 'check_reading', 'sample',
+           'sample_batch']
 
 # %% ../nbs/05_data.ipynb #36988248
 @dataclass(frozen=True)
@@ -84,7 +85,12 @@ def read_rows(
     if rows: return rows
     raise ValueError(f"{path} is empty: it holds no row")
 
+
+# %% ../nbs/05_data.ipynb #30ec9ac7
 def _kind(path) -> str: return Path(re.sub(r"\.gz$", "", str(path), flags=re.I)).suffix.lower()
+
+def _are_two(path) -> bool:
+    return isinstance(path, (list, tuple)) and len(path) == 2 and not any(isinstance(p, dict) for p in path)
 
 def _named(path) -> str:
     "A file, two files or a table in memory, in words"
@@ -161,6 +167,9 @@ def _json(text):
 def _is_json(text) -> bool:
     try: return _json(text) is not None
     except json.JSONDecodeError: return False
+
+def _is_chat(x): return isinstance(x, list) and len(x) > 0 and all(isinstance(m, dict) for m in x)
+def _is_messages(x): return _is_chat(x) and all("role" in m or "from" in m for m in x)
 
 # %% ../nbs/05_data.ipynb #f10aa778
 SPLITS = {"train", "validation", "valid", "val", "dev", "test"}
@@ -276,7 +285,9 @@ def _read_dataset(name, config, split):
         return list(data)
     except Exception as e:
         reason = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:160]}"
-        raise ValueError(f"{name} is neither a file here nor a data set that could be loaded ({reason})") from None
+        raise NoDataSet(f"{name} is neither a file here nor a data set that could be loaded ({reason})") from None
+
+class NoDataSet(ValueError): "A data set that could not be loaded"
 
 def write_jsonl(
     path,  # file, replaced as a whole; None: the terminal
@@ -286,6 +297,18 @@ def write_jsonl(
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if path is None: sys.stdout.writelines(lines)
     else: write_atomic(path, lines)
+
+# %% ../nbs/05_data.ipynb #6236cd3d
+def cell(
+    row: dict,  # of `read_rows`
+    name: str,  # column; a dot enters nested objects, as in prompt.text
+):  # None where there is no such cell
+    "A cell by the name of its column"
+    if name in row: return row[name]
+    for part in name.split("."):
+        if not isinstance(row, dict) or part not in row: return None
+        row = row[part]
+    return row
 
 # %% ../nbs/05_data.ipynb #525dfd8f
 @dataclass(frozen=True, repr=False)
@@ -319,10 +342,10 @@ def load_pairs(
     found = _sides(path, columns, _list_of(wanted_label), _list_of(unwanted_label), source)
     rows, first, known = [row for row, _, _ in found.rows], found.names[0], found.known
     if column_was_given := question is not None: column = question or None
-    else: column = known.get("question") or _usual_question(rows, found.names)
+    else: column = _usual_question(rows, found.names, known.get("question"))
     for name in (column, group): name is None or _check_column(rows, name, found.where)
     sep = known.get("sep") if sep is None else sep
-    template = template or known.get("template") or _held(rows, first, column, question)
+    template = template or column and known.get("template") or _held(rows, first, column, question)
     template = _template(template, column, system, _any_chat(rows, *found.names, column))
     texts, groups, answers = {1: [], 0: []}, {1: [], 0: []}, {1: [], 0: []}
     for i, (row, cells, where) in enumerate(found.rows):
@@ -349,7 +372,9 @@ def _list_of(x) -> list: return None if x is None else list(x) if isinstance(x, 
 
 def _sides(path, columns, wanted, unwanted, source) -> _Sides:
     "Which cells of which rows are wanted, and which are not"
-    if _are_two(path): return _sides_of_two(path, columns, source)
+    if _are_two(path):
+        if not (wanted or unwanted): return _sides_of_two(path, columns, source)
+        raise ValueError(f"{_named(path)} are the two classes: leave out wanted_label= and unwanted_label=")
     rows, where = read_rows(path, **source), _named(path)
     if not rows: raise ValueError(f"{where} holds no row")
     names = tuple(columns or _usual_columns(rows, where, bool(wanted or unwanted)))
@@ -369,9 +394,6 @@ def _sides(path, columns, wanted, unwanted, source) -> _Sides:
 
 
 # %% ../nbs/05_data.ipynb #e66a7986
-def _are_two(path) -> bool:
-    return isinstance(path, (list, tuple)) and len(path) == 2 and not any(isinstance(p, dict) for p in path)
-
 def _check_texts(rows, name, where):
     if not {_label(cell(r, name)) for r in rows} <= {"", "0", "1"}: return
     raise ValueError(f"{where}: column {name!r} holds nothing but 0 and 1, which are no texts: name TEXT,LABEL")
@@ -382,7 +404,7 @@ def _sides_of_two(paths, columns, source) -> _Sides:
     for y, path, column in zip((1, 0), paths, _list_of(columns) or (None, None)):
         part, where = read_rows(path, **source), _named(path)
         if column: _check_column(part, column, where)
-        else: column = next((n for n in TEXTS if cell(part[0], n) is not None), None)
+        else: column = next((n for n in TEXTS if any(cell(r, n) for r in part)), None)
         if not column: raise ValueError(f"{where} has the columns {_columns(part)}: say which holds the texts")
         rows += [(r, [(y, column)], f"{where}, row {i}") for i, r in enumerate(part, 1)]
         names.append(column)
@@ -438,6 +460,7 @@ USUAL_LABELS = {
     ("chatgpt_response", "hallucination"): dict(question="user_query", labels={"no": 1, "yes": 0}),  # HaluEval
     ("continuation.text", "continuation.toxicity"):  # RealToxicityPrompts
         dict(question="prompt.text", template="{question} {answer}", below=.5),
+    ("prompt.text", "prompt.toxicity"): dict(below=.5),
     ("comment_text", "toxicity"): dict(below=.5), ("text", "toxicity"): dict(below=.5),  # Civil Comments
     ("comment_text", "toxic"): dict(labels={"0": 1, "1": 0}),  # Jigsaw
     **{(text, "label"): {} for text in ("text", "messages", "conversations", "completion", "statement", "sentence")}}
@@ -449,7 +472,7 @@ TEXTS = ("text", "statement", "sentence", "comment_text", "comment", "response",
          "output", "messages", "conversations", "instruction", "goal", "prompt")
 BAD = set("toxic toxicity hallucination hallucinated harmful hate hateful offensive spam biased bias false unsafe "
           "insult threat obscene wrong incorrect error deceptive sexist racist made_up".split())
-LABELLED = BAD | set("label labels class target y sentiment category rating stars score gold truthful truth true "
+LABELLED = BAD | set("label labels class target y sentiment rating stars score gold truthful truth true "
                      "correct factual safe harmless helpful honest".split())
 
 def _label_name(name, among=LABELLED) -> bool:
@@ -466,14 +489,16 @@ def _check_column(rows, name, where):
 
 def _usual_columns(rows, where, labelled) -> tuple:
     "Columns by their names: a known pair, else a text and a label"
-    def has(pair): return all(cell(rows[0], name) is not None for name in pair)
-    labels = [name for name in rows[0] if _label_name(name)]
-    texts = [name for name in TEXTS if name in rows[0] and name not in labels]
+    def has(pair): return all(any(cell(r, name) not in (None, "") for r in rows[:1000]) for name in pair)
+    labels = [name for name in rows[0] if _label_name(name) and has([name])]
+    texts = [name for name in TEXTS if name not in labels and has([name])]
     usual = [pair for pair in ({} if labelled else USUAL) if has(pair)] + [pair for pair in USUAL_LABELS if has(pair)]
     if len(labels) == 1: usual += [(text, labels[0]) for text in texts]
+    usual += [pair for pair in USUAL_LABELS if set(pair) <= rows[0].keys()]  # with nothing in it, which is said later
     if usual: return usual[0]
-    kinds = "texts of one kind need a second file with those of the other" if texts and not labels else "or TEXT,LABEL"
-    raise ValueError(f"{where} has the columns {_columns(rows)}: say which hold the texts, as WANTED,UNWANTED; {kinds}")
+    other = "; or give a second file, with texts of the other kind" if texts and not labels else ""
+    raise ValueError(f"{where} has the columns {_columns(rows)}: say which hold the texts, as WANTED,UNWANTED or "
+                     f"TEXT,LABEL{other}")
 
 # %% ../nbs/05_data.ipynb #a6072234
 LABELS = dict.fromkeys("1 true pos positive wanted good right correct desirable".split(), 1)
@@ -523,15 +548,16 @@ def _classes(rows, column, known, wanted, unwanted, where) -> tuple:
     here = f"{where}: the labels in column {column!r} are {_counted(counts, shown)}"
     if wanted or unwanted: class_of = _mapped(counts, wanted, unwanted, here)
     elif below := known.get("below"): class_of = {x: int(float(x) < below) for x in counts if _is_number(x)}
-    else: class_of = _understood(counts, column, known.get("labels"), shown, here)
+    else: class_of = _understood(counts, column, known.get("labels"), shown, where, here)
     sides = [_counted({x: n for x, n in counts.items() if class_of.get(x) == y}, shown) for y in (1, 0)]
     if "below" in known and not (wanted or unwanted):
         n = sum(counts[x] for x, y in class_of.items() if y)
         sides = [f"below {below} ({n})", f"from {below} on ({sum(counts.values()) - n})"]
     others = sum(counts[x] for x in counts.keys() - class_of)
     dropped = (labels.count(""), "without a label"), (others, "of other labels")
-    left = [f"{n} rows {what} are left out" for n, what in dropped if n]
-    return [class_of.get(x) for x in labels], ", ".join([f"wanted {sides[0]}", f"unwanted {sides[1]}", *left])
+    left = ", ".join(f"{n} {what}" for n, what in dropped if n)
+    meaning = f"wanted {sides[0]}, unwanted {sides[1]}" + (f"; rows left out: {left}" if left else "")
+    return [class_of.get(x) for x in labels], meaning
 
 def _counted(counts, shown, most=8) -> str:
     "Labels with how often each is there"
@@ -540,18 +566,29 @@ def _counted(counts, shown, most=8) -> str:
 
 
 # %% ../nbs/05_data.ipynb #708fb5cf
-def _understood(counts, column, known, shown, here) -> dict:
+def _understood(counts, column, known, shown, where, here) -> dict:
     "Label -> class by its words; a ValueError where they do not say it"
     words = known or LABELS
     if not known and {"-1", "0"} <= set(counts): words = {x: y for x, y in LABELS.items() if x != "0"}  # neither
     unclear = [x for x in counts if x not in words]
     bad = not known and _label_name(column, BAD) and set(counts) <= {"0", "1", "true", "false"}
     if not (unclear or bad): return words
+    if len(counts) > 8 and all(map(_is_number, counts)):
+        numbers = sorted(map(float, counts))
+        raise ValueError(f"{where}: column {column!r} holds {len(counts)} different numbers from {numbers[0]:g} to "
+                         f"{numbers[-1]:g}: make labels of them, 1 and 0 on the two sides of a threshold")
     why = f"what {str(shown[unclear[0]])[:40]!r} means" if unclear else f"whether {column} is wanted"
-    ranked = [str(shown[x])[:40] for x in sorted(counts, key=lambda x: words.get(x, .5))]
+    def rank(x): return words.get(x, {"yes": .6, "y": .6, "no": .4, "n": .4}.get(x, .5))
+    best, *rest = sorted(counts, key=lambda x: (-rank(x), -counts[x]))
+    worst = min(rest, key=rank, default="")
+    if _label_name(column, BAD): best, worst = worst, best
+    texts = "" if _label_name(column) else "; if these are texts, call the columns pos and neg"
+    a, b = (str(shown.get(x, "another"))[:40] for x in (best, worst))
     raise ValueError(f"{here}, which does not say {why}: name the label, or labels, of each class, such as "
-                     f"wanted_label={ranked[-1]!r} and unwanted_label={ranked[0]!r}; rows of other labels are left out")
+                     f"wanted_label={a!r} and unwanted_label={b!r}; rows of other labels are left out{texts}")
 
+
+# %% ../nbs/05_data.ipynb #8cae3a05
 def _mapped(counts, wanted, unwanted, here) -> dict:
     "Label -> class as named; where there are only two labels, naming one is enough"
     def meant(values):
@@ -576,11 +613,12 @@ def _answers(x, sep, where):
     return [a.strip() for a in x if a.strip()]
 
 # %% ../nbs/05_data.ipynb #c016f219
-def _usual_question(rows, columns):
-    "The column of a usual name that holds a question in every row, if there is one"
+def _usual_question(rows, columns, known=None):
+    "The column that is known to, or by its name may, hold a question in every row, if there is one"
     def asks(x): return isinstance(x, str) and x.strip() or _is_chat(x)
-    names = [n for n in ("question", "Question", "prompt", "conversations", "messages") if n not in columns]
-    return next((n for n in names if all(asks(r.get(n)) for r in rows)), None)
+    usual = known, "question", "Question", "prompt", "conversations", "messages"
+    names = [n for n in usual if n not in (None, *columns)]
+    return next((n for n in names if all(asks(cell(r, n) if n == known else r.get(n)) for r in rows)), None)
 
 def _held(rows, text, question, named):
     "The template of texts that hold their question already; nothing where the column was named"
@@ -594,23 +632,9 @@ def _say(found, question, template):
     name = ",".join(Path(part).name for part in found.where.split(","))
     print(f"odesteer: {name}: {taken}{asked}, template {template!r}", file=sys.stderr, flush=True)
 
-# %% ../nbs/05_data.ipynb #6236cd3d
-def cell(
-    row: dict,  # of `read_rows`
-    name: str,  # column; a dot enters nested objects, as in prompt.text
-):  # None where there is no such cell
-    "A cell by the name of its column"
-    if name in row: return row[name]
-    for part in name.split("."):
-        if not isinstance(row, dict) or part not in row: return None
-        row = row[part]
-    return row
-
 # %% ../nbs/05_data.ipynb #6ff891d9
 _ROLES = {"human": "user", "gpt": "assistant"}  # where messages are written as from and value
 
-def _is_chat(x): return isinstance(x, list) and len(x) > 0 and all(isinstance(m, dict) for m in x)
-def _is_messages(x): return _is_chat(x) and all("role" in m or "from" in m for m in x)
 def _any_chat(rows, *columns): return any(_is_chat(cell(r, n)) for r in rows for n in columns if n)
 
 def _chat(x, where) -> list:
@@ -700,7 +724,8 @@ def cue_auc(
     from sklearn.metrics import roc_auc_score
     texts = (pairs.pos_answers or pairs.pos) + (pairs.neg_answers or pairs.neg)
     y = np.repeat([1., 0.], [len(pairs.pos), len(pairs.neg)])
-    count = CountVectorizer(analyzer=_words, binary=True).fit_transform(texts).astype(float)
+    def words(text): return _words(text) or [""]  # to have none is a cue too
+    count = CountVectorizer(analyzer=words, binary=True).fit_transform(texts).astype(float)
     length = np.array([[math.log1p(len(_words(t)))] for t in texts])
     scores = {cue: np.zeros(len(y)) for cue in ("length", "best word", "bag of words")}
     for train, test in _folds(pairs.groups, y, folds, seed):
@@ -920,6 +945,9 @@ def fit_steerer(
 ):  # the fitted steerer or controller
     "Fit a method of any kind on contrastive texts; ValueError for a controller that is told where to read"
     check_reading(reading, method)
+    if not isinstance(texts, ContrastTexts):
+        raise ValueError("texts are ContrastTexts(pos, neg, pos_groups, neg_groups), or what load_pairs makes of a "
+                         f"file or table; got {type(texts).__name__}")
     how = dict(batch_size=batch_size, progress=sys.stderr.isatty())
     if not load_class(method).needs_layer:
         return ods.make_steerer(method, **params).fit(model, tokenizer, texts.pos, texts.neg, **how)
