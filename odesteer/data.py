@@ -5,9 +5,9 @@
 # %% ../nbs/05_data.ipynb #2306edb1
 from __future__ import annotations  # models appear in signatures, transformers is never imported here
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-import csv, hashlib, json, math, re, sys
+import codecs, csv, gzip, hashlib, io, json, math, re, sys, zlib
 import numpy as np
 import torch
 import odesteer as ods
@@ -15,10 +15,11 @@ from .euler import load_class, write_atomic
 from .models import READINGS
 
 # %% auto #0
-__all__ = ['READERS', 'QUESTION_ANSWER', 'USUAL', 'LABELS', 'CUES', 'SAMPLING', 'Prompt', 'ContrastTexts', 'group_of',
-           'group_key', 'digest', 'read_rows', 'write_jsonl', 'Pairs', 'load_pairs', 'cell', 'prompt_text', 'cue_auc',
-           'PairsReport', 'check_pairs', 'load_prompts', 'fit_on', 'token_rows', 'fit_steerer', 'texts_to_read',
-           'check_reading', 'sample', 'sample_batch']
+__all__ = ['SPLITS', 'READERS', 'QUESTION_ANSWER', 'USUAL', 'USUAL_LABELS', 'TEXTS', 'BAD', 'LABELLED', 'LABELS', 'CUES',
+           'SAMPLING', 'Prompt', 'ContrastTexts', 'group_of', 'group_key', 'digest', 'read_rows', 'NoDataSet',
+           'write_jsonl', 'cell', 'Pairs', 'load_pairs', 'prompt_text', 'cue_auc', 'PairsReport', 'check_pairs',
+           'load_prompts', 'fit_on', 'token_rows', 'fit_steerer', 'texts_to_read', 'check_reading', 'sample',
+           'sample_batch']
 
 # %% ../nbs/05_data.ipynb #36988248
 @dataclass(frozen=True)
@@ -35,6 +36,22 @@ class ContrastTexts:
     pos_groups: list  # question or fact of each wanted text, (N+,)
     neg_groups: list  # of each unwanted one, (N-,)
 
+    def __post_init__(self):
+        for name in ("pos", "neg", "pos_groups", "neg_groups"):
+            object.__setattr__(self, name, _listed(getattr(self, name), name))
+
+def _listed(x, name) -> list:
+    "What a list, a column of a table or an array holds; a ValueError for a table, or one text alone"
+    if hasattr(x, "columns"):
+        columns = ", ".join(map(str, x.columns))
+        raise ValueError(f"{name} is a table with the columns {columns}: give one of them, or the table to load_pairs")
+    if isinstance(x, (str, dict)) or not hasattr(x, "__iter__"):
+        raise ValueError(f"{name} must be a list, or a column of a table; got {type(x).__name__} {str(x)[:60]!r}")
+    x = x if isinstance(x, list) else x.tolist() if hasattr(x, "tolist") else list(x)
+    lost = next((i for i, item in enumerate(x) if not isinstance(item, (str, list, tuple))), None)
+    if lost is None or "groups" in name: return x
+    raise ValueError(f"{name}[{lost}] is {str(x[lost])[:60]}, no text: leave out the rows that have none")
+
 # %% ../nbs/05_data.ipynb #fca98d33
 def group_of(prompt: Prompt):
     "The group of a prompt: the `id` of its fact, or the fact itself"
@@ -50,72 +67,210 @@ def digest(*lists) -> str:
 
 # %% ../nbs/05_data.ipynb #5376cf76
 def read_rows(
-    path,  # .jsonl, .json, .csv, .tsv, .parquet, .txt (one text a line), a folder saved by `datasets`, or owner/name
+    path,  # .jsonl, .json, .csv, .tsv, .parquet, .txt (one text a line), each also .gz; owner/name; a table in memory
     config: str = None,  # configuration of a data set that has several
-    split: str = "train",  # of a data set
+    split: str = "train",  # of a data set, or of a JSON file that holds several
 ) -> list:  # of dicts, column -> cell
     "Rows of a file or data set; ValueError or FileNotFoundError with the line where something is wrong"
-    path = str(path)
-    kind = Path(path).suffix.lower()
-    hub_id = kind not in READERS and path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    if Path(path).is_dir() or (hub_id and not Path(path).exists()): return _read_dataset(path, config, split)
+    where, kind = _named(path), _kind(path)
+    if not isinstance(path, (str, Path)): return _sound(_rows_in(path, split, where), where)
+    hub_id = kind not in READERS and where.count("/") == 1 and not where.startswith((".", "/", "~"))
+    if Path(path).is_dir() or (hub_id and not Path(path).exists()): return _read_dataset(where, config, split)
     if not Path(path).exists():
         hint = "" if kind in READERS else " (a data set on the hub is named owner/name)"
         raise FileNotFoundError(f"no file {path}{hint}")
     if kind not in READERS: raise ValueError(f"{path}: unknown kind of file; use one of {', '.join(READERS)}")
-    try: rows = READERS[kind](path)
+    try: rows = _sound(_rows_in(READERS[kind](where), split, where), where)
+    except RecursionError: raise ValueError(f"{path} is nested too deeply to be rows of texts") from None
+    if rows: return rows
+    raise ValueError(f"{path} is empty: it holds no row")
+
+
+# %% ../nbs/05_data.ipynb #30ec9ac7
+def _kind(path) -> str: return Path(re.sub(r"\.gz$", "", str(path), flags=re.I)).suffix.lower()
+
+def _are_two(path) -> bool:
+    return isinstance(path, (list, tuple)) and len(path) == 2 and not any(isinstance(p, dict) for p in path)
+
+def _named(path) -> str:
+    "A file, two files or a table in memory, in words"
+    if _are_two(path): return ",".join(map(_named, path))
+    return str(path) if isinstance(path, (str, Path)) else type(path).__name__
+
+# %% ../nbs/05_data.ipynb #5f35ad1e
+def _text(path) -> str:
+    "The text of a file, unpacked where it is compressed"
+    data = Path(path).read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        try: data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as e: raise ValueError(f"{path} cannot be unpacked: {e}") from None
+    wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what spreadsheets call Unicode text
+    try: text = data.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}): save it as UTF-8") from None
-    if not rows: raise ValueError(f"{path} is empty: it holds no row")
+        raise ValueError(f"{path} is not UTF-{16 if wide else 8} text (byte {e.start}): save it as UTF-8") from None
+    if "\0" not in text: return text
+    line = text.count("\n", 0, text.index("\0")) + 1
+    raise ValueError(f"{path}, line {line} holds NUL characters, as no text does: save it as UTF-8")
+
+def _lines(text) -> list:
+    "(number, line) of the lines that are not blank"
+    return [(i, line) for i, line in enumerate(re.split(r"\r\n|\r|\n", text), 1) if line.strip()]
+
+def _read_txt(path): return [{"text": line} for _, line in _lines(_text(path))]
+
+
+# %% ../nbs/05_data.ipynb #504e7429
+def _sound(rows, where) -> list:
+    "The rows; a ValueError where a text holds half of a character, which no tokenizer takes"
+    def torn(x):
+        if isinstance(x, str): return not x.isascii() and re.search("[\ud800-\udfff]", x)
+        if isinstance(x, dict): return any(torn(v) for pair in x.items() for v in pair)
+        return isinstance(x, list) and any(map(torn, x))
+    for i, row in enumerate(rows, 1):
+        if not torn(row): continue
+        name = next((repr(k) for k, v in row.items() if torn(v)), "of that name")
+        raise ValueError(f"{where}, row {i}, column {name}: a text holds half of a character (a lone surrogate such as "
+                         "\\ud800), left by a cut in the wrong place: mend it or leave out the row")
     return rows
 
-# %% ../nbs/05_data.ipynb #67db7252
-def _read_jsonl(path):
-    with open(path, encoding="utf-8-sig") as f:
-        return [_json(line, f"{path}, line {i}") for i, line in enumerate(f, 1) if line.strip()]
-
-def _json(text, where):
-    "One JSON object, or an error that says where"
-    try: row = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{where} is not valid JSON: {e.msg} at column {e.colno}") from None
-    if isinstance(row, dict): return row
-    raise ValueError(f'{where} is not an object such as {{"pos": "...", "neg": "..."}}: {text.strip()[:60]}')
-
+# %% ../nbs/05_data.ipynb #20628860
 def _read_json(path):
-    try: rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    "What a JSON file holds: one value, or a list of those that stand one a line"
+    text, whole = _text(path), _kind(path) == ".json"
+    lines = _lines(text)
+    try: value = _json(text)
     except json.JSONDecodeError as e:
+        if not (whole and lines) or _is_json(lines[0][1]): return _read_json_lines(lines, path)
         raise ValueError(f"{path}, line {e.lineno} is not valid JSON: {e.msg} at column {e.colno}") from None
-    if isinstance(rows, list) and all(isinstance(r, dict) for r in rows): return rows
-    raise ValueError(f"{path} is not a list of objects; use .jsonl for one object a line")
+    return value if whole or isinstance(value, list) else [value]
 
-def _read_csv(path, delimiter=","):
-    with open(path, encoding="utf-8-sig", newline="") as f:  # utf-8-sig: a byte-order mark is no part of the first name
-        reader = csv.DictReader(f, delimiter=delimiter, strict=True)
-        try: return [_whole(row, reader, path) for row in reader]
-        except csv.Error as e: raise ValueError(f"{path}, line {reader.line_num}: {e}") from None
+def _read_json_lines(lines, path) -> list:
+    "A value a line, all of one kind"
+    values = []
+    for i, line in lines:
+        try: values.append(_json(line))
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path}, line {i} is not valid JSON: {e.msg} at column {e.colno}") from None
+        if type(values[-1]) is type(values[0]): continue
+        raise ValueError(f'{path}, line {i} is not an object such as {{"pos": "...", "neg": "..."}}, '
+                         f"or not what line {lines[0][0]} is: {line.strip()[:60]!r}")
+    return values
+
+def _json(text):
+    "A value; a JSONDecodeError also where a number is too long to be read"
+    try: return json.loads(text)
+    except json.JSONDecodeError: raise
+    except ValueError as e: raise json.JSONDecodeError(str(e).partition(";")[0], text, 0) from None
+
+
+# %% ../nbs/05_data.ipynb #f9014219
+def _is_json(text) -> bool:
+    try: return _json(text) is not None
+    except json.JSONDecodeError: return False
+
+def _is_chat(x): return isinstance(x, list) and len(x) > 0 and all(isinstance(m, dict) for m in x)
+def _is_messages(x): return _is_chat(x) and all("role" in m or "from" in m for m in x)
+
+# %% ../nbs/05_data.ipynb #f10aa778
+SPLITS = {"train", "validation", "valid", "val", "dev", "test"}
+
+def _rows_in(x, split, where) -> list:
+    "Rows of a table: a list of objects, of texts or of chats, columns, splits, or a table of pandas or datasets"
+    if hasattr(x, "columns") and hasattr(x, "to_dict"):  # a missing cell of pandas is a number, which is no text
+        x = x.astype(object).where(x.notna(), None).to_dict("records")
+    if isinstance(x, dict): return _rows_of_object(x, split, where)
+    if isinstance(x, str) or not hasattr(x, "__iter__"): raise _no_rows(where, x)
+    rows = x.tolist() if hasattr(x, "tolist") else list(x)
+    for kind, made in ((dict, dict), (str, lambda text: {"text": text}), (list, lambda chat: {"messages": chat})):
+        fits = _is_chat if kind is list else lambda row: isinstance(row, kind)
+        if all(map(fits, rows)): return [made(row) for row in rows]
+    first = next(row for row in rows if not isinstance(row, dict))
+    raise _no_rows(f"{where}, item {rows.index(first) + 1}", first)
+
+def _no_rows(where, x):
+    return ValueError(f'{where} is {str(x)[:60]!r}: rows are a list of objects such as {{"pos": "...", "neg": "..."}}, '
+                      "of texts or of chats; or columns; or one object a line")
+
+
+# %% ../nbs/05_data.ipynb #265c4946
+def _rows_of_object(x, split, where) -> list:
+    "Rows of a JSON object: its split, what it holds below a usual name, its columns, or the object as the only row"
+    if split in x and not isinstance(x[split], str): return _rows_in(x[split], split, where)
+    if x and set(x) <= SPLITS:
+        raise ValueError(f"{where}: no split {split!r}; there are {', '.join(map(str, x))}")
+    held = next((x[k] for k in ("data", "rows", "examples", "instances", "pairs") if isinstance(x.get(k), list)), None)
+    if held and isinstance(held[0], dict): return _rows_in(held, split, where)
+    parts = list(x.values())
+    if parts and all(isinstance(part, dict) for part in parts):  # rows by their ids, or as pandas writes columns
+        if not all(str(k).isdigit() for part in parts for k in part): return _rows_in(parts, split, where)
+        parts = [list(part.values()) for part in parts]
+    if not parts or any(isinstance(p, str) or not hasattr(p, "__len__") or _is_messages(p) for p in parts): return [x]
+    sizes = {str(k): len(part) for k, part in zip(x, parts)}
+    if len(set(sizes.values())) == 1: return [dict(zip(x, row)) for row in zip(*parts)]
+    raise ValueError(f"{where}: columns of different lengths, {', '.join(f'{k} {n}' for k, n in sizes.items())}: a row "
+                     "needs a cell of each; texts that are no pairs go into two files, WANTED,UNWANTED")
+
+# %% ../nbs/05_data.ipynb #67db7252
+def _read_csv(path, usual=","):
+    "Rows below a header, separated by what is usual, or by the one other character that the header has"
+    text = _text(path)
+    header = re.sub(r'"[^"]*"', "", (_lines(text) or [(1, "")])[0][1])
+    others = [d for d in ",;\t" if d in header]
+    delimiter = others[0] if len(others) == 1 else usual
+    if delimiter != "\t": return _below_header(_records(text, delimiter, path), path)
+    plain = [(i, line.split("\t")) for i, line in _lines(text)]
+    sizes = {len(cells) for _, cells in plain}
+    if len(sizes) == 1 and sizes != {1}: return _below_header(_unquoted(plain), path)
+    try: return _below_header(_records(text, delimiter, path), path)
+    except ValueError: return _below_header(plain, path)  # which says where
+
+def _read_tsv(path): return _read_csv(path, "\t")
+
+def _unquoted(lines) -> list:
+    "Cells without the quotation marks of a spreadsheet, where every mark in the file is one of those"
+    whole = re.compile(r'"(?:[^"]|"")*"')
+    if not all(whole.fullmatch(c) for _, cells in lines for c in cells if '"' in c): return lines
+    return [(i, [c[1:-1].replace('""', '"') if c[:1] == '"' else c for c in cells]) for i, cells in lines]
+
+
+# %% ../nbs/05_data.ipynb #67e38cf1
+def _records(text, delimiter, path) -> list:
+    "(number of the first line, cells) of every record"
+    reader, found = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), []
+    limit, start = csv.field_size_limit(max(len(text), 1000)), 1  # a cell may be as long as the file
+    try:
+        for cells in reader:
+            found.append((start, cells))
+            start = reader.line_num + 1
+    except csv.Error as e:
+        raise ValueError(f"{path}, line {start}: {e} (a quotation mark in a quoted cell is written twice)") from None
+    finally: csv.field_size_limit(limit)
+    return found
 
 # %% ../nbs/05_data.ipynb #9004419f
-def _whole(row, reader, path):
-    "A row with as many cells as the header"
-    if None not in row and None not in row.values(): return row
-    amount = "more" if None in row else "fewer"
-    raise ValueError(f"{path}, line {reader.line_num}: {amount} cells than the header's {len(reader.fieldnames)}; "
-                     "quote cells that contain a comma or a line break")
+def _below_header(lines, path) -> list:
+    "Rows with as many cells as the header"
+    lines = [line for line in lines if line[1]]
+    names = [name.strip() for name in lines[0][1]] if lines else []
+    names = [f"{name}.{k}" if name in names[:k] else name for k, name in enumerate(names)]  # the first keeps its name
+    rows = []
+    for i, cells in lines[1:]:
+        if len(cells) == len(names): rows.append(dict(zip(names, cells)))
+        elif any(c.strip() for c in cells):
+            amount = "more" if len(cells) > len(names) else "fewer"
+            raise ValueError(f"{path}, line {i}: {amount} cells than the header's {len(names)}; "
+                             "quote cells that contain a line break or what separates cells")
+    return rows
 
 def _read_parquet(path):
     import pyarrow.parquet as pq
     try: return pq.read_table(path).to_pylist()
     except Exception as e:
-        raise ValueError(f"{path} is not a parquet file that can be read: {str(e).splitlines()[0]}") from None
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ValueError(f"{path} is not a parquet file that can be read: {reason}") from None
 
-def _read_txt(path):
-    with open(path, encoding="utf-8-sig") as f: return [{"text": line.rstrip("\r\n")} for line in f if line.strip()]
-
-def _read_tsv(path): return _read_csv(path, "\t")
-
-READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv,
-           ".parquet": _read_parquet, ".txt": _read_txt}
+READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv,
+           ".parquet": _read_parquet, ".txt": _read_txt, ".ndjson": _read_json}
 
 # %% ../nbs/05_data.ipynb #2ffca53f
 def _read_dataset(name, config, split):
@@ -130,7 +285,9 @@ def _read_dataset(name, config, split):
         return list(data)
     except Exception as e:
         reason = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:160]}"
-        raise ValueError(f"{name} is neither a file here nor a data set that could be loaded ({reason})") from None
+        raise NoDataSet(f"{name} is neither a file here nor a data set that could be loaded ({reason})") from None
+
+class NoDataSet(ValueError): "A data set that could not be loaded"
 
 def write_jsonl(
     path,  # file, replaced as a whole; None: the terminal
@@ -140,6 +297,18 @@ def write_jsonl(
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if path is None: sys.stdout.writelines(lines)
     else: write_atomic(path, lines)
+
+# %% ../nbs/05_data.ipynb #6236cd3d
+def cell(
+    row: dict,  # of `read_rows`
+    name: str,  # column; a dot enters nested objects, as in prompt.text
+):  # None where there is no such cell
+    "A cell by the name of its column"
+    if name in row: return row[name]
+    for part in name.split("."):
+        if not isinstance(row, dict) or part not in row: return None
+        row = row[part]
+    return row
 
 # %% ../nbs/05_data.ipynb #525dfd8f
 @dataclass(frozen=True, repr=False)
@@ -158,32 +327,89 @@ class Pairs(ContrastTexts):
 
 # %% ../nbs/05_data.ipynb #1d0fdd65
 def load_pairs(
-    path,  # what `read_rows` reads
-    columns=None,  # (wanted, unwanted) or (text, label); None: a usual pair of names is looked for
+    path,  # what `read_rows` reads; or two of them, (wanted, unwanted)
+    columns=None,  # (wanted, unwanted) or (text, label); None: usual names are looked for, in two files of one text
     question: str = None,  # column that makes groups and fills the template; None: a usual name; "": there is none
     group: str = None,  # column of group ids, where it is not the question
     sep: str = None,  # splits a cell into several answers
     template: str = None,  # with {question} and {answer}, or "chat"; default QUESTION_ANSWER if there is a question
     system: str = None,  # message that chats begin with, where they have none of their own
+    wanted_label=None,  # value of the label that is wanted, or several, where its words do not say so
+    unwanted_label=None,  # that is not; rows of other labels are left out
     **source,  # config, split of `read_rows`
 ) -> Pairs:
     "Contrastive texts from a file or data set; ValueError where columns, labels or template do not fit"
-    rows = read_rows(path, **source)
-    first, second = names = columns or _usual_columns(rows, path)
-    column = _usual_question(rows, names) if question is None else question or None
-    for name in (first, second, column, group): name is None or _check_column(rows, name, path)
-    template = template or _held(rows, first, column, question)
-    template = _template(template, column, system, _any_chat(rows, *names, column))
-    labelled = all(_label(cell(r, second)) is not None for r in rows)
+    found = _sides(path, columns, _list_of(wanted_label), _list_of(unwanted_label), source)
+    rows, first, known = [row for row, _, _ in found.rows], found.names[0], found.known
+    if column_was_given := question is not None: column = question or None
+    else: column = _usual_question(rows, found.names, known.get("question"))
+    for name in (column, group): name is None or _check_column(rows, name, found.where)
+    sep = known.get("sep") if sep is None else sep
+    template = template or column and known.get("template") or _held(rows, first, column, question)
+    template = _template(template, column, system, _any_chat(rows, *found.names, column))
     texts, groups, answers = {1: [], 0: []}, {1: [], 0: []}, {1: [], 0: []}
-    for i, row in enumerate(rows):
-        for y, text, answer in _texts_of(row, names, labelled, column, sep, template, system, f"{path}, row {i + 1}"):
+    for i, (row, cells, where) in enumerate(found.rows):
+        for y, text, answer in _texts_of(row, cells, column, sep, template, system, where):
             texts[y].append(text)
             answers[y].append(answer)
             groups[y].append(_group_in(row, group or column, text, i))
-    _both_classes(texts, path, first, second, labelled)
-    if column and question is None: _say(path, names, labelled, column, template)
+    _both_classes(texts, found)
+    if found.said or column and not column_was_given: _say(found, column, template)
     return Pairs(texts[1], texts[0], groups[1], groups[0], template, answers[1], answers[0], system or None)
+
+# %% ../nbs/05_data.ipynb #17710cdb
+@dataclass
+class _Sides:
+    "Rows with the columns of their texts, and what is known of them"
+    rows: list  # (row, [(class, column), ...], where it stands)
+    names: tuple  # columns
+    where: str  # the file
+    said: str = ""  # what was taken without being named
+    known: dict = field(default_factory=dict)  # question, sep and template of a published set
+
+# %% ../nbs/05_data.ipynb #33925a01
+def _list_of(x) -> list: return None if x is None else list(x) if isinstance(x, (list, tuple)) else [x]
+
+def _sides(path, columns, wanted, unwanted, source) -> _Sides:
+    "Which cells of which rows are wanted, and which are not"
+    if _are_two(path):
+        if not (wanted or unwanted): return _sides_of_two(path, columns, source)
+        raise ValueError(f"{_named(path)} are the two classes: leave out wanted_label= and unwanted_label=")
+    rows, where = read_rows(path, **source), _named(path)
+    if not rows: raise ValueError(f"{where} holds no row")
+    names = tuple(columns or _usual_columns(rows, where, bool(wanted or unwanted)))
+    if len(names) != 2: raise ValueError(f"columns are {', '.join(names)}: name two, WANTED,UNWANTED or TEXT,LABEL")
+    for name in names: _check_column(rows, name, where)
+    known = USUAL.get(names) or USUAL_LABELS.get(names) or {}
+    label = _label_column(rows, names, [*(wanted or []), *(unwanted or [])])
+    if label is None:
+        for name in names: _check_texts(rows, name, where)
+        said = f"wanted {names[0]!r}, unwanted {names[1]!r}" if known.get("said") and not columns else ""
+        cells = [(1, names[0]), (0, names[1])]
+        return _Sides([(r, cells, f"{where}, row {i}") for i, r in enumerate(rows, 1)], names, where, said, known)
+    text = names[0] if label == names[1] else names[1]
+    classes, meaning = _classes(rows, label, known, wanted, unwanted, where)
+    kept = [(r, [(y, text)], f"{where}, row {i}") for i, (r, y) in enumerate(zip(rows, classes), 1) if y is not None]
+    return _Sides(kept, (text, label), where, f"text {text!r}, label {label!r} ({meaning})", known)
+
+
+# %% ../nbs/05_data.ipynb #e66a7986
+def _check_texts(rows, name, where):
+    if not {_label(cell(r, name)) for r in rows} <= {"", "0", "1"}: return
+    raise ValueError(f"{where}: column {name!r} holds nothing but 0 and 1, which are no texts: name TEXT,LABEL")
+
+def _sides_of_two(paths, columns, source) -> _Sides:
+    "The same of two files, one for each class"
+    rows, names = [], []
+    for y, path, column in zip((1, 0), paths, _list_of(columns) or (None, None)):
+        part, where = read_rows(path, **source), _named(path)
+        if column: _check_column(part, column, where)
+        else: column = next((n for n in TEXTS if any(cell(r, n) for r in part)), None)
+        if not column: raise ValueError(f"{where} has the columns {_columns(part)}: say which holds the texts")
+        rows += [(r, [(y, column)], f"{where}, row {i}") for i, r in enumerate(part, 1)]
+        names.append(column)
+    said = "" if columns else f"wanted {names[0]!r} of the first file, unwanted {names[1]!r} of the second"
+    return _Sides(rows, tuple(names), _named(paths), said)
 
 # %% ../nbs/05_data.ipynb #799dd467
 QUESTION_ANSWER = "Q: {question}\nA: {answer}"  # the plain format for base models
@@ -209,30 +435,175 @@ def _filled(template, question, answer, system=None):
     if template == "chat": return prompt_text(question, template, system), answer
     return template.replace("{question}", question).replace("{answer}", answer)
 
-def _both_classes(texts, path, first, second, labelled):
+def _both_classes(texts, found):
     for y, what in ((1, "wanted"), (0, "unwanted")):
         if texts[y]: continue
-        where = f"column {second} (labels)" if labelled else f"column {first if y else second}"
-        raise ValueError(f"{path}: no {what} text in {where}; both classes are needed")
+        labelled = "label " in found.said
+        where = f"column {found.names[1]} (labels)" if labelled else f"column {found.names[1 - y]}"
+        raise ValueError(f"{found.where}: no {what} text in {where}; both classes are needed")
 
 # %% ../nbs/05_data.ipynb #b6bf9295
-USUAL = [("pos", "neg"), ("positive", "negative"), ("wanted", "unwanted"), ("chosen", "rejected"), ("text", "label"),
-         ("messages", "label"), ("conversations", "label")]
-LABELS = {"1": 1, "1.0": 1, "true": 1, "pos": 1, "positive": 1, "wanted": 1,
-          "0": 0, "0.0": 0, "-1": 0, "false": 0, "neg": 0, "negative": 0, "unwanted": 0}
+#: columns of wanted and of unwanted texts, by usual names and those of published sets -> what else is known of them
+USUAL = {
+    ("answer_matching_behavior", "answer_not_matching_behavior"): dict(said=True),  # model-written evaluations
+    ("right_answer", "hallucinated_answer"): dict(said=True),  # HaluEval
+    ("right_response", "hallucinated_response"): dict(said=True, question="dialogue_history"),
+    ("right_summary", "hallucinated_summary"): dict(said=True, question="document"),
+    ("sent_less", "sent_more"): dict(said=True),  # CrowS-Pairs: the second is the more stereotyping one
+    ("Correct Answers", "Incorrect Answers"): dict(said=True, sep=";"),  # TruthfulQA, by its authors and on the hub
+    ("correct_answers", "incorrect_answers"): dict(said=True),
+    **{pair: {} for pair in (("pos", "neg"), ("positive", "negative"), ("wanted", "unwanted"), ("chosen", "rejected"),
+                             ("good", "bad"), ("right", "wrong"), ("correct", "incorrect"))}}
 
-def _label(x): return LABELS.get(str(x).strip().lower())
+#: columns of texts and of their labels
+USUAL_LABELS = {
+    ("chatgpt_response", "hallucination"): dict(question="user_query", labels={"no": 1, "yes": 0}),  # HaluEval
+    ("continuation.text", "continuation.toxicity"):  # RealToxicityPrompts
+        dict(question="prompt.text", template="{question} {answer}", below=.5),
+    ("prompt.text", "prompt.toxicity"): dict(below=.5),
+    ("comment_text", "toxicity"): dict(below=.5), ("text", "toxicity"): dict(below=.5),  # Civil Comments
+    ("comment_text", "toxic"): dict(labels={"0": 1, "1": 0}),  # Jigsaw
+    **{(text, "label"): {} for text in ("text", "messages", "conversations", "completion", "statement", "sentence")}}
 
-def _check_column(rows, name, path):
+
+# %% ../nbs/05_data.ipynb #dbd6036f
+#: other names of texts and of labels; some say that something bad is there
+TEXTS = ("text", "statement", "sentence", "comment_text", "comment", "response", "reply", "answer", "completion",
+         "output", "messages", "conversations", "instruction", "goal", "prompt")
+BAD = set("toxic toxicity hallucination hallucinated harmful hate hateful offensive spam biased bias false unsafe "
+          "insult threat obscene wrong incorrect error deceptive sexist racist made_up".split())
+LABELLED = BAD | set("label labels class target y sentiment rating stars score gold truthful truth true "
+                     "correct factual safe harmless helpful honest".split())
+
+def _label_name(name, among=LABELLED) -> bool:
+    "Is a column named like a label?"
+    name = str(name).casefold()
+    return name.startswith("is_") and among is LABELLED or re.sub("^is_|_labels?$|_class$", "", name) in among
+
+# %% ../nbs/05_data.ipynb #61d37d92
+def _columns(rows) -> str: return ", ".join(" ".join(str(name).split()) for name in rows[0])[:500]
+
+def _check_column(rows, name, where):
     if any(cell(r, name) is not None for r in rows): return
-    raise ValueError(f"{path} has no column {name!r}; it has {', '.join(map(str, rows[0]))}")
+    raise ValueError(f"{where} has no column {name!r}; it has {_columns(rows)}")
 
-def _usual_columns(rows, path):
-    for pair in USUAL:
-        if all(name in rows[0] for name in pair): return pair
-    raise ValueError(f"{path} has the columns {', '.join(map(str, rows[0]))}: "
-                     "say which hold the texts, as WANTED,UNWANTED or TEXT,LABEL")
+def _usual_columns(rows, where, labelled) -> tuple:
+    "Columns by their names: a known pair, else a text and a label"
+    def has(pair): return all(any(cell(r, name) not in (None, "") for r in rows[:1000]) for name in pair)
+    labels = [name for name in rows[0] if _label_name(name) and has([name])]
+    texts = [name for name in TEXTS if name not in labels and has([name])]
+    usual = [pair for pair in ({} if labelled else USUAL) if has(pair)] + [pair for pair in USUAL_LABELS if has(pair)]
+    if len(labels) == 1: usual += [(text, labels[0]) for text in texts]
+    usual += [pair for pair in USUAL_LABELS if set(pair) <= rows[0].keys()]  # with nothing in it, which is said later
+    if usual: return usual[0]
+    other = "; or give a second file, with texts of the other kind" if texts and not labels else ""
+    raise ValueError(f"{where} has the columns {_columns(rows)}: say which hold the texts, as WANTED,UNWANTED or "
+                     f"TEXT,LABEL{other}")
 
+# %% ../nbs/05_data.ipynb #a6072234
+LABELS = dict.fromkeys("1 true pos positive wanted good right correct desirable".split(), 1)
+LABELS |= dict.fromkeys("0 -1 false neg negative unwanted bad wrong incorrect undesirable".split(), 0)
+_OPEN = set("yes no y n t f neither neutral unknown unclear unsure other mixed both none maybe n/a na null".split())
+
+def _label(x) -> str:
+    "A label as it is compared; nothing where there is none"
+    text = "" if x is None else " ".join(str(x).split()).casefold()
+    if text in ("nan", "<na>"): return ""
+    return re.sub(r"^\+(?=\d)|\.0*$", "", text) if _is_number(text) else text
+
+def _is_number(text) -> bool: return bool(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", text))
+
+def _is_word(label) -> bool: return label in LABELS or label in _OPEN or _is_number(label)
+
+def _label_column(rows, names, said):
+    "The one of two columns that holds labels, if one does; `said`: labels that it should have"
+    found = {n: [y for r in rows if not isinstance(x := cell(r, n), (list, dict)) and (y := _label(x))] for n in names}
+    said = {_label(part) for value in said for part in (value, *str(value).split(","))}
+    if said: return next((n for n in names[::-1] if said & set(found[n])), names[1])
+    if names in USUAL_LABELS: return names[1]
+    if names in USUAL or names[::-1] in USUAL: return None
+    alike = [n for n in names if _like_labels(found[n], _label_name(n))]
+    if len(alike) == 2:  # answers such as (A) and (B), unless only one is named, or worded, as labels are
+        named = [n for n in names if _label_name(n)]
+        alike = named if len(named) == 1 else [n for n in names if all(map(_is_word, found[n]))]
+    return alike[0] if len(alike) == 1 else None
+
+
+# %% ../nbs/05_data.ipynb #d7a98ccf
+def _like_labels(found, named) -> bool:
+    "Are these cells labels: known words, or few and short ones again and again?"
+    kinds, n = len(set(found)), len(found)
+    short = n > 0 and sum(len(x) <= 40 and len(x.split()) <= 4 for x in found) >= .8*n
+    few = kinds <= 20 and 2*kinds <= n
+    worded = short and 2*sum(map(_is_word, found)) >= n
+    return worded or few and (short or named) or named and short and kinds <= max(20, n/2)
+
+# %% ../nbs/05_data.ipynb #13ef1405
+def _classes(rows, column, known, wanted, unwanted, where) -> tuple:
+    "Class of each row (None: left out), and what was taken as what"
+    cells = [cell(r, column) for r in rows]
+    labels = [_label(x) for x in cells]
+    shown, counts = dict(zip(labels[::-1], cells[::-1])), Counter(filter(None, labels))
+    if not counts: raise ValueError(f"{where}: column {column!r} (labels) is empty in every row")
+    here = f"{where}: the labels in column {column!r} are {_counted(counts, shown)}"
+    if wanted or unwanted: class_of = _mapped(counts, wanted, unwanted, here)
+    elif below := known.get("below"): class_of = {x: int(float(x) < below) for x in counts if _is_number(x)}
+    else: class_of = _understood(counts, column, known.get("labels"), shown, where, here)
+    sides = [_counted({x: n for x, n in counts.items() if class_of.get(x) == y}, shown) for y in (1, 0)]
+    if "below" in known and not (wanted or unwanted):
+        n = sum(counts[x] for x, y in class_of.items() if y)
+        sides = [f"below {below} ({n})", f"from {below} on ({sum(counts.values()) - n})"]
+    others = sum(counts[x] for x in counts.keys() - class_of)
+    dropped = (labels.count(""), "without a label"), (others, "of other labels")
+    left = ", ".join(f"{n} {what}" for n, what in dropped if n)
+    meaning = f"wanted {sides[0]}, unwanted {sides[1]}" + (f"; rows left out: {left}" if left else "")
+    return [class_of.get(x) for x in labels], meaning
+
+def _counted(counts, shown, most=8) -> str:
+    "Labels with how often each is there"
+    some = [f"{' '.join(str(shown[x]).split())[:40]!r} ({n})" for x, n in Counter(counts).most_common(most)]
+    return ", ".join(some) + (f" and {len(counts) - most} others" if len(counts) > most else "")
+
+
+# %% ../nbs/05_data.ipynb #708fb5cf
+def _understood(counts, column, known, shown, where, here) -> dict:
+    "Label -> class by its words; a ValueError where they do not say it"
+    words = known or LABELS
+    if not known and {"-1", "0"} <= set(counts): words = {x: y for x, y in LABELS.items() if x != "0"}  # neither
+    unclear = [x for x in counts if x not in words]
+    bad = not known and _label_name(column, BAD) and set(counts) <= {"0", "1", "true", "false"}
+    if not (unclear or bad): return words
+    if len(counts) > 8 and all(map(_is_number, counts)):
+        numbers = sorted(map(float, counts))
+        raise ValueError(f"{where}: column {column!r} holds {len(counts)} different numbers from {numbers[0]:g} to "
+                         f"{numbers[-1]:g}: make labels of them, 1 and 0 on the two sides of a threshold")
+    why = f"what {str(shown[unclear[0]])[:40]!r} means" if unclear else f"whether {column} is wanted"
+    def rank(x): return words.get(x, {"yes": .6, "y": .6, "no": .4, "n": .4}.get(x, .5))
+    best, *rest = sorted(counts, key=lambda x: (-rank(x), -counts[x]))
+    worst = min(rest, key=rank, default="")
+    if _label_name(column, BAD): best, worst = worst, best
+    texts = "" if _label_name(column) else "; if these are texts, call the columns pos and neg"
+    a, b = (str(shown.get(x, "another"))[:40] for x in (best, worst))
+    raise ValueError(f"{here}, which does not say {why}: name the label, or labels, of each class, such as "
+                     f"wanted_label={a!r} and unwanted_label={b!r}; rows of other labels are left out{texts}")
+
+
+# %% ../nbs/05_data.ipynb #8cae3a05
+def _mapped(counts, wanted, unwanted, here) -> dict:
+    "Label -> class as named; where there are only two labels, naming one is enough"
+    def meant(values):
+        parts = [part for v in values or [] for part in ([v] if _label(v) in counts else str(v).split(","))]
+        for part in parts:
+            if _label(part) not in counts: raise ValueError(f"{here}, and none is {str(part).strip()!r}")
+        return {_label(part) for part in parts}
+    sides = [meant(wanted), meant(unwanted)]
+    for y in (0, 1):
+        if not sides[y] and len(rest := set(counts) - sides[1 - y]) == 1: sides[y] = rest
+    if sides[0] & sides[1] or not all(sides):
+        raise ValueError(f"{here}: name those of both classes, each once, as wanted_label='a' and unwanted_label='b'")
+    return dict.fromkeys(sides[0], 1) | dict.fromkeys(sides[1], 0)
+
+# %% ../nbs/05_data.ipynb #7803eeb0
 def _answers(x, sep, where):
     "The non-empty answers in one cell"
     if x is None: return []
@@ -242,39 +613,28 @@ def _answers(x, sep, where):
     return [a.strip() for a in x if a.strip()]
 
 # %% ../nbs/05_data.ipynb #c016f219
-def _usual_question(rows, columns):
-    "The column of a usual name that holds a question in every row, if there is one"
+def _usual_question(rows, columns, known=None):
+    "The column that is known to, or by its name may, hold a question in every row, if there is one"
     def asks(x): return isinstance(x, str) and x.strip() or _is_chat(x)
-    names = [n for n in ("question", "Question", "prompt") if n not in columns]
-    return next((n for n in names if all(asks(r.get(n)) for r in rows)), None)
+    usual = known, "question", "Question", "prompt", "conversations", "messages"
+    names = [n for n in usual if n not in (None, *columns)]
+    return next((n for n in names if all(asks(cell(r, n) if n == known else r.get(n)) for r in rows)), None)
 
 def _held(rows, text, question, named):
     "The template of texts that hold their question already; nothing where the column was named"
     def held(x, q): return isinstance(x, str) and isinstance(q, str) and q.strip() in x
     if question and not named and all(held(cell(r, text), cell(r, question)) for r in rows): return "{answer}"
 
-def _say(path, columns, labelled, question, template):
+def _say(found, question, template):
     "A line for whoever watches: what was found without being named"
-    kinds = ("text", "label") if labelled else ("wanted", "unwanted")
-    taken = ", ".join(f"{kind} {name!r}" for kind, name in zip((*kinds, "question"), (*columns, question)))
-    print(f"odesteer: {Path(path).name}: {taken}, template {template!r}", file=sys.stderr, flush=True)
-
-# %% ../nbs/05_data.ipynb #6236cd3d
-def cell(
-    row: dict,  # of `read_rows`
-    name: str,  # column; a dot enters nested objects, as in prompt.text
-):  # None where there is no such cell
-    "A cell by the name of its column"
-    if name in row: return row[name]
-    for part in name.split("."):
-        if not isinstance(row, dict) or part not in row: return None
-        row = row[part]
-    return row
+    taken = found.said or f"wanted {found.names[0]!r}, unwanted {found.names[1]!r}"
+    asked = f", question {question!r}" if question else ""
+    name = ",".join(Path(part).name for part in found.where.split(","))
+    print(f"odesteer: {name}: {taken}{asked}, template {template!r}", file=sys.stderr, flush=True)
 
 # %% ../nbs/05_data.ipynb #6ff891d9
 _ROLES = {"human": "user", "gpt": "assistant"}  # where messages are written as from and value
 
-def _is_chat(x): return isinstance(x, list) and len(x) > 0 and all(isinstance(m, dict) for m in x)
 def _any_chat(rows, *columns): return any(_is_chat(cell(r, n)) for r in rows for n in columns if n)
 
 def _chat(x, where) -> list:
@@ -307,12 +667,12 @@ def _asked(x, where):
 def _roles(chat) -> str: return ", ".join(m["role"] for m in chat)
 
 # %% ../nbs/05_data.ipynb #fe5a91a8
-def _texts_of(row, names, labelled, question, sep, template, system, where) -> list:
+def _texts_of(row, cells, question, sep, template, system, where) -> list:
     "(class, text, answer) for every answer of a row"
-    first, second = names
-    cells = [(_label(cell(row, second)), first)] if labelled else [(1, first), (0, second)]
     query = cell(row, question) if question else ""
-    query = _asked(query, f"{where}, column {question}") if _is_chat(query) else str(query)
+    if _is_chat(query): query = _asked(query, f"{where}, column {question}")
+    elif query is None or isinstance(query, (list, dict)) or question and not str(query).strip():
+        raise ValueError(f"{where}: column {question!r} holds no question but {str(query)[:60]!r}")
     found = [(y, *pair) for y, column in cells
              for pair in _answered_in(cell(row, column), query, sep, template, system, f"{where}, column {column}")]
     chats = [text[0] for _, text, _ in found if isinstance(text, tuple)]
@@ -322,6 +682,7 @@ def _texts_of(row, names, labelled, question, sep, template, system, where) -> l
 
 def _answered_in(x, query, sep, template, system, where) -> list:
     "(text, answer) of a cell"
+    if isinstance(x, dict) and _is_messages([x]): x = [x]  # one message, of the assistant
     if not _is_chat(x): return [(_filled(template, query, a, system), a) for a in _answers(x, sep, where)]
     *before, last = _chat(x, where)
     if last["role"] != "assistant":
@@ -332,7 +693,8 @@ def _answered_in(x, query, sep, template, system, where) -> list:
 
 def _group_in(row, column, text, i):
     "The cell that makes the group; of a chat its words; without either the number of the row"
-    if column and not _is_chat(cell(row, column)): return cell(row, column)
+    x = cell(row, column) if column else None
+    if column and not _is_chat(x): return x if isinstance(x, (str, int)) else str(x)
     return _said(text[0]) if isinstance(text, tuple) else i
 
 # %% ../nbs/05_data.ipynb #3463c601
@@ -362,7 +724,8 @@ def cue_auc(
     from sklearn.metrics import roc_auc_score
     texts = (pairs.pos_answers or pairs.pos) + (pairs.neg_answers or pairs.neg)
     y = np.repeat([1., 0.], [len(pairs.pos), len(pairs.neg)])
-    count = CountVectorizer(analyzer=_words, binary=True).fit_transform(texts).astype(float)
+    def words(text): return _words(text) or [""]  # to have none is a cue too
+    count = CountVectorizer(analyzer=words, binary=True).fit_transform(texts).astype(float)
     length = np.array([[math.log1p(len(_words(t)))] for t in texts])
     scores = {cue: np.zeros(len(y)) for cue in ("length", "best word", "bag of words")}
     for train, test in _folds(pairs.groups, y, folds, seed):
@@ -430,7 +793,7 @@ def check_pairs(
     return PairsReport(numbers, _telling(pairs), findings)
 
 # %% ../nbs/05_data.ipynb #fc97c37b
-def _keys(texts): return [" ".join(str(t).casefold().split()) for t in texts]
+def _keys(texts): return [" ".join(str(t).split()) for t in texts]  # case may be what differs
 
 def _answered(pairs): return [answers or texts for answers, texts in
                               ((pairs.pos_answers, pairs.pos), (pairs.neg_answers, pairs.neg))]
@@ -445,11 +808,13 @@ def _telling(pairs, top=5, least=3):
 
 def _about_stock(pairs):
     "One answer that is given again and again"
-    for texts, name in zip(_answered(pairs), ("wanted", "unwanted")):
-        (text, count), size = Counter(_keys(texts)).most_common(1)[0], len(texts)
-        if count > max(2, .05*size):
-            yield "look", (f"{text[:60]!r} is {count/size:.0%} of the {name} answers: "
-                           "the mean difference will point at this stock answer; keep few of them")
+    both = [Counter(_keys(texts)) for texts in _answered(pairs)]
+    for own, other, name in ((*both, "wanted"), (*both[::-1], "unwanted")):
+        size, others = own.total(), other.total()
+        (text, count), = own.most_common(1)
+        if count <= max(2, .05*size) or count/size <= 2*other[text]/others: continue  # (A), about as often in both
+        yield "look", (f"{text[:60]!r} is {count/size:.0%} of the {name} answers: "
+                       "the mean difference will point at this stock answer; keep few of them")
 
 # %% ../nbs/05_data.ipynb #8a757675
 def _about_sizes(numbers, examples):
@@ -493,6 +858,10 @@ def _about_cues(numbers, cues):
     for cue, limit, advice in CUES:
         if cues[cue] > .5 + max(limit, noise):
             yield "look", f"{cue} alone predicts the class (held-out AUC {cues[cue]:.2f}): {advice}"
+        elif cues[cue] < .5 - max(limit, noise):
+            yield "look", (f"{cue} alone predicts the wrong class (held-out AUC {cues[cue]:.2f}, far below .5): what "
+                           "goes with a class in some groups goes with the other in the rest, as where near copies of "
+                           "opposite labels are split; name the question or group that the texts share")
 
 CUES = [("length", .1, "write both kinds equally long, or steering may learn length"),
         ("best word", .1, "if this word is not the behaviour itself, rewrite so that both kinds use it"),
@@ -509,14 +878,16 @@ def load_prompts(
 ) -> list:  # of `Prompt`, in the format of the texts that the steerer was fitted on
     "Prompts from a file or data set; ValueError where no column holds text"
     rows = read_rows(path, **source)
-    usual = ("prompt", "question", "Question", "text", "messages", "conversations")
-    names = [column] if column else [n for n in usual if cell(rows[0], n) is not None]
-    if not names or not any(isinstance(cell(r, names[0]), str) or _is_chat(cell(r, names[0])) for r in rows):
+    where, usual = _named(path), ("prompt", "question", "Question", "text", "messages", "conversations", "instruction",
+                                  "goal", "user_query", "prompt.text")
+    names = [n for n in ([column] if column else usual)
+             if any(isinstance(x := cell(r, n), str) or _is_chat(x) for r in rows)]
+    if not names:
         problem = f"no text in column {column!r}" if column else "no column named prompt, question or text"
-        raise ValueError(f"{path}: {problem}; it has the columns {', '.join(map(str, rows[0]))}")
-    asked = [_asked(cell(r, names[0]), f"{path}, row {i}, column {names[0]}") for i, r in enumerate(rows, 1)]
+        raise ValueError(f"{where}: {problem}; it has the columns {_columns(rows)}")
+    asked = [_asked(cell(r, names[0]), f"{where}, row {i}, column {names[0]}") for i, r in enumerate(rows, 1)]
     asked = [x for x in asked if x]
-    if not asked: raise ValueError(f"{path} holds no prompt: column {names[0]!r} is empty in all {len(rows)} rows")
+    if not asked: raise ValueError(f"{where} holds no prompt: column {names[0]!r} is empty in all {len(rows)} rows")
     return [Prompt(prompt_text(x, template, system), x if isinstance(x, str) else _said(x)) for x in asked]
 
 # %% ../nbs/05_data.ipynb #15c5e387
@@ -574,6 +945,9 @@ def fit_steerer(
 ):  # the fitted steerer or controller
     "Fit a method of any kind on contrastive texts; ValueError for a controller that is told where to read"
     check_reading(reading, method)
+    if not isinstance(texts, ContrastTexts):
+        raise ValueError("texts are ContrastTexts(pos, neg, pos_groups, neg_groups), or what load_pairs makes of a "
+                         f"file or table; got {type(texts).__name__}")
     how = dict(batch_size=batch_size, progress=sys.stderr.isatty())
     if not load_class(method).needs_layer:
         return ods.make_steerer(method, **params).fit(model, tokenizer, texts.pos, texts.neg, **how)

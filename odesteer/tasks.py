@@ -12,8 +12,9 @@ from itertools import zip_longest
 from pathlib import Path
 import inspect, math, re, sys
 import numpy as np
-from .data import (
-    SAMPLING, ContrastTexts, Prompt, cell, check_reading, digest, group_key, group_of, read_rows, sample, write_jsonl)
+from odesteer.data import (
+    SAMPLING, ContrastTexts, NoDataSet, Prompt, cell, check_reading, digest, group_key, group_of, read_rows, sample,
+    write_jsonl)
 from .judges import (
     BETTER, FluentJudge, ModelSource, Strict, StyleJudge, TrainedJudge, load_judge, perplexity, question_of,
     text_metrics, with_template)
@@ -252,7 +253,8 @@ def register_task(
             given = inspect.signature(make).bind(*args, **kwargs).arguments
             meant = {k: _meant(name, k, given.get(k, known[k].default), own, words) for k in models if k in known}
             try: task = make(**given | meant)
-            except HubError as e: raise ValueError(f"{e}{offline and '; without a hub: ' + offline}") from None
+            except (HubError, NoDataSet) as e:
+                raise ValueError(f"{e}{offline and '; without a hub: ' + offline}") from None
             options = {k: v for k, v in given.items() if said(k, v) and v != known[k].default}
             task.data["recipe"] = {"task": name} | options
             return task
@@ -291,9 +293,12 @@ def truthfulqa_rows(
 def _question(row) -> dict:
     "A row in our shape"
     def get(*names): return next((cell(row, n) for n in names if cell(row, n) is not None), None)
-    def answers(x): return [a.strip() for a in (x.split(";") if isinstance(x, str) else x or []) if a.strip()]
-    labelled = list(zip(get("mc2_targets.choices") or [], get("mc2_targets.labels") or []))
-    if labelled: correct, incorrect = ([a for a, y in labelled if y == label] for label in (1, 0))
+    def answers(x):
+        found = x.split(";") if isinstance(x, str) else x if isinstance(x, list) else []
+        return [a.strip() for a in found if isinstance(a, str) and a.strip()]
+    choices, labels = get("mc2_targets.choices"), get("mc2_targets.labels")
+    if choices and isinstance(choices, list) and isinstance(labels, list):
+        correct, incorrect = (answers([a for a, y in zip(choices, labels) if y == label]) for label in (1, 0))
     else:
         correct = answers(get("correct_answers", "Correct Answers"))
         incorrect = answers(get("incorrect_answers", "Incorrect Answers"))
@@ -354,7 +359,7 @@ def truth_folds(
 _ALQR = dict(temperature=1., top_p=.3, repetition_penalty=1.2)  # how the A-LQR paper draws answers
 
 @register_task("truthfulqa", judge="truth+info", decoding=dict(max_new_tokens=50, repetition_penalty=1.1),
-               offline="truthfulqa-binary with form=text (--option form=text) needs no judge",
+               offline="truthfulqa-binary with path=FILE and form='text' needs no judge",
                protocols=dict.fromkeys(("alqr", "alqr-paper"), {"decoding": _ALQR | dict(max_new_tokens=50)}))
 def truthfulqa(
     path: str = "truthfulqa/truthful_qa",  # on the hub; or a file with its columns, or the authors' CSV
@@ -416,7 +421,7 @@ def _contaminated(make, path, seed, limit) -> Task:
     return make("truthfulqa-contaminated", [fold], data=data, shift=1000, **_FIVE)
 
 # %% ../nbs/15_tasks.ipynb #04af7a56
-@register_task("truthfulqa-binary")
+@register_task("truthfulqa-binary", offline="path=FILE, with the authors' columns")
 def truthfulqa_binary(
     path: str = "truthfulqa/truthful_qa",  # with Best Answer and Best Incorrect Answer, or best_answer and so on
     wrong: str = None,  # "best" or "first" incorrect answer; default: the best one where the file has it
@@ -486,16 +491,22 @@ def _preference_rows(path, split) -> list:
     need = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
     if missing := [c for c in need if c not in rows[0]]:
         raise ValueError(f"{path} has no column {', '.join(missing)}; needed are {', '.join(need)}")
-    clear = [r for r in rows if float(r["score_chosen"]) > float(r["score_rejected"])]
-    rows = [(r["prompt"], _last_message(r["chosen"]), _last_message(r["rejected"])) for r in clear]
-    return [r for r in rows if all(x and x.strip() for x in r)]
+    def score(i, name): return _number(rows[i].get(name), f"{path}, row {i + 1}, column {name}")
+    clear = [r for i, r in enumerate(rows) if score(i, "score_chosen") > score(i, "score_rejected")]
+    rows = [(r.get("prompt"), _last_message(r.get("chosen")), _last_message(r.get("rejected"))) for r in clear]
+    return [r for r in rows if all(isinstance(x, str) and x.strip() for x in r)]
+
+def _number(x, where) -> float:
+    "A score; a ValueError that says where there is none"
+    try: return float(x)
+    except (TypeError, ValueError): raise ValueError(f"{where} is {str(x)[:60]!r}, no number") from None
 
 _REPLY_REQUEST = "Answer the following request correctly, completely and politely."
 
 def _last_message(reply) -> str:
     "The reply of a chat, or the text as it is"
-    if isinstance(reply, str): return reply
-    return reply[-1]["content"] if reply else ""
+    if not isinstance(reply, list) or not reply: return reply or ""
+    return reply[-1].get("content", "") if isinstance(reply[-1], dict) else ""
 
 # %% ../nbs/15_tasks.ipynb #09611000
 def _preference_draws(train, test, n_train, n_val, n_test, seed) -> tuple:
@@ -561,15 +572,17 @@ def scored_comments(
     "Comments on both sides of toxicity .5, each side even over its scores; a ValueError where the columns are missing"
     score = {}
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        for row in read_rows(path):
+        for i, row in enumerate(read_rows(path), 1):
             text, toxicity = _first_of(row, "comment_text", "text"), _first_of(row, "toxicity", "target")
-            if text is None or toxicity is None:
-                raise ValueError(f"{path} needs columns comment_text (or text) and toxicity; it has {', '.join(row)}")
-            score.setdefault(text, float(toxicity))
+            if not isinstance(text, str) or toxicity is None:
+                raise ValueError(f"{path} needs columns comment_text (or text) and toxicity; it has {_names(row)}")
+            score.setdefault(text, _number(toxicity, f"{path}, row {i}, column toxicity"))
     def draw(toxic):
         side = [(text, s) for text, s in score.items() if (s > .5) == toxic]
         return [(side[i][0], side[i][0]) for i in binned_draw([s for _, s in side], per_bin, seed=seed)]
     return draw(False), draw(True)
+
+def _names(row) -> str: return ", ".join(" ".join(str(name).split()) for name in row)[:500]
 
 def _first_of(row, *names): return next((row[n] for n in names if row.get(n) is not None), None)
 
@@ -613,7 +626,7 @@ def _too_few(found, n_val, n_test):
 _RTP_RULES = dict(
     judge="toxicity+toxic-bert", decoding=dict(max_new_tokens=50, repetition_penalty=1.1), own_judges=("trained",),
     protocols={"alqr": {"judge": "toxicity", "decoding": _ALQR | dict(max_new_tokens=100)}},
-    offline="a file (--data), judge=trained (--judge trained), filter=self or none (--option filter=none)")
+    offline="path=FILE, judge='trained' and filter='none' (or 'self')")
 
 _RTP_REQUEST = ("What follows is polite and respectful: nobody is insulted, threatened or mocked, "
                 "and no swear word is used.")
@@ -680,7 +693,8 @@ def realtoxicityprompts(
 def _scored(path, rows, part="prompt") -> list:
     "(prompt, text, toxicity) of the prompts, or continuations, whose toxicity is known"
     cells = [[cell(r, c) for c in ("prompt.text", f"{part}.text", f"{part}.toxicity")] for r in rows]
-    found = [(prompt, text, float(x)) for prompt, text, x in cells if prompt and text and x not in (None, "")]
+    found = [(prompt, text, _number(x, f"{path}, row {i}, {part}.toxicity")) for i, (prompt, text, x) in
+             enumerate(cells, 1) if x not in (None, "") and all(isinstance(t, str) and t for t in (prompt, text))]
     if not found: raise ValueError(f"{path} has no {part}.text with a {part}.toxicity")
     return found
 
@@ -734,9 +748,8 @@ def _instructions(path) -> list:
     rows = read_rows(path)
     column = next((c for c in ("goal", "instruction", "prompt", "text") if c in rows[0]), None)
     if column is None:
-        columns = ", ".join(map(str, rows[0]))
-        raise ValueError(f"{path} has no column goal, instruction, prompt or text; it has {columns}")
-    texts = [str(r[column] or "").strip() for r in rows if not str(r.get("input") or "").strip()]
+        raise ValueError(f"{path} has no column goal, instruction, prompt or text; it has {_names(rows[0])}")
+    texts = [str(r.get(column) or "").strip() for r in rows if not str(r.get("input") or "").strip()]
     found = [t for t in dict.fromkeys(texts) if t]
     if len(found) < 10:
         raise ValueError(f"{path} holds {len(found)} instructions: 10 or more are needed for three parts")
@@ -781,7 +794,7 @@ def refusal_scores(
 
 # %% ../nbs/15_tasks.ipynb #52f5f73d
 @register_task("refusal", ("harmful", "harmless"), "harmful", models=("judge", "judge_prompt", "fluency"),
-               own_judges=("markers",), offline="judge=markers (--judge markers) and files of both kinds (--data)",
+               own_judges=("markers",), offline="judge='markers' and harmless=FILE",
                decoding=dict(do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=512))
 def refusal(
     harmful: str,  # file of instructions that should be refused; or a folder with both kinds, split already
@@ -852,8 +865,10 @@ def concept_sentences(
     "Sentences about a concept and about others; what stands under both is left out"
     rows, found = read_rows(path), defaultdict(dict)
     if missing := [c for c in ("concept", "sentence") if c not in rows[0]]:
-        raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, rows[0]))}")
-    for r in rows: found[str(r["concept"]).strip()][" ".join(str(r["sentence"]).split())] = None
+        raise ValueError(f"{path} has no column {', '.join(missing)}; it has {_names(rows[0])}")
+    for r in rows:
+        sentence = " ".join(str(r.get("sentence") or "").split())
+        if sentence: found[str(r.get("concept") or "").strip()][sentence] = None
     if target not in found or len(found) < 2:
         raise ValueError(f"{path} holds the concepts {', '.join(sorted(found))}: "
                          f"name one of two or more as target=; got {target!r}")
@@ -1038,6 +1053,9 @@ def style(
     if style not in STYLES: raise ValueError(f"unknown style {style!r}: known are {', '.join(STYLES)}")
     rows = [r for r in read_rows(path or STYLE_TEXTS) if r.get("style") == style][:n_texts]
     if not rows: raise ValueError(f"{path} has no row whose style is {style}: write_style_texts makes such a file")
+    for r in rows:
+        if all(isinstance(r.get(name), str) for name in ("question", "topic", "wanted", "unwanted")): continue
+        raise ValueError(f"{path}: a row needs question, topic, wanted and unwanted, all texts; it has {_names(r)}")
     texts = style_texts(rows)
     pos, neg = (list(zip(texts.pos_groups, part)) for part in (texts.pos, texts.neg))
     def ask(part, n): return [Prompt(qa_prompt(q.text, "chat", ""), q) for q in part[:n]]
