@@ -14,8 +14,10 @@ import transformers
 from torch import nn
 
 import odesteer as ods
-from odesteer.models import (Encoded, collect_activations, decoder_layers, encode, fingerprint, generate_text, is_steered, length_batches, pad_id, score_continuations,
-                             score_encoded, steering, text_tokenizer, unwrapped)
+from odesteer.hooks import generate_text, score_continuations, score_encoded, steering
+from odesteer.models import (
+    Encoded, collect_activations, decoder_layers, encode, fingerprint, is_steered, length_batches, pad_id,
+    text_tokenizer, unwrapped)
 
 from .archs import LAYERS, VOCAB, WIDTH, tiny_model, tiny_tokenizer
 from .test_models import GREEDY, IDS, LAYER, LEFT, MASK, RIGHT, TWIST, logits, the_model
@@ -230,7 +232,7 @@ def test_a_call_that_fails_leaves_nothing(llama):
     with pytest.raises(Exception):
         with steering(llama, TWIST, layer=LAYER, T=1.): llama(input_ids=torch.tensor([[VOCAB + 5]]))
     assert clean(llama) and not is_steered(llama) and torch.equal(logits(llama), before)
-    watch = ods.models._watch_of(llama)
+    watch = ods.models.watch_of(llama)
     assert not watch.calls and watch.here.call is watch.here.single is None
 
 
