@@ -634,6 +634,14 @@ def test_the_mean_leaves_out_attention_sinks(tok):
     plain = collect_activations(model, tok, texts, layers=0, positions="all", progress=False)[0]
     torch.testing.assert_close(collect_activations(model, tok, texts, layers=0, positions="mean", progress=False)[0], torch.stack([a.mean(0) for a in plain]))
 
+def test_the_sink_of_a_pretrained_model(smollm2):
+    texts = ["The film was wonderful and I loved every minute of it", "What an awful rainy day for a walk in the mud"]
+    how = dict(layers=14, progress=False)
+    every, mean = (collect_activations(*smollm2, texts, positions=p, **how)[14] for p in ("all", "mean"))
+    for a, m in zip(every, mean):
+        assert a[0].norm() > 100 * a[1:].norm(dim=1).median()
+        torch.testing.assert_close(m, a[1:].mean(0))
+
 def test_a_certificate_takes_a_steerer(llama):
     from odesteer.barrier import certificate
     g = torch.Generator().manual_seed(0)
