@@ -6,7 +6,7 @@
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
 from dataclasses import dataclass, replace
 from pathlib import Path
-import argparse, json, shutil, textwrap, time, warnings
+import argparse, inspect, json, re, shlex, shutil, textwrap, time, warnings
 import numpy as np
 import torch
 import odesteer as ods
@@ -530,7 +530,8 @@ def _sites(o):
     found = rank_sites(model, tokenizer, pairs, batch_size=o.batch_size, **how)
     print(found)
     name = Path(o.model).name if Path(o.model).exists() else o.model
-    if o.out: add_ranking(o.out, ranking(found, model, name, pairs, Path(o.pairs).stem, **how))
+    texts = ",".join(Path(file).stem for file in _pair_files(o))
+    if o.out: add_ranking(o.out, ranking(found, model, name, pairs, texts, **how))
 
 def _check_pairs(o):
     "Look at the labels; exit code 1 if there is a problem that must be mended"
@@ -579,14 +580,24 @@ def _output_folder(path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     return path
 
+def _pair_files(o) -> list:
+    "The file of pairs, or the two, WANTED,UNWANTED"
+    files = [o.pairs] if Path(o.pairs).exists() else comma_list(o.pairs)
+    if len(files) in (1, 2): return files
+    raise ValueError(f"{o.pairs} are {len(files)} files: give one, or two as WANTED,UNWANTED")
+
 def _read_pairs(o):
     "Wanted and unwanted texts from the file and columns that were named"
+    files = _pair_files(o)
     columns = o.columns and [c.strip() for c in o.columns.split(",")]
+    if columns and len(columns) == 1 < len(files): columns *= 2  # of the same name in both files
     if columns and len(columns) != 2:
         raise ValueError(f"--columns {o.columns}: name two columns, WANTED,UNWANTED or TEXT,LABEL")
     template = o.template and o.template.replace("\\n", "\n")
+    labels = dict(wanted_label=o.wanted_label, unwanted_label=o.unwanted_label)
     source = dict(config=o.config, split=o.split)
-    return load_pairs(o.pairs, columns, o.question, o.group, o.sep, template, o.system, **source)
+    return load_pairs(files if len(files) > 1 else files[0], columns, o.question, o.group, o.sep, template, o.system,
+                      **labels, **source)
 
 # %% ../nbs/27_cli.ipynb #aa7f5706
 def _bench(o): return run_bench(bench_options(vars(o)))
@@ -628,6 +639,8 @@ class Parser(argparse.ArgumentParser):
         log(f"odesteer: {message} (see {self.prog} --help)")
         raise SystemExit(2)
 
+
+# %% ../nbs/27_cli.ipynb #b5d7914a
 def main(
     argv: list = None,  # default: the command line
 ) -> int:  # exit code: 0 done, 1 check-pairs found a problem, 2 a mistake in the input, 3 bench: time is used up
@@ -644,11 +657,27 @@ def main(
         return 130
     except (ValueError, OSError) as e:
         if o and o.traceback: raise
-        log(f"odesteer: {' '.join(str(e).split())}")
+        log(f"odesteer: {' '.join(_as_options(str(e), o).split())}")
         return 2
 
+
+# %% ../nbs/27_cli.ipynb #3356c38e
+def _as_options(text, o) -> str:
+    "A message in the words of the shell: an argument of Python that is an option here is called by the option's name"
+    known = {name: f"--{name.replace('_', '-')} " for name in vars(o)} if o else {}
+    for task, spec in REAL_TASKS.items() if "tasks" in known else ():
+        known = {name: f"--option {name}=" for name in inspect.signature(spec.build).parameters} | known
+        for k, file in enumerate(spec.files if task in o.tasks else ()):
+            known[file] = "--data " + "".join(f"{before.upper()}," for before in spec.files[:k])
+    def option(match):
+        name, value = match.groups()
+        if name not in known: return match.group()
+        return known[name] + shlex.quote(value.strip("'")) if value else known[name].rstrip("=, ")
+    return re.sub(r"(?<![\w:-])(?<!--option )(?<!--set )([A-Za-z_]+)=('[^']*'|[A-Z]+\b|(?=[\s,;:.)]|$))", option, text)
+
 # %% ../nbs/27_cli.ipynb #6905a020
-_FILE = "JSONL, JSON, CSV, TSV or parquet file, a folder saved by datasets, or the name of a data set"
+_FILE = ("JSONL, JSON, CSV, TSV or parquet file (.gz too), a folder saved by datasets, or the name of a data set; "
+         "or two of them, WANTED,UNWANTED")
 
 def _model_options(c, required=False):
     c.add_argument("--model", required=required,
@@ -664,13 +693,18 @@ def _pair_options(c, required=False):
 def _system_option(c, default):
     c.add_argument("--system", metavar="TEXT", help=f"message that chats begin with (default {default})")
 
+
+# %% ../nbs/27_cli.ipynb #5ea5b5ec
 def _column_options(c):
-    columns = "WANTED,UNWANTED or TEXT,LABEL (default: usual names such as pos,neg or text,label)"
+    columns = ("WANTED,UNWANTED or TEXT,LABEL (default: usual names such as pos,neg or text,label, and those of some "
+               "published sets)")
     template = ("text that the model reads, with {question} and {answer}, or 'chat' "
                 "(default 'Q: {question}\\nA: {answer}' if there is a question; of chats 'chat')")
     question = ("column of the question (default: question, Question or prompt, if there is one; '': none); "
                 "texts about one question form a group")
+    label = "label, or labels with commas between, of the texts that are {}wanted, where the words do not say it"
     c.add_argument("--columns", metavar="A,B", help=columns)
+    for side in ("", "un"): c.add_argument(f"--{side}wanted-label", metavar="LABEL", help=label.format(side))
     c.add_argument("--question", metavar="COLUMN", help=question)
     c.add_argument("--group", metavar="COLUMN", help="column of group ids, where the question is not the group")
     c.add_argument("--sep", help="splits a cell into several answers, such as ';'")
@@ -696,7 +730,7 @@ def _strength_options(c, *units):
         c.add_argument(f"--{unit}", type=float, metavar="X", help=f"strength as {ods.Steerer.strength_names[unit]}")
 
 def _prompt_options(c, required=False):
-    files = "prompts: a .txt with one a line, or a file of the kinds above"
+    files = "prompts: a .txt with one a line, or a JSONL, JSON, CSV, TSV or parquet file"
     c.add_argument("--prompts", required=required, metavar="FILE", help=files)
     c.add_argument("--prompt", metavar="COLUMN", help="column of the prompts, texts or chats")
 
@@ -716,8 +750,8 @@ _EXAMPLES = {
              "odesteer demo --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --prompts prompts.txt --spread 1"),
     "fit": ("odesteer fit --model meta-llama/Llama-3.2-1B --pairs pairs.jsonl --columns pos,neg --layer 6 "
             "--out steerer",
-            'odesteer fit --model MODEL --pairs TruthfulQA.csv --columns "Correct Answers,Incorrect Answers" --sep ";" '
-            "--question Question --out steerer",
+            "odesteer fit --model MODEL --pairs harmless.json,harmful.json --out steerer",
+            "odesteer fit --model MODEL --pairs replies.csv --wanted-label no --unwanted-label yes --out steerer",
             'odesteer fit --model MODEL --pairs chats.jsonl --system "Answer in one sentence." --out steerer'),
     "sites": ("odesteer sites --model smollm2 --pairs pairs.jsonl",
               "odesteer sites --model MODEL --pairs chats.csv --question Question --template chat "

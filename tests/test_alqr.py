@@ -10,7 +10,8 @@ from torch import nn
 import odesteer as ods
 from odesteer.control import ALQR, FeatureLQR, Tracker
 from odesteer.linear import Jacobians, block_inputs, riccati
-from odesteer.models import decoder_layers, generate_text
+from odesteer.hooks import generate_text
+from odesteer.models import decoder_layers
 
 from .archs import LAYERS, WIDTH, tiny_model
 from .test_controllers import IDS, LEFT, NEG, POS, TOK, logits, outputs, sentences, the_model

@@ -14,8 +14,10 @@ import transformers
 from torch import nn
 
 import odesteer as ods
-from odesteer.models import (Encoded, collect_activations, decoder_layers, encode, fingerprint, generate_text, is_steered, length_batches, pad_id, score_continuations,
-                             score_encoded, steering, text_tokenizer, unwrapped)
+from odesteer.hooks import generate_text, score_continuations, score_encoded, steering
+from odesteer.models import (
+    Encoded, collect_activations, decoder_layers, encode, fingerprint, is_steered, length_batches, pad_id,
+    text_tokenizer, unwrapped)
 
 from .archs import LAYERS, VOCAB, WIDTH, tiny_model, tiny_tokenizer
 from .test_models import GREEDY, IDS, LAYER, LEFT, MASK, RIGHT, TWIST, logits, the_model
@@ -230,7 +232,7 @@ def test_a_call_that_fails_leaves_nothing(llama):
     with pytest.raises(Exception):
         with steering(llama, TWIST, layer=LAYER, T=1.): llama(input_ids=torch.tensor([[VOCAB + 5]]))
     assert clean(llama) and not is_steered(llama) and torch.equal(logits(llama), before)
-    watch = ods.models._watch_of(llama)
+    watch = ods.models.watch_of(llama)
     assert not watch.calls and watch.here.call is watch.here.single is None
 
 
@@ -631,6 +633,14 @@ def test_the_mean_leaves_out_attention_sinks(tok):
         torch.testing.assert_close(m, a[1:].mean(0))
     plain = collect_activations(model, tok, texts, layers=0, positions="all", progress=False)[0]
     torch.testing.assert_close(collect_activations(model, tok, texts, layers=0, positions="mean", progress=False)[0], torch.stack([a.mean(0) for a in plain]))
+
+def test_the_sink_of_a_pretrained_model(smollm2):
+    texts = ["The film was wonderful and I loved every minute of it", "What an awful rainy day for a walk in the mud"]
+    how = dict(layers=14, progress=False)
+    every, mean = (collect_activations(*smollm2, texts, positions=p, **how)[14] for p in ("all", "mean"))
+    for a, m in zip(every, mean):
+        assert a[0].norm() > 100 * a[1:].norm(dim=1).median()
+        torch.testing.assert_close(m, a[1:].mean(0))
 
 def test_a_certificate_takes_a_steerer(llama):
     from odesteer.barrier import certificate

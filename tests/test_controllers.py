@@ -13,7 +13,8 @@ import torch
 
 import odesteer as ods
 from odesteer.euler import Edit, Edits
-from odesteer.models import decoder_layers, generate_text, score_continuations
+from odesteer.hooks import generate_text, score_continuations
+from odesteer.models import decoder_layers
 
 from .archs import LAYERS, VOCAB, WIDTH, tiny_model, tiny_tokenizer, untouched
 from .project import rewrite

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import odesteer as ods
-from odesteer.models import collect_activations, decoder_layers, generate_text, is_steered, score_continuations, steering
+from odesteer.hooks import generate_text, score_continuations, steering
+from odesteer.models import collect_activations, decoder_layers, is_steered
 from odesteer.sweeps import Search, benchmark
 
 from .archs import LAYERS, WIDTH, tiny_model, tiny_tokenizer

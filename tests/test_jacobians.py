@@ -8,7 +8,8 @@ from torch import nn
 import odesteer as ods
 from odesteer.linear import FrozenCache, Jacobians, block_inputs, block_map, contexts, mean_jacobian, mean_jvp, mean_vjp
 from odesteer.euler import CAA
-from odesteer.models import decoder_layers, steering
+from odesteer.hooks import steering
+from odesteer.models import decoder_layers
 from tests.archs import CONFIGS, LAYERS, WIDTH, tiny_model, tiny_tokenizer
 
 TEXTS = ["hello there, this is a text of many more than sixteen tokens.", " a short one", "q: is it so?\na: yes"]

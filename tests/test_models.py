@@ -11,8 +11,9 @@ from torch import nn
 
 import odesteer as ods
 from odesteer.euler import Edit
-from odesteer.models import (Encoded, collect_activations, decoder_layers, describe_site, encode, fingerprint, generate_text, is_steered, padded,
-                             score_continuations, steered_positions, steering)
+from odesteer.hooks import generate_text, score_continuations, steered_positions, steering
+from odesteer.models import (
+    Encoded, collect_activations, decoder_layers, describe_site, encode, fingerprint, is_steered, padded)
 
 from .archs import CONFIGS, LAYERS, VOCAB, WIDTH, tiny_model, tiny_tokenizer, untouched
 

@@ -11,7 +11,8 @@ from odesteer.barrier import LinearBarrier
 from odesteer.control import EffortMeter, Recorder, Rollouts, Tracker, effort, newton_climb
 from odesteer.euler import Edit
 from odesteer.linear import Jacobians, block_inputs, riccati
-from odesteer.models import decoder_layers, generate_text
+from odesteer.hooks import generate_text
+from odesteer.models import decoder_layers
 
 from .archs import LAYERS, WIDTH, tiny_model, tiny_tokenizer
 from .test_controllers import IDS, LEFT, NEG, POS, fit, logits, steered, the_model

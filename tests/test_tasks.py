@@ -841,8 +841,8 @@ def test_continuations_are_civil_and_as_fluent_as_those_of_people(tiny, tmp_path
 def test_errors_without_a_hub_name_the_remedy(no_hub, tmp_path):
     path, qa = scored_file(tmp_path/"rtp.jsonl", 600), write(tmp_path/"qa.jsonl", hub_rows(questions(20)))
     bad, good, _ = refusal_files(tmp_path, 60, 60)
-    for call, remedy in ((lambda: tasks.realtoxicityprompts(path, judge=judge, n_val=5, n_test=5), "--option filter=none"), (lambda: tasks.realtoxicityprompts(path, filter=None, n_val=5, n_test=5), "--judge trained"),
-                         (lambda: tasks.truthfulqa(qa), "truthfulqa-binary with form=text .--option form=text. needs no judge"), (lambda: tasks.refusal(bad, good), "--judge markers")):
+    for call, remedy in ((lambda: tasks.realtoxicityprompts(path, judge=judge, n_val=5, n_test=5), "filter='none'"), (lambda: tasks.realtoxicityprompts(path, filter=None, n_val=5, n_test=5), "judge='trained'"),
+                         (lambda: tasks.truthfulqa(qa), "truthfulqa-binary with path=FILE and form='text' needs no judge"), (lambda: tasks.refusal(bad, good), "judge='markers' and harmless=FILE")):
         with pytest.raises(ValueError, match="nor a model that the hub could give.*; without a hub: .*" + remedy): call()
 
 
