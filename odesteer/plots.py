@@ -11,7 +11,7 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['COLORS', 'style', 'plane_grid', 'field_plot', 'contour_plot', 'path_plot', 'direct_label', 'convergence_plot',
-           'sweep_plot', 'spread_labels']
+           'sweep_plot', 'spread_labels', 'attempt']
 
 # %% ../nbs/plots.ipynb #77de2440
 @contextmanager
@@ -213,3 +213,20 @@ def spread_labels(
                 push = max(0, gap - (spots[i+1] - spots[i])) / 2
                 spots[i], spots[i+1] = spots[i] - push, spots[i+1] + push
         for (y, text), spot in zip(column, spots): text.set_y(spot - y)
+
+# %% ../nbs/plots.ipynb #19008c42
+def attempt(
+    check,  # what an exercise asks of its answers: raises an error where it is not met
+    *answers,  # `...` stands for one that is missing
+) -> bool:  # is it solved?
+    "Say whether an exercise is solved; whatever an answer does wrong is told, and stops nothing"
+    if any(a is ... for a in answers):
+        print("no answer yet")
+        return False
+    try: check(*answers)
+    except Exception as e:
+        said = str(e).splitlines()
+        print("not yet:", type(e).__name__, said[0][:200] if said else "")
+        return False
+    print("right")
+    return True

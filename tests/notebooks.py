@@ -11,8 +11,24 @@ from pathlib import Path
 from .project import ROOT, directive
 
 
+def solved(page):
+    """The page as a reader works through it: every stub is tried and must not pass, every folded solution is run and must.
+
+    A stub hands its unfinished answer to `attempt`; a solution is Markdown that folds, with the code in it."""
+    import nbformat
+    out = []
+    for cell in page.cells:
+        if cell.cell_type == "code": cell.source = re.sub(r"^attempt\(", "assert not attempt(", cell.source, flags=re.M)
+        out.append(cell)
+        if cell.cell_type != "markdown" or "<summary>Solution" not in cell.source: continue
+        for code in re.findall(r"^```python\n(.*?)^```", cell.source, flags=re.M | re.S):
+            out.append(nbformat.v4.new_code_cell(re.sub(r"^attempt\(", "assert attempt(", code, flags=re.M)))
+    page.cells = out
+    return page
+
+
 def execute(nb: Path, folder: Path) -> float:
-    "Seconds that the notebook takes, without the stubs of its exercises; an error in a cell ends the process"
+    "Seconds that the notebook takes, its exercises tried and solved; an error in a cell ends the process"
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
@@ -22,7 +38,7 @@ def execute(nb: Path, folder: Path) -> float:
             if directive(cell.source, "eval: *false"): return cell
             return await super().async_execute_cell(cell, *args, **kwargs)
 
-    client = Client(nbformat.read(nb, 4), timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client = Client(solved(nbformat.read(nb, 4)), timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     start = time.perf_counter()
     try: client.execute()
     except CellExecutionError as e: sys.exit(re.sub(r"\x1b\[[\d;]*m", "", str(e)))
