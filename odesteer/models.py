@@ -472,6 +472,7 @@ class Watch:
         self.steerings = self.present = ()  # attached, oldest first; and those that a running call still needs
         self.calls, self.hooks, self.wrapped = set(), {}, []
         self.of_one = True  # do all steerings belong to one thread or task?
+        self.traced_labels = None  # of the forward pass that is compiled
         self.here = _Here()
 
     def __reduce_ex__(self, protocol):

@@ -309,6 +309,15 @@ def test_labels_say_what_is_steered(model, mask):
     assert h.applied == sum(len(e.ids) - e.answer + 1 for e in coded) and not torch.isclose(got, loss(model, labels, attention_mask=mask))
 
 
+def test_labels_reach_compiled_code():
+    model, labels = tiny_model("llama", seed=6), torch.where(torch.arange(7) < 3, -100, IDS)
+    with steering(model, TWIST, layer=LAYER, T=1.) as h:
+        own = loss(model, labels)
+        torch._dynamo.reset()
+        torch.testing.assert_close(loss(torch.compile(model, backend="eager"), labels), own)
+    assert h.applied == 2 * 3 * 5
+
+
 def test_all_labels_mean_all_tokens(llama):
     with steering(llama, TWIST, layer=LAYER, T=1.) as h: own = loss(llama, IDS)
     with steering(llama, TWIST, layer=LAYER, T=1., positions="all"): everywhere = loss(llama, IDS)
