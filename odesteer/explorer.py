@@ -32,7 +32,7 @@ from .tasks import REAL_TASKS, Task, micro_task
 # %% auto #0
 __all__ = ['STRONGEST', 'MOST_STEPS', 'SPINNER', 'State', 'knobs', 'Scene', 'find_task', 'find_model', 'make_scene', 'Plane',
            'find_plane', 'Flow', 'follow', 'said', 'prompt_of', 'caption', 'Explorer', 'make_controls', 'make_views',
-           'png', 'somebody_there', 'explore', 'look_at']
+           'png', 'audience', 'explore', 'look_at']
 
 # %% ../nbs/24_explorer.ipynb #e5b10012
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def rows(self: Scene,
     "Activations of the texts: the first call reads all blocks in one pass"
     def read():
         texts = texts_to_read(self.texts, [self.reading], self.split)
-        return ods.collect_activations(self.model, self.tokenizer, texts, list(self.layers), self.reading, progress=False)
+        return ods.collect_activations(self.model, self.tokenizer, texts, list(self.layers), self.reading,
+                                       progress=False)
     return self.keep("rows", "all", read)[layer]
 
 @patch
@@ -116,9 +117,11 @@ def find_task(
         raise ValueError(f"{task!r} is no task for {model!r}: give one of {', '.join(known)}, a Task, "
                          "or texts from load_pairs with prompts=[...]")
     if micro: return micro_task(lm, task)
-    try: return REAL_TASKS[task](own=lm)
-    except TypeError: pass
-    raise ValueError(f"the task {task!r} needs files: build it first, as page 16 does, and give the Task")
+    build = REAL_TASKS[task].build
+    known = inspect.signature(build).parameters.values()
+    if needed := [p.name for p in known if p.default is p.empty and p.kind != p.VAR_KEYWORD]:
+        raise ValueError(f"the task {task!r} needs {', '.join(needed)}: build it (page 16), and give the Task")
+    return build(own=tuple(lm))
 
 def find_model(model) -> object:  # a `Micro`, or (model, tokenizer)
     "A model that is named, loaded; one that is given, as it is"
@@ -221,6 +224,7 @@ class Plane:
         "The activation at a point of the plane"
         return self.middle + self.unit * xy @ self.axes
 
+# %% ../nbs/24_explorer.ipynb #e5b10102
 def find_plane(
     pos: Tensor,  # wanted activations, (N+, d)
     neg: Tensor,  # unwanted ones, (N-, d)
@@ -267,9 +271,13 @@ def follow(
     pieces = [x + share * (y - x) for x, y in zip(states, states[1:])]
     return states, torch.cat([*pieces, states[-1:]])
 
+# %% ../nbs/24_explorer.ipynb #e5b10103
 @patch
-def flow(self: Scene, state: State, n: int = 16) -> Flow:
-    "The flow of a state, from `n` unwanted activations"
+def flow(self: Scene,
+    state: State,
+    n: int = 12,  # unwanted activations to start from
+) -> Flow:
+    "The flow of a state"
     state = self.settled(state)
     def make():
         neg = self.acts(state.layer)[1]
@@ -322,9 +330,9 @@ def draw_flow(self: Scene,
     from odesteer import plots
     layer, lim, plane = state.layer, lim or self.window(state), self.plane(state.layer)
     def h(xy): return self.keep("grid", (layer, lim), lambda: self.barrier(layer).value(plane.leave(xy)), most=20)
-    plots.contour_plot(ax, h, lim, n=81)
+    plots.contour_plot(ax, h, lim, n=61, levels=4)
     for a, role in zip(self.acts(layer), ("positive", "negative")):
-        few = a[torch.linspace(0, len(a) - 1, min(len(a), 150)).long()]
+        few = a[torch.linspace(0, len(a) - 1, min(len(a), 100)).long()]
         ax.scatter(*plane.enter(few).T, s=5, color=plots.COLORS[role], alpha=.45, linewidth=0)
     plots.path_plot(ax, self.flow(state).xy, plots.COLORS.get(state.method, plots.COLORS["odesteer"]))
     ax.set(xlim=(-lim, lim), ylim=(-lim, lim), title="the flow, seen in the plane of the means",
@@ -347,6 +355,7 @@ def draw_way(self: Scene, ax, state: State):
     states = flow.h[::(len(flow.h) - 1) // (len(flow.xy) - 1)].median(1).values
     ax.plot(torch.linspace(0, state.spread, len(states)), states, ".", color=color, markersize=7)
     ax.set(xlim=(0, STRONGEST), xlabel="way gone, spreads", ylabel="h", title="the barrier on the way")
+    plots.spread_labels(ax)
 
 # %% ../nbs/24_explorer.ipynb #e5b10048
 def said(
@@ -354,7 +363,7 @@ def said(
     marks: dict,  # metric -> number
 ) -> tuple:  # two texts
     "An answer with its line breaks as signs, and its marks"
-    ticks = (f"{k} {'✓' if v == 1 else '✗' if v == 0 else format(v, '.3g')}" for k, v in marks.items())
+    ticks = (f"{k} {'✓' if v == 1 else '✗' if v == 0 else format(v, '.3g')}" for k, v in marks.items() if v == v)
     return answer.strip().replace("\n", " ⏎ ") or "(nothing)", "  ".join(ticks)
 
 def prompt_of(prompt) -> str:
@@ -383,11 +392,12 @@ def snapshot(self: Scene,
     "The three views of a few states, side by side"
     import matplotlib.pyplot as plt
     from odesteer import plots
-    ratios = {"height_ratios": [2.6, 1.7, .9]}
-    with plots.style(**{"font.size": 8, "axes.titlesize": 9, "figure.dpi": 90}):
-        fig, axs = plt.subplots(3, len(states), figsize=(2.7 * len(states), 5.6), squeeze=False, sharey="row", gridspec_kw=ratios)
+    shape = dict(squeeze=False, sharey="row", figsize=(2.7 * len(states), 5.6), height_ratios=[2.6, 1.7, .9])
+    lim = max(map(self.window, states))
+    with plots.style(**{"font.size": 8, "axes.titlesize": 9, "figure.dpi": 80}):
+        fig, axs = plt.subplots(3, len(states), **shape)
         for i, (state, (flow, way, text)) in enumerate(zip(states, axs.T)):
-            self.draw_flow(flow, state, max(map(self.window, states)))
+            self.draw_flow(flow, state, lim)
             self.draw_way(way, state)
             flow.set(title=caption(state, states), xlabel="", ylabel="" if i else flow.get_ylabel())
             way.set(title="", ylabel="" if i else "h")
@@ -403,8 +413,9 @@ def caption(state, states) -> str:
     "What a state has that others do not, or its strength"
     rows = [asdict(s) for s in states]
     differ = [k for k in rows[0] if len({r[k] for r in rows}) > 1] or ["spread"]
-    names = {"spread": "{} spreads", "steps": "{} steps", "layer": "block {}"}
-    return ", ".join(names.get(k, "{}").format(getattr(state, k)) for k in differ)
+    words = {"spread": f"{state.spread:g} spreads", "steps": f"{state.steps} step{'s' * (state.steps > 1)}",
+             "layer": f"block {state.layer}"}
+    return ", ".join(words.get(k, getattr(state, k)) for k in differ)
 
 # %% ../nbs/24_explorer.ipynb #e5b10054
 class Explorer:
@@ -434,8 +445,11 @@ class Explorer:
     @cached_property
     def panel(self): return self._panel()  # the widget
 
-    def __repr__(self): return f"Explorer of {len(self.scene.texts.pos)} + {len(self.scene.texts.neg)} texts, {self.state}"
+    def __repr__(self):
+        texts = self.scene.texts
+        return f"Explorer of {len(texts.pos)} + {len(texts.neg)} texts, {self.state}"
 
+# %% ../nbs/24_explorer.ipynb #e5b10104
 @patch
 def snapshot(self: Explorer,
     *changes: dict,  # what differs from the present state, one dict for each column
@@ -452,7 +466,8 @@ def checked(self: Scene, state: State) -> State:
     def whole(x): return isinstance(x, int) and not isinstance(x, bool)
     for name in ("method", "layer", "metric"):
         allowed, value = getattr(self, f"{name}s"), getattr(state, name)
-        if value not in allowed: raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+        if value in allowed: continue
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
     if not (whole(state.steps) and 1 <= state.steps <= MOST_STEPS):
         raise ValueError(f"steps must be a whole number from 1 to {MOST_STEPS}; got {state.steps!r}")
     number = isinstance(state.spread, (int, float)) and not isinstance(state.spread, bool)
@@ -491,9 +506,10 @@ async def _work_later(self: Explorer):
     self._busy(False)
 
 # %% ../nbs/24_explorer.ipynb #e5b10059
-SPINNER = ("<svg width='18' height='18' viewBox='0 0 18 18' role='img' aria-label='working'><circle cx='9' cy='9' r='7' "
-           "fill='none' stroke='#009E73' stroke-width='3' stroke-dasharray='30 14'><animateTransform type='rotate' "
-           "attributeName='transform' from='0 9 9' to='360 9 9' dur='.8s' repeatCount='indefinite'/></circle></svg>")
+SPINNER = ("<svg width='18' height='18' viewBox='0 0 18 18' role='img' aria-label='working'><circle cx='9' cy='9' "
+           "r='7' fill='none' stroke='#009E73' stroke-width='3' stroke-dasharray='30 14'><animateTransform "
+           "attributeName='transform' type='rotate' from='0 9 9' to='360 9 9' dur='.8s' repeatCount='indefinite'/>"
+           "</circle></svg>")
 
 @patch
 def _busy(self: Explorer, working: bool): self.views["busy"].value = SPINNER if working else ""
@@ -502,9 +518,11 @@ def _busy(self: Explorer, working: bool): self.views["busy"].value = SPINNER if 
 def _parts(self: Explorer) -> tuple:
     "The work of one state, quick things first"
     def picture(name, draw, size): self.views[name].value = png(lambda ax: draw(ax, self.state), size)
-    return (lambda: picture("flow", self.scene.draw_flow, (4.4, 4.2)), lambda: picture("way", self.scene.draw_way, (5, 4.2)),
-            lambda: setattr(self.views["answers"], "value", self.scene.table(self.state)))
+    def answer(): self.views["answers"].value = self.scene.table(self.state)
+    return (lambda: picture("flow", self.scene.draw_flow, (4.4, 4.2)),
+            lambda: picture("way", self.scene.draw_way, (5, 4.2)), answer)
 
+# %% ../nbs/24_explorer.ipynb #e5b10105
 @patch
 def _tried(self: Explorer, part) -> bool:
     "Do a part of the work. What goes wrong is said in the panel, in place of views that would be out of date"
@@ -539,6 +557,7 @@ def make_controls(
         "layer": w.SelectionSlider(options=scene.layers, value=state.layer, description="layer", **look),
         "metric": w.Dropdown(options=scene.metrics, value=state.metric, description="metric", **look)}
 
+# %% ../nbs/24_explorer.ipynb #e5b10106
 def make_views() -> dict:  # name -> widget
     "Two pictures, the answers, a spinner, and a place for what went wrong"
     import ipywidgets as w
@@ -584,14 +603,17 @@ def _place_sliders(self: Explorer):
     self._held = False
 
 # %% ../nbs/24_explorer.ipynb #e5b10065
-def somebody_there() -> bool:
-    "Is there a reader who could move a slider?"
+def audience() -> str:
+    "Who looks at what a cell shows: a 'reader' who could move a slider, a 'page', or a 'terminal'"
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", False))
+    if not hasattr(shell, "kernel"): return "terminal"
+    return "reader" if getattr(shell.kernel, "_allow_stdin", False) else "page"
 
 @patch
 def _repr_mimebundle_(self: Explorer, **kwargs) -> dict:
-    if somebody_there(): return self.panel._repr_mimebundle_(**kwargs) | {"image/png": self.views["flow"].value}
+    who = audience()
+    if who == "terminal": return {"text/plain": repr(self)}
+    if who == "reader": return self.panel._repr_mimebundle_(**kwargs) | {"image/png": self.views["flow"].value}
     fig, file = self.snapshot(), io.BytesIO()
     fig.savefig(file, format="png")
     return {"text/plain": repr(self), "image/png": file.getvalue()}
@@ -610,7 +632,10 @@ def explore(
     known = {f.name for f in fields(State)}
     start = {k: v for k, v in settings.items() if k in known}
     params = {k: v for k, v in settings.items() if k not in known}
-    ods.ODESteer(**params)  # an error here and not when a slider moves
+    if strange := params.keys() - inspect.signature(ods.ODESteer).parameters:
+        raise ValueError(f"{', '.join(sorted(strange))} is neither a slider ({', '.join(asdict(State()))}) "
+                         "nor a setting of ODESteer")
+    ods.ODESteer(**params)  # its own errors come here, and not when a slider moves
     methods = tuple(methods or (*ods.steerer_names(), "random"))
     if not isinstance(what, Steerer):
         scene = make_scene(what, model, prompts, limit, methods=methods, params=params)
