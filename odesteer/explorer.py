@@ -383,6 +383,15 @@ def table(self: Scene, state: State) -> str:  # HTML
     head = "".join(f"{cell}<i>{name}</i></td>" for name in ("prompt", "plain", "steered"))
     return f"<table style='border-collapse:collapse'><tr>{head}</tr>{''.join(rows)}</table>"
 
+# %% ../nbs/24_explorer.ipynb #e5b10107
+def caption(state, states) -> str:
+    "What a state has that others do not, or its strength"
+    rows = [asdict(s) for s in states]
+    differ = [k for k in rows[0] if len({r[k] for r in rows}) > 1] or ["spread"]
+    words = {"spread": f"{state.spread:g} spreads", "steps": f"{state.steps} step{'s' * (state.steps > 1)}",
+             "layer": f"block {state.layer}"}
+    return ", ".join(words.get(k, getattr(state, k)) for k in differ)
+
 # %% ../nbs/24_explorer.ipynb #e5b10051
 @patch
 def snapshot(self: Scene,
@@ -392,30 +401,22 @@ def snapshot(self: Scene,
     "The three views of a few states, side by side"
     import matplotlib.pyplot as plt
     from odesteer import plots
-    shape = dict(squeeze=False, sharey="row", figsize=(2.7 * len(states), 5.6), height_ratios=[2.6, 1.7, .9])
     lim = max(map(self.window, states))
+    shape = dict(squeeze=False, sharey="row", figsize=(2.7 * len(states), 5.6), height_ratios=[2.6, 1.7, .9])
     with plots.style(**{"font.size": 8, "axes.titlesize": 9, "figure.dpi": 80}):
         fig, axs = plt.subplots(3, len(states), **shape)
         for i, (state, (flow, way, text)) in enumerate(zip(states, axs.T)):
             self.draw_flow(flow, state, lim)
             self.draw_way(way, state)
-            flow.set(title=caption(state, states), xlabel="", ylabel="" if i else flow.get_ylabel())
-            way.set(title="", ylabel="" if i else "h")
+            flow.set(title=caption(state, states), xlabel="", ylabel=flow.get_ylabel() * (not i))
+            way.set(title="", ylabel="h" * (not i))
             answer, ticks = said(self.answers(state)[prompt], {k: v[prompt] for k, v in self.marks(state).items()})
             body = "\n".join(textwrap.wrap(answer, 34)[:4] + textwrap.wrap(ticks, 40))
-            text.text(0, 1, body, va="top", parse_math=False, transform=text.transAxes)
-            text.axis("off")
+            text.text(0, 1, body, va="top", parse_math=False)
+            text.set_axis_off()
         axs[2, 0].set_title(textwrap.shorten(prompt_of(self.prompts[prompt]), 60), fontstyle="italic")
     plt.close(fig)  # it is returned: else a notebook would show it twice
     return fig
-
-def caption(state, states) -> str:
-    "What a state has that others do not, or its strength"
-    rows = [asdict(s) for s in states]
-    differ = [k for k in rows[0] if len({r[k] for r in rows}) > 1] or ["spread"]
-    words = {"spread": f"{state.spread:g} spreads", "steps": f"{state.steps} step{'s' * (state.steps > 1)}",
-             "layer": f"block {state.layer}"}
-    return ", ".join(words.get(k, getattr(state, k)) for k in differ)
 
 # %% ../nbs/24_explorer.ipynb #e5b10054
 class Explorer:
