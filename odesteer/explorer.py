@@ -5,6 +5,7 @@
 # %% ../nbs/24_explorer.ipynb #e5b10005
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
 import asyncio
+import base64
 import html
 import inspect
 import io
@@ -32,7 +33,7 @@ from .tasks import REAL_TASKS, Task, micro_task
 # %% auto #0
 __all__ = ['STRONGEST', 'MOST_STEPS', 'SPINNER', 'State', 'knobs', 'Scene', 'find_task', 'find_model', 'make_scene', 'Plane',
            'find_plane', 'Flow', 'follow', 'said', 'prompt_of', 'caption', 'Explorer', 'make_controls', 'make_views',
-           'png', 'audience', 'explore', 'look_at']
+           'png', 'audience', 'explore', 'sorted_settings', 'look_at']
 
 # %% ../nbs/24_explorer.ipynb #e5b10012
 @dataclass(frozen=True)
@@ -105,7 +106,6 @@ def acts(self: Scene,
 # %% ../nbs/24_explorer.ipynb #e5b10020
 def find_task(
     task,  # a `Task`, `ContrastTexts`, a name, or None for the first that the model has
-    model,  # what `explore` was given
     lm,  # a `Micro`, or (model, tokenizer)
 ):  # a `Task` or `ContrastTexts`
     "What is meant by a task; a ValueError that lists what there is"
@@ -114,8 +114,9 @@ def find_task(
     if task is None: task = "truth" if micro else "style"
     known = list(AXES) if micro else list(REAL_TASKS)
     if task not in known:
-        raise ValueError(f"{task!r} is no task for {model!r}: give one of {', '.join(known)}, a Task, "
-                         "or texts from load_pairs with prompts=[...]")
+        whose = "the micro model" if micro else "this model"
+        raise ValueError(f"{task!r} is no task of {whose}: give one of {', '.join(known)}, a Task, or texts "
+                         "from load_pairs with prompts=[...]")
     if micro: return micro_task(lm, task)
     build = REAL_TASKS[task].build
     known = inspect.signature(build).parameters.values()
@@ -138,14 +139,14 @@ def make_scene(
 ) -> Scene:
     "The scene of a task: its texts, prompts, place of reading and judge"
     lm = find_model(model)
-    task = find_task(what, model, lm)
+    task = find_task(what, lm)
     pair = (lm.model, lm.tokenizer) if isinstance(lm, Micro) else tuple(lm)
+    if isinstance(prompts, str): prompts = [prompts]
     if isinstance(task, ContrastTexts): texts, how, judge = task, {}, None
     else:
-        fold, = task.folds[:1]
-        texts, judge, asked = fold.texts, task.judge, prompts or fold.test
+        texts, test, judge = task.folds[0].texts, task.folds[0].test, task.judge
         how = dict(reading=task.reading, split=task.split, max_new_tokens=task.decoding.get("max_new_tokens", 32))
-        prompts = prompts or [asked[i * len(asked) // 3] for i in range(3)]
+        prompts = prompts or [test[i * len(test) // 3] for i in range(min(3, len(test)))]
     if not prompts: raise ValueError("say what to answer: prompts=[...], a list of texts or chats")
     if judge is not None and all(isinstance(p, Prompt) for p in prompts):
         shown = task.primary, *task.watch
@@ -243,7 +244,7 @@ def find_plane(
 @patch
 def plane(self: Scene, layer: int) -> Plane:
     "The plane of a block"
-    spread = self.fitted(self.methods[0], layer).spread_.item()
+    spread = (self.given or self.fitted("odesteer", layer)).spread_.item()
     return self.keep("plane", layer, lambda: find_plane(*self.acts(layer), spread))
 
 # %% ../nbs/24_explorer.ipynb #e5b10035
@@ -373,7 +374,8 @@ def prompt_of(prompt) -> str:
 @patch
 def table(self: Scene, state: State) -> str:  # HTML
     "Prompts with plain and steered answers"
-    cell = "<td style='text-align:left;vertical-align:top;padding:3px 10px;max-width:24em;overflow-wrap:anywhere'>"
+    cell = ("<td style='text-align:left;vertical-align:top;padding:3px 10px;max-width:26em;line-height:1.4;"
+            "overflow-wrap:anywhere'>")
     def shown(state, i):
         marks = {k: v[i] for k, v in self.marks(state).items()}
         answer, ticks = map(html.escape, said(self.answers(state)[i], marks))
@@ -493,6 +495,7 @@ def _moved(self: Explorer, change=None):
     if self._held: return
     self._busy(True)
     self.state = replace(self.state, **{name: control.value for name, control in self.controls.items()})
+    self._grey()
     if self._task is not None: self._task.cancel()
     try: loop = asyncio.get_running_loop()
     except RuntimeError: return self._work_now()  # a plain program: nothing would call later
@@ -550,10 +553,10 @@ def make_controls(
 ) -> dict:  # name of a field of `State` -> widget
     "A slider or menu for each field of a state"
     import ipywidgets as w
-    look = dict(style={"description_width": "5em"}, layout=w.Layout(width="21em"))
+    look = dict(style={"description_width": "6.5em"}, layout=w.Layout(width="22em"))
     return {
         "method": w.Dropdown(options=scene.methods, value=state.method, description="method", **look),
-        "spread": w.FloatSlider(min=0, max=STRONGEST, step=.05, value=state.spread, description="T, spreads", **look),
+        "spread": w.FloatSlider(min=0, max=STRONGEST, step=.05, value=state.spread, description="T in spreads", **look),
         "steps": w.IntSlider(min=1, max=MOST_STEPS, value=state.steps, description="steps", **look),
         "layer": w.SelectionSlider(options=scene.layers, value=state.layer, description="layer", **look),
         "metric": w.Dropdown(options=scene.metrics, value=state.metric, description="metric", **look)}
@@ -563,7 +566,8 @@ def make_views() -> dict:  # name -> widget
     "Two pictures, the answers, a spinner, and a place for what went wrong"
     import ipywidgets as w
     pictures = {name: w.Image(format="png", layout=w.Layout(max_width="49%")) for name in ("flow", "way")}
-    return pictures | {name: w.HTML() for name in ("answers", "busy", "error")}
+    words = {name: w.HTML() for name in ("answers", "error")}
+    return pictures | words | {"busy": w.HTML(layout=w.Layout(width="24px"))}
 
 def png(
     draw,  # axes -> anything
@@ -587,21 +591,25 @@ def _panel(self: Explorer):
     import ipywidgets as w
     controls, views = self.controls, self.views
     for control in controls.values(): control.observe(self._moved, "value")
-    sliders = w.HBox([*controls.values(), views["busy"]], layout=w.Layout(flex_flow="row wrap"))
+    sliders = w.HBox([*controls.values()], layout=w.Layout(flex_flow="row wrap"))
     pictures = w.HBox([views["flow"], views["way"]])
-    self._place_sliders()
+    self._grey()
     self._work_now()
-    return w.VBox([sliders, views["error"], pictures, views["answers"]])
+    return w.VBox([w.HBox([views["busy"], sliders]), views["error"], pictures, views["answers"]])
 
 @patch
 def _place_sliders(self: Explorer):
-    "Put the sliders where the state is, without an echo, and grey out those that its method does not hear"
-    heard = knobs(self.scene.class_of(self.state.method))
+    "Put the sliders where the state is, without an echo"
     self._held = True
-    for name, control in self.controls.items():
-        control.value = getattr(self.state, name)
-        control.disabled = name in ("steps", "metric") and name not in heard
+    for name, control in self.controls.items(): control.value = getattr(self.state, name)
     self._held = False
+    self._grey()
+
+@patch
+def _grey(self: Explorer):
+    "Sliders that the method does not hear cannot be moved"
+    heard = knobs(self.scene.class_of(self.state.method))
+    for name in ("steps", "metric"): self.controls[name].disabled = name not in heard
 
 # %% ../nbs/24_explorer.ipynb #e5b10065
 def audience() -> str:
@@ -614,10 +622,13 @@ def audience() -> str:
 def _repr_mimebundle_(self: Explorer, **kwargs) -> dict:
     who = audience()
     if who == "terminal": return {"text/plain": repr(self)}
-    if who == "reader": return self.panel._repr_mimebundle_(**kwargs) | {"image/png": self.views["flow"].value}
-    fig, file = self.snapshot(), io.BytesIO()
-    fig.savefig(file, format="png")
-    return {"text/plain": repr(self), "image/png": file.getvalue()}
+    if who == "reader": bundle, picture = self.panel._repr_mimebundle_(**kwargs), self.views["flow"].value
+    else:
+        bundle, file = {"text/plain": repr(self)}, io.BytesIO()
+        self.snapshot().savefig(file, format="png")
+        picture = file.getvalue()
+    # as text: what a widget holds is no bytes, and a notebook with it could not be saved
+    return bundle | {"image/png": base64.b64encode(picture).decode()}
 
 # %% ../nbs/24_explorer.ipynb #e5b10066
 def explore(
@@ -630,19 +641,25 @@ def explore(
     **settings,  # where the sliders stand at first (fields of `State`), and hyper-parameters of ODESteer
 ) -> Explorer:
     "Sliders over method, strength, steps, block and metric; three views: the flow, the barrier on the way, answers"
-    known = {f.name for f in fields(State)}
-    start = {k: v for k, v in settings.items() if k in known}
-    params = {k: v for k, v in settings.items() if k not in known}
-    if strange := params.keys() - inspect.signature(ods.ODESteer).parameters:
-        raise ValueError(f"{', '.join(sorted(strange))} is neither a slider ({', '.join(asdict(State()))}) "
-                         "nor a setting of ODESteer")
-    ods.ODESteer(**params)  # its own errors come here, and not when a slider moves
+    start, params = sorted_settings(settings)
+    if isinstance(what, Steerer):
+        return Explorer(*look_at(make_scene(task, model, prompts, limit, params=params), what, start))
     methods = tuple(methods or (*ods.steerer_names(), "random"))
-    if not isinstance(what, Steerer):
-        scene = make_scene(what, model, prompts, limit, methods=methods, params=params)
-        return Explorer(scene, State(**{"layer": min(1, len(scene.layers) - 1)} | start))
-    scene = make_scene(task, model, prompts, limit, params=params)
-    return Explorer(*look_at(scene, what, start))
+    if bad := [m for m in methods if m not in ods.REGISTRY or not load_class(m).needs_layer]:
+        raise ValueError(f"{', '.join(bad)} cannot be explored: give methods that steer one block, such as caa")
+    scene = make_scene(what if task is None else task, model, prompts, limit, methods=methods, params=params)
+    first = "odesteer" if "odesteer" in methods else methods[0]
+    return Explorer(scene, State(**{"method": first, "layer": (len(scene.layers) - 1) // 2} | start))
+
+def sorted_settings(settings: dict) -> tuple:  # fields of `State`, hyper-parameters of ODESteer
+    "Settings by what they are for; a ValueError where one is for nothing"
+    sliders = asdict(State())
+    start, params = ({k: v for k, v in settings.items() if (k in sliders) == own} for own in (True, False))
+    if strange := params.keys() - inspect.signature(ods.ODESteer).parameters:
+        names = ", ".join(sorted(strange))
+        raise ValueError(f"{names}: neither a slider ({', '.join(sliders)}) nor a setting of ODESteer")
+    ods.ODESteer(**params)  # its own errors come here, and not when a slider moves
+    return start, params
 
 # %% ../nbs/24_explorer.ipynb #e5b10067
 def look_at(
@@ -655,7 +672,7 @@ def look_at(
     names = {cls: name for name, (cls, _) in ods.REGISTRY.items()}
     name = names.get(type(steerer).__name__, type(steerer).__name__)
     layer = start.get("layer", steerer.about.get("layer"))
-    if layer is None:
+    if layer not in scene.layers:
         raise ValueError(f"say which block this {type(steerer).__name__} steers: layer=0 to {len(scene.layers) - 1}")
     metric = getattr(steerer, "metric", "euclidean")
     own = dict(method=name, layer=layer, metric=metric, steps=getattr(steerer, "steps", 10))
