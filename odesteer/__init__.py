@@ -27,6 +27,7 @@ _MODULES = {
     "results": "",
     "report": "",
     "speed": "",
+    "explorer": "explore",
     "costs": "",
     "plans": "",
     "cli": "",
