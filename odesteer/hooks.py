@@ -340,8 +340,7 @@ def look(self: Watch, names, module, args, kwargs):
         here.single = _Call(acting)
         self.calls.add(here.single)
     for s in acting: s.here.where = s.last = s._look(given)
-    if torch.compiler.is_compiling(): self.traced_labels = None
-    else: here.labels = None
+    here.labels = None
 
 # %% ../nbs/05_hooks.ipynb #c4be4770
 @patch
@@ -356,10 +355,7 @@ def looked(self: Watch, module, args, output=None):
 @patch
 def note_labels(self: Watch, names, module, args, kwargs):
     "Before a model with labels runs: what will be scored?"
-    labels = {**dict(zip(names, args)), **kwargs}.get("labels")
-    # code is compiled once for all threads, and does not see what a page of one held before
-    if torch.compiler.is_compiling(): self.traced_labels = labels
-    else: self.here.labels = labels
+    self.here.labels = {**dict(zip(names, args)), **kwargs}.get("labels")
 
 @patch
 def steer(self: Watch, layer, module, args, kwargs, output):
@@ -420,8 +416,7 @@ def _ends(self: Steering, given, positions, shape, real):
 
     With labels: each document from the token before its first label on, since that is what is scored.
     Of several documents in a row, whose position ids fall: the last token of each."""
-    watch, starts = self._watch, _document_starts(given, shape, real)
-    labels = watch.traced_labels if torch.compiler.is_compiling() else watch.here.labels
+    labels, starts = self._watch.here.labels, _document_starts(given, shape, real)
     if labels is not None and labels.shape != shape: labels = None  # of whole rows
     if starts is not None and (not isinstance(positions, str) or self.history == "unsteered" or self._remembers()):
         raise NotImplementedError("several documents are packed into one row (their position ids fall), where this way "

@@ -459,25 +459,26 @@ def _add_bits(sha, name, w):
 
 # %% ../nbs/04_models.ipynb #a37135a1
 class _Here(threading.local):
-    "What one thread is doing with a model"
-    call = None  # the `generate` that runs
-    single = None  # the forward pass outside `generate` that runs
-    prompt = None  # of the pass that runs inside `generate`, a `_PromptMask`
-    answer = rows = None  # see `answer_starts`
-    labels = None  # of the forward pass that begins
+    "What one thread is doing with a model; set anew in each"
+    def __init__(self):
+        self.call = None  # the `generate` that runs
+        self.single = None  # the forward pass outside `generate` that runs
+        self.prompt = None  # of the pass that runs inside `generate`, a `_PromptMask`
+        self.answer = self.rows = None  # see `answer_starts`
+        self.labels = None  # of the forward pass that begins
 
 class Watch:
     "Who steers a model, and the calls that run: what the hooks must know. Grows below"
     def __init__(self):
         self.steerings = self.present = ()  # attached, oldest first; and those that a running call still needs
-        self.calls, self.hooks, self.wrapped = set(), {}, []
+        self.calls, self.hooks = set(), {}
         self.of_one = True  # do all steerings belong to one thread or task?
-        self.traced_labels = None  # of the forward pass that is compiled
         self.here = _Here()
 
     def __reduce_ex__(self, protocol):
         raise RuntimeError("a model that is being steered cannot be copied or pickled: remove the steering first")
 
+# %% ../nbs/04_models.ipynb #7c3366aa
 _WATCHES = weakref.WeakKeyDictionary()  # decoder -> Watch
 def watch_of(
     model,  # a causal language model, or a part or wrapper of one
