@@ -431,6 +431,15 @@ def test_an_answer_stays_steered_in_its_cache(llama):
     assert h.applied == said + 6  # nothing was taken back and computed again
 
 
+def test_an_answer_goes_on_from_its_cache_as_if_it_had_not_been_interrupted(model):
+    if model.config.model_type == "mamba": pytest.skip("transformers goes on from no recurrent state")
+    with steering(model, TWIST, layer=LAYER, T=1.):
+        whole = answer(model, max_new_tokens=8)
+        half = model.generate(input_ids=ONE, attention_mask=MASK[:1], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        rest = model.generate(input_ids=half.sequences, past_key_values=half.past_key_values, max_new_tokens=4, do_sample=False)
+    assert torch.equal(rest[0, 7:], whole)
+
+
 def test_a_prefix_that_cannot_be_taken_back_is_refused(llama):
     with steering(llama, TWIST, layer=LAYER, T=1.), torch.no_grad():
         cache = transformers.StaticCache(config=llama.config, max_cache_len=32)
