@@ -1107,7 +1107,8 @@ class Finder(MetaPathFinder):
         except BaseException: raise ImportError("initialization failed")
 seen, wanted = [], sys.argv[1]
 sys.meta_path.insert(0, Finder())
-if len(sys.argv) > 2: signal.signal(signal.SIGINT, signal.SIG_IGN)
+# a shell that runs something in the background has it ignore Ctrl-C, and so its children
+signal.signal(signal.SIGINT, signal.SIG_IGN if len(sys.argv) > 2 else signal.default_int_handler)
 from odesteer import _command
 sys.argv[1:] = ["check-pairs", "pairs.csv"]
 raise SystemExit(_command())
