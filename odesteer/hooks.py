@@ -182,7 +182,8 @@ def generating(self: Watch, model, original, args, kwargs):
         here.call = here.prompt = None
         self.ended(call)
 
-def _wrapped(original, watch_of):
+def _wrapped(original):
+    "A `generate` that asks whether its model is steered"
     @wraps(original)
     def generate(self, *args, **kwargs):
         watch = watch_of(self)
@@ -203,7 +204,7 @@ def _note_prompts(watch):
     wanted = (owners | ({mixin} if _STEERED else set())) - {None}
     for cls in _GENERATES.keys() - wanted: _restore_generate(cls)
     for cls in wanted - _GENERATES.keys():
-        _GENERATES[cls] = cls.generate, (ours := _wrapped(cls.generate, watch_of))
+        _GENERATES[cls] = cls.generate, (ours := _wrapped(cls.generate))
         cls.generate = ours
 
 def _restore_generate(cls):
