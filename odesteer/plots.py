@@ -5,13 +5,14 @@
 # %% ../nbs/plots.ipynb #6031afa1
 from __future__ import annotations  # matplotlib's types appear in signatures, itself it is imported on first use
 from contextlib import contextmanager
+from io import BytesIO
 from itertools import cycle
 import torch
 from torch import Tensor
 
 # %% auto #0
 __all__ = ['COLORS', 'style', 'plane_grid', 'field_plot', 'contour_plot', 'path_plot', 'direct_label', 'convergence_plot',
-           'sweep_plot', 'spread_labels', 'attempt']
+           'sweep_plot', 'spread_labels', 'show', 'diagram', 'attempt']
 
 # %% ../nbs/plots.ipynb #77de2440
 @contextmanager
@@ -213,6 +214,75 @@ def spread_labels(
                 push = max(0, gap - (spots[i+1] - spots[i])) / 2
                 spots[i], spots[i+1] = spots[i] - push, spots[i+1] + push
         for (y, text), spot in zip(column, spots): text.set_y(spot - y)
+
+# %% ../nbs/plots.ipynb #28e7c1c5
+def show(
+    *figs,  # matplotlib figures; several of one size are the frames of a moving picture
+    seconds: float = 4.,  # that a moving picture takes before it begins again
+):
+    "Show a figure as a sharp and small PNG, and close it; a ValueError where there is none."
+    import matplotlib.pyplot as plt
+    from IPython.display import Image, display
+    if not figs: raise ValueError("show draws figures: give at least one")
+    tight = "tight" if len(figs) == 1 else None  # frames share their edges
+    pictures = [_picture(fig, tight) for fig in figs]
+    for fig in figs: plt.close(fig)
+    first, *rest = _few_colours(pictures)
+    png, moving = BytesIO(), dict(save_all=True, append_images=rest, duration=1000*seconds / len(figs), loop=0)
+    first.save(png, "png", optimize=True, **moving if rest else {})
+    display(Image(png.getvalue(), width=first.width // 2, height=first.height // 2))
+
+# %% ../nbs/plots.ipynb #3b2574e1
+def _picture(fig, tight):
+    "A figure at twice its resolution"
+    from PIL import Image
+    png = BytesIO()
+    fig.savefig(png, dpi=2*fig.dpi, bbox_inches=tight)
+    return Image.open(png).convert("RGB")
+
+def _few_colours(pictures: list) -> list:
+    "Pictures in the same 256 colours"
+    from PIL import Image
+    width, height = pictures[0].size
+    if len(pictures) == 1: return [pictures[0].quantize(256, dither=0)]
+    thumbs = Image.new("RGB", (width // 2, height // 2 * len(pictures)))
+    for i, p in enumerate(pictures): thumbs.paste(p.resize((width // 2, height // 2)), (0, i * (height // 2)))
+    palette = thumbs.quantize(256)
+    return [p.quantize(palette=palette, dither=0) for p in pictures]
+
+# %% ../nbs/plots.ipynb #89373808
+def diagram(
+    boxes: dict,  # what stands in a box -> its place (column, row) or (column, row, colour); rows count downwards
+    arrows=(),  # (from, to) or (from, to, what stands beside the arrow)
+    size: tuple = (7., 1.6),  # of the figure, in inches
+):  # matplotlib figure
+    "Draw boxes and arrows between them; a ValueError where an arrow names no box."
+    import matplotlib.pyplot as plt
+    unknown = [end for a, b, *_ in arrows for end in (a, b) if end not in boxes]
+    if unknown: raise ValueError(f"arrows name {unknown}; the boxes are {list(boxes)}")
+    with style(**{"figure.figsize": size}): fig, ax = plt.subplots()
+    drawn = {name: _box(ax, name, *place) for name, place in boxes.items()}
+    for a, b, *label in arrows: _arrow(ax, drawn[a], drawn[b], *label)
+    columns, rows = zip(*((x, -y) for x, y, *_ in boxes.values()))
+    ax.set(xlim=(min(columns) - .5, max(columns) + .5), ylim=(min(rows) - .5, max(rows) + .5))
+    ax.axis("off")
+    return fig
+
+# %% ../nbs/plots.ipynb #9c721b84
+def _box(ax, text, x, y, color=COLORS["field"]):
+    "One box with its text"
+    look = dict(boxstyle="round,pad=.5", facecolor=_faint(color, .15), edgecolor=color)
+    return ax.text(x, -y, text, ha="center", va="center", bbox=look, zorder=3)
+
+def _arrow(ax, a, b, label=None):
+    "An arrow from one box to another"
+    (x0, y0), (x1, y1) = a.get_position(), b.get_position()
+    look = dict(arrowstyle="-|>", color="black", patchA=a.get_bbox_patch(), patchB=b.get_bbox_patch(), shrinkA=2, shrinkB=2)
+    ax.annotate("", (x1, y1), (x0, y0), arrowprops=look)
+    if label:
+        beside = (6, 0) if x0 == x1 else (0, 4)
+        how = dict(ha="left", va="center") if x0 == x1 else dict(ha="center", va="bottom")
+        ax.annotate(label, ((x0 + x1)/2, (y0 + y1)/2), beside, textcoords="offset points", fontsize=9, **how)
 
 # %% ../nbs/plots.ipynb #19008c42
 def attempt(

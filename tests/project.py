@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
-PAGES = [nb for nb in NOTEBOOKS if nb.stem != "index"]  # index is the home page: it exports nothing and follows no order
+NOTEBOOKS = sorted((ROOT/"nbs").rglob("*.ipynb"))
+PAGES = [nb for nb in NOTEBOOKS if nb.stem[0].isdigit() or nb.stem == "plots"]  # lessons; the home page, the ways in and what is for teachers export nothing and follow no order
 
 
 def cells(nb: Path, kind=None) -> list:

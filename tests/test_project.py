@@ -1,5 +1,6 @@
 "The repository as a project: notebooks and modules agree, notebooks are clean and in order, the package imports and builds"
 import ast
+import base64
 import email
 import importlib
 import re
@@ -61,9 +62,9 @@ def test_cells_have_ids_and_presentable_outputs(nb):
 
 @by_notebook
 def test_notebook_is_small(nb):
-    images = [len("".join(data["image/png"]))*3//4 for cell in cells(nb, "code") for out in cell["outputs"] if "image/png" in (data := out.get("data", {}))]
-    assert max(images, default=0) < 120_000, "a figure should be about 50 kB: plot fewer points, or rasterise"
-    assert nb.stat().st_size < 800_000
+    images = [base64.b64decode("".join(data["image/png"])) for cell in cells(nb, "code") for out in cell["outputs"] if "image/png" in (data := out.get("data", {}))]
+    for png in images: assert len(png) < (500_000 if b"acTL" in png else 120_000), "a figure should be about 50 kB, a moving one below 500: plot fewer points, or rasterise"
+    assert nb.stat().st_size < 1_100_000
 
 
 @by_page
@@ -96,7 +97,6 @@ def test_page_can_be_read(nb):
     assert not wide, f"exported lines of more than 120 characters: {wide}"
     long = [i for i, source in exported(nb).items() if source.count("\n") > 30 and i not in LONG_CELLS]
     assert not long, f"export cells of more than 30 lines below the directive: {long}"
-    assert len(cells(nb)) <= 160, "more than 160 cells: two pages, or plumbing that can be merged"
 
 
 def test_exceptions_are_needed():
