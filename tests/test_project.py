@@ -281,7 +281,7 @@ def test_wheel_alone_imports(site, tmp_path):
 def test_every_import_of_the_package_is_declared():
     cfg = settings()
     declared = {re.match(r"[\w-]+", r).group() for r in " ".join(cfg[k] for k in ("requirements", "lm-eval_requirements", "peft_requirements")).split()}
-    known = {"scikit-learn": "sklearn"}
+    known = {"scikit-learn": "sklearn", "pillow": "PIL", "ipython": "IPython"}
     allowed = {known.get(d, d) for d in declared} | set(sys.stdlib_module_names) | {"odesteer"}
     for path in (ROOT/"odesteer").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
