@@ -272,7 +272,7 @@ class AllOf(Barrier):
                             "wrap a differentiable score in ScoreBarrier(score, threshold)")
         self.barriers = nn.ModuleList(barriers)
 
-    def gradients(self, a):
+    def gradients(self, a: Tensor):  # activations, (..., d)
         "The gradient of each of the K barriers, (..., d) -> (..., K, d)."
         return torch.stack([h.grad(_wide(a)) for h in self.barriers], -2)
 

@@ -170,7 +170,7 @@ class DensityRatioBarrier(Barrier):
         r = a.norm(dim=-1, keepdim=True) + 1e-12 if self.normalize else torch.ones_like(a[..., :1])
         return a / r, r
 
-    def phi(self, a):
+    def phi(self, a: Tensor):  # activations, (..., d)
         "The features that the barrier sees of activations, (..., d) -> (..., n)."
         return self.features(self._unit(a)[0])
 
@@ -286,13 +286,17 @@ def density_ratio(self: DensityRatioBarrier,
 
 class IdentityFeatures(nn.Module):
     "`phi(a) = a`: with these the density ratio is a linear probe."
-    def fit(self, X, seed=0):
+    def fit(self,
+        X, seed=0,  # activations, (N, d), and what others draw from
+    ):
         "Nothing to draw; returns itself."
         return self
     def forward(self, x):
         "`x`, (..., d)."
         return x
-    def vjp(self, x, w):
+    def vjp(self,
+        x, w,  # activations, (..., d), and weights of the features, (d,)
+    ):
         "`w` for every row of `x`, (..., d)."
         return w.expand_as(x)
 
@@ -344,7 +348,10 @@ def forward(self: RandomFourierFeatures, x):
     return math.sqrt(2 / self.n_components) * self._angle(x).cos()
 
 @patch
-def vjp(self: RandomFourierFeatures, x, w):
+def vjp(self: RandomFourierFeatures,
+    x: Tensor,  # activations, (..., d)
+    w: Tensor,  # weights of the features, (n_components,)
+):
     "`J(x)^T w`, exact: (..., d) and (n_components,) -> (..., d)."
     return -math.sqrt(2 / self.n_components) * (self._angle(x).sin() * w) @ self.W_.to(x)
 
@@ -427,7 +434,7 @@ def quality(
         slope=slope, intercept=intercept)
 
 def barrier_quality(
-    barrier: Barrier,
+    barrier: Barrier,  # fitted
     pos, neg,  # held-out activations (N+, d) and (N-, d), or all of them and 0/1 labels
     bins=10,  # for calibration, as in `quality`
 ) -> Quality:

@@ -164,7 +164,7 @@ def entry(sym, name) -> list:
 def methods(cls) -> dict:
     "Public methods and properties that a class adds to those of its bases"
     if not inspect.isclass(cls): return {}
-    public = {name: f for name, f in vars(cls).items() if name[0] != "_" and (inspect.isfunction(f) or isinstance(f, (property, classmethod, staticmethod)))}
+    public = {name: f for name, f in vars(cls).items() if name[0] != "_" and (inspect.isfunction(f) and f.__name__ != "<lambda>" or isinstance(f, (property, classmethod, staticmethod)))}
     return {name: f for name, f in public.items() if not any(hasattr(base, name) for base in cls.__mro__[1:])}
 
 
