@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Contrast', 'contrast', 'Fitted', 'Steerer', 'hash_tensors', 'full_precision', 'in_full_precision', 'per_row', 'CAA',
-           'logistic_regression', 'ITI', 'RepE', 'write_atomic', 'sync', 'alone', 'Damaged', 'read_json', 'set_aside',
-           'steerer_names', 'load_class', 'make_steerer', 'load_steerer', 'Edit', 'Edits']
+           'logistic_regression', 'ITI', 'RepE', 'Edit', 'Edits', 'write_atomic', 'sync', 'alone', 'Damaged',
+           'read_json', 'set_aside', 'steerer_names', 'load_class', 'make_steerer', 'load_steerer']
 
 # %% ../nbs/00_euler.ipynb #c42fcbde
 import copy
@@ -211,6 +211,9 @@ def fit(self: Steerer,
     self.width = data.pos.shape[1]
     return self
 
+@patch
+def _no_spread(self: Steerer): return getattr(self, "spread_", None) is None
+
 # %% ../nbs/00_euler.ipynb #24e6d83f
 def _spread(X):
     "Median distance of activations to their mean; None where they are all the same, up to rounding."
@@ -226,6 +229,20 @@ def _displacement(self: Steerer, x):
         raise ValueError(f"{type(self).__name__} found nothing to move: "
                          "wanted and unwanted activations look the same to it")
     return distance
+
+@patch
+def __repr__(self: Fitted):
+    defaults = inspect.signature(type(self)).parameters
+    args = ", ".join(f"{k}={v!r}" for k, v in self.params.items() if v != defaults[k].default)
+    name, data = f"{type(self).__name__}({args})", self._fitted_on
+    if self.width is None: return f"{name}, not fitted"
+    rows = f" on {data['n_pos']} + {data['n_neg']} {data.get('of', 'activations')}" if data else ""
+    return f"{name}, fitted{rows} of width {self.width}, {self._facts()}"
+
+@patch
+def _facts(self: Steerer):
+    spread = "" if self._no_spread() else f"spread {self.spread_:.4g}, "
+    return f"median norm {self.median_norm_:.4g}, {spread}unit {self.unit}"
 
 # %% ../nbs/00_euler.ipynb #3e3906a1
 def hash_tensors(
@@ -254,24 +271,6 @@ def in_full_precision(
     def f(self, a, *args, **kwargs):
         with full_precision(a): return method(self, a, *args, **kwargs)
     return f
-
-# %% ../nbs/00_euler.ipynb #14396e77
-@patch
-def __repr__(self: Fitted):
-    defaults = inspect.signature(type(self)).parameters
-    args = ", ".join(f"{k}={v!r}" for k, v in self.params.items() if v != defaults[k].default)
-    name, data = f"{type(self).__name__}({args})", self._fitted_on
-    if self.width is None: return f"{name}, not fitted"
-    rows = f" on {data['n_pos']} + {data['n_neg']} {data.get('of', 'activations')}" if data else ""
-    return f"{name}, fitted{rows} of width {self.width}, {self._facts()}"
-
-@patch
-def _facts(self: Steerer):
-    spread = "" if self._no_spread() else f"spread {self.spread_:.4g}, "
-    return f"median norm {self.median_norm_:.4g}, {spread}unit {self.unit}"
-
-@patch
-def _no_spread(self: Steerer): return getattr(self, "spread_", None) is None
 
 # %% ../nbs/00_euler.ipynb #d5291bb2
 @patch
@@ -378,7 +377,6 @@ def _given(self: Steerer, **units):
     if self.unit == "fraction": return {"T": 1.0}
     raise ValueError(f"say how far to steer: {self._ways()}")
 
-
 # %% ../nbs/00_euler.ipynb #06b52125
 @patch
 def _ways(self: Steerer):
@@ -475,6 +473,76 @@ class RepE(Steerer):
         self._store(direction_=sign * Vh[0], mid_=(data.pos.mean(0) + data.neg.mean(0)) / 2)
     def _field(self, x): return self.direction_.expand_as(x)
 
+# %% ../nbs/00_euler.ipynb #85202709
+@dataclass(frozen=True)
+class Edit:
+    "What to do to the output of one block; calling it calls `apply`."
+    apply: Callable  # (block_in, block_out, value[, remembered]) -> new block_out; rows (n, d), dtype and shape kept
+    remember: Callable = None  # (batch, d), outputs at each row's last prompt token -> what is kept, (batch, ...)
+
+    def __call__(self, *args): return self.apply(*args)
+
+@runtime_checkable
+class Edits(Protocol):
+    "What a hook asks of a method. `isinstance` looks for the names only."
+    width: int | None  # entries of the activations that it takes; None before it is fitted
+    unit: str  # "length" or "fraction": with "fraction", a strength left out is 1
+    about: dict  # which model, revision and layer it was fitted on, as far as known
+
+    def edits(self, model, layer, strength) -> dict:
+        "`{layer: Edit}` for this model; a method of one block edits `layer`, others name their own."
+
+    def resolve(self, strength) -> Tensor:
+        "The value that `apply` gets, (), or one per row, (batch,); `strength` is a number, tensor or dict of units."
+
+# %% ../nbs/00_euler.ipynb #0460f230
+@patch
+def edits(self: Steerer,
+    model,  # the model to be steered (unused: a steerer looks at one layer only)
+    layer,  # 0-based decoder block
+    strength,  # number, one per row, or a dict of units such as {"spread": 1.}
+) -> dict:  # {layer: Edit}
+    "What to do at the layer's output; the edit's `value` is the strength of each row in the unit given."
+    unit, _, limits = self._unit(strength)
+    def apply(block_in, block_out, value): return self.steer(block_out, **{unit: value}, **limits)
+    return {layer: Edit(apply)}
+
+@patch
+def resolve(self: Steerer,
+    strength,  # as for `edits`
+) -> Tensor:  # float32, () or (batch,)
+    "The value of a strength, as the tensor that `edits` expects."
+    return torch.as_tensor(self._unit(strength)[1], dtype=torch.float32)
+
+@patch
+def _unit(self: Steerer, strength):
+    "The unit whose value may change while steering, that value, and the rest."
+    self._must_be_fitted()
+    given = self._given(**(strength if isinstance(strength, dict) else {"T": strength}))
+    unit = next(k for k in ("until", "nats", "spread", "share", "T") if k in given)
+    return unit, given.pop(unit), given
+
+# %% ../nbs/00_euler.ipynb #b0ed7adf
+@patch(as_prop=True)
+def strength_units(self: Fitted) -> tuple:
+    "The units in which a strength can be given: T, share and spread, and with a barrier also nats and until."
+    spread = self.width is None or not self._no_spread()
+    return ("T", "share") + ("spread",) * spread + ("nats", "until") * hasattr(self, "barrier")
+
+@patch(as_prop=True)
+def default_strength(self: Fitted) -> dict:
+    "The strength when nothing was said: the published map where there is one, else half a spread."
+    if self.unit == "fraction": return {"T": 1.}
+    return {"spread": .5} if "spread" in self.strength_units else {"share": .5}  # as it was before there were spreads
+
+@patch
+def check(self: Steerer,
+    pos, neg,  # held-out activations; or (prompt, answer) pairs, with model= and tokenizer=
+    **kwargs,  # groups, layer, spreads, placebos, seed, ...: see `check_steerer`
+):  # a report that prints as text; its `ok` is the verdict
+    "Does it move the log-odds more than placebos do, more with more strength, and not at all when off?"
+    return getattr(odesteer, "check_steerer")(self, pos, neg, **kwargs)
+
 # %% ../nbs/00_euler.ipynb #6ed6b024
 @patch(as_prop=True)
 def card(self: Fitted) -> dict:
@@ -482,6 +550,18 @@ def card(self: Fitted) -> dict:
     name = next((k for k, (cls, _) in odesteer.REGISTRY.items() if cls == type(self).__name__), None)
     return dict(format=1, method=name, params=self.params, unit=self.unit, width=self.width, fit=self._fitted_on,
                 chosen=self.chosen, version=odesteer.__version__, about=self.about)
+
+@patch
+def _check_tensors(self: Fitted, tensors):
+    "A ValueError for what no fit leaves behind, before anything is computed with it."
+    for name, t in tensors.items():
+        if not t.numel(): raise ValueError(f"{name} is empty")
+        floats = t.is_floating_point()
+        if not floats and name.rpartition(".")[2] not in self._integers:
+            raise ValueError(f"{name} holds {str(t.dtype)[6:]} instead of floats")
+        if floats and not torch.stack(t.aminmax()).isfinite().all(): raise ValueError(f"{name} holds NaN or infinity")
+    if not 1 <= self.width <= max((n for t in tensors.values() for n in t.shape), default=0):
+        raise ValueError("no tensor is that wide")
 
 # %% ../nbs/00_euler.ipynb #ab4e75c1
 @patch
@@ -512,19 +592,6 @@ def _card_hash(card) -> str:
     "Of everything that a card says, however its file is laid out."
     said = {k: v for k, v in json.loads(json.dumps(card)).items() if k != "card_sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-# %% ../nbs/00_euler.ipynb #5f655d8e
-@patch
-def _check_tensors(self: Fitted, tensors):
-    "A ValueError for what no fit leaves behind, before anything is computed with it."
-    for name, t in tensors.items():
-        if not t.numel(): raise ValueError(f"{name} is empty")
-        floats = t.is_floating_point()
-        if not floats and name.rpartition(".")[2] not in self._integers:
-            raise ValueError(f"{name} holds {str(t.dtype)[6:]} instead of floats")
-        if floats and not torch.stack(t.aminmax()).isfinite().all(): raise ValueError(f"{name} holds NaN or infinity")
-    if not 1 <= self.width <= max((n for t in tensors.values() for n in t.shape), default=0):
-        raise ValueError("no tensor is that wide")
 
 # %% ../nbs/00_euler.ipynb #4e9db35a
 def write_atomic(
@@ -766,74 +833,3 @@ def _read_card(file):
         raise ValueError(f"{file} is not as it was saved: its settings and its tensors belong together; put the file "
                          "back, then load the steerer, change what should change, and save it again")
     return card
-
-# %% ../nbs/00_euler.ipynb #85202709
-@dataclass(frozen=True)
-class Edit:
-    "What to do to the output of one block; calling it calls `apply`."
-    apply: Callable  # (block_in, block_out, value[, remembered]) -> new block_out; rows (n, d), dtype and shape kept
-    remember: Callable = None  # (batch, d), outputs at each row's last prompt token -> what is kept, (batch, ...)
-
-    def __call__(self, *args): return self.apply(*args)
-
-@runtime_checkable
-class Edits(Protocol):
-    "What a hook asks of a method. `isinstance` looks for the names only."
-    width: int | None  # entries of the activations that it takes; None before it is fitted
-    unit: str  # "length" or "fraction": with "fraction", a strength left out is 1
-    about: dict  # which model, revision and layer it was fitted on, as far as known
-
-    def edits(self, model, layer, strength) -> dict:
-        "`{layer: Edit}` for this model; a method of one block edits `layer`, others name their own."
-
-    def resolve(self, strength) -> Tensor:
-        "The value that `apply` gets, (), or one per row, (batch,); `strength` is a number, tensor or dict of units."
-
-# %% ../nbs/00_euler.ipynb #0460f230
-@patch
-def edits(self: Steerer,
-    model,  # the model to be steered (unused: a steerer looks at one layer only)
-    layer,  # 0-based decoder block
-    strength,  # number, one per row, or a dict of units such as {"spread": 1.}
-) -> dict:  # {layer: Edit}
-    "What to do at the layer's output; the edit's `value` is the strength of each row in the unit given."
-    unit, _, limits = self._unit(strength)
-    def apply(block_in, block_out, value): return self.steer(block_out, **{unit: value}, **limits)
-    return {layer: Edit(apply)}
-
-@patch
-def resolve(self: Steerer,
-    strength,  # as for `edits`
-) -> Tensor:  # float32, () or (batch,)
-    "The value of a strength, as the tensor that `edits` expects."
-    return torch.as_tensor(self._unit(strength)[1], dtype=torch.float32)
-
-@patch
-def _unit(self: Steerer, strength):
-    "The unit whose value may change while steering, that value, and the rest."
-    self._must_be_fitted()
-    given = self._given(**(strength if isinstance(strength, dict) else {"T": strength}))
-    unit = next(k for k in ("until", "nats", "spread", "share", "T") if k in given)
-    return unit, given.pop(unit), given
-
-# %% ../nbs/00_euler.ipynb #b0ed7adf
-@patch(as_prop=True)
-def strength_units(self: Fitted) -> tuple:
-    "The units in which a strength can be given: T, share and spread, and with a barrier also nats and until."
-    spread = self.width is None or not self._no_spread()
-    return ("T", "share") + ("spread",) * spread + ("nats", "until") * hasattr(self, "barrier")
-
-@patch(as_prop=True)
-def default_strength(self: Fitted) -> dict:
-    "The strength when nothing was said: the published map where there is one, else half a spread."
-    if self.unit == "fraction": return {"T": 1.}
-    return {"spread": .5} if "spread" in self.strength_units else {"share": .5}  # as it was before there were spreads
-
-# %% ../nbs/00_euler.ipynb #b1aac1f0
-@patch
-def check(self: Steerer,
-    pos, neg,  # held-out activations; or (prompt, answer) pairs, with model= and tokenizer=
-    **kwargs,  # groups, layer, spreads, placebos, seed, ...: see `check_steerer`
-):  # a report that prints as text; its `ok` is the verdict
-    "Does it move the log-odds more than placebos do, more with more strength, and not at all when off?"
-    return getattr(odesteer, "check_steerer")(self, pos, neg, **kwargs)

@@ -35,8 +35,9 @@ MODULES = {nb: module_of(nb) for nb in PAGES if module_of(nb)}
 
 
 def needs_model(nb: Path) -> bool:
-    "Does the notebook load the pretrained model that a wheel brings?"
-    return any('load_model("smollm2"' in cell["source"] and not directive(cell["source"], "eval: *false") for cell in cells(nb, "code"))
+    "Does the notebook load the pretrained model that a wheel brings, without asking first whether it is there?"
+    loading = [cell["source"] for cell in cells(nb, "code") if 'load_model("smollm2"' in cell["source"] and not directive(cell["source"], "eval: *false")]
+    return any('if installed_file("smollm2"):' not in source for source in loading)
 
 
 def reads_gguf() -> bool:

