@@ -7,12 +7,14 @@ from __future__ import annotations  # matplotlib's types appear in signatures, i
 from contextlib import contextmanager
 from io import BytesIO
 from itertools import cycle
+from random import Random
+import math
 import torch
 from torch import Tensor
 
 # %% auto #0
 __all__ = ['COLORS', 'style', 'plane_grid', 'field_plot', 'contour_plot', 'path_plot', 'direct_label', 'convergence_plot',
-           'sweep_plot', 'spread_labels', 'show', 'diagram', 'attempt']
+           'sweep_plot', 'spread_labels', 'label_points', 'show', 'png', 'diagram', 'attempt']
 
 # %% ../nbs/plots.ipynb #77de2440
 @contextmanager
@@ -215,6 +217,79 @@ def spread_labels(
                 spots[i], spots[i+1] = spots[i] - push, spots[i+1] + push
         for (y, text), spot in zip(column, spots): text.set_y(spot - y)
 
+# %% ../nbs/plots.ipynb #p7a00002
+def label_points(
+    ax,  # matplotlib axes; call it last, when the limits are final
+    points,  # places in data coordinates, (N, 2)
+    names,  # of the points
+    colors=None,  # of the names, one each; None: all black
+    size: float = 8.5,  # of the letters, in points
+):  # the annotations
+    "Name points beside them, so that no name covers a point or another name."
+    from matplotlib.text import Text
+    ax.figure.draw_without_rendering()  # only now the axes have their place
+    scale = 72/ax.figure.dpi
+    notes = [_note(ax, *named, size) for named in zip(points, names, colors or ["black"]*len(names))]
+    spots = (ax.transData.transform(points) * scale).tolist()
+    sizes = [(Text.get_window_extent(note).size * scale).tolist() for note in notes]
+    window = (ax.bbox.extents[[0, 2, 1, 3]] * scale).tolist()
+    for note, (offset, far) in zip(notes, _places(spots, sizes, window)):
+        note.set_position(offset)
+        note.arrow_patch.set_visible(far)
+    return notes
+
+def _note(ax, point, name, color, size):
+    "A name with a line to its point, not yet in its place; white around, so that it can be read on a line"
+    from matplotlib.patheffects import withStroke
+    note = ax.annotate(name, point, (0, 0), textcoords="offset points", ha="center", va="center", color=color,
+                       fontsize=size, annotation_clip=False, zorder=4,
+                       path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                       arrowprops=dict(arrowstyle="-", lw=.6, color=color))
+    note.set_in_layout(False)
+    return note
+
+# %% ../nbs/plots.ipynb #p7a00003
+def _places(spots, sizes, window) -> list:  # of (offset in points, is it far?)
+    "A place for every name; who found none goes first in the next round, and stands to the right in the end"
+    order, best, dice = list(range(len(spots))), {}, Random(0)
+    for trial in range(20):
+        boxes, found = ([_box_at(spot, (5, 5)) for spot in spots], [], []), {}  # of points, names, lines to them
+        for i in order: found[i] = _free_place(spots[i], sizes[i], window, *boxes, strict=trial < 12)
+        placed = {i: place for i, place in found.items() if place}
+        if len(placed) > len(best): best = placed
+        if len(best) == len(spots): break
+        dice.shuffle(order)
+        order.sort(key=lambda i: i in placed)
+    return [best.get(i) or ((sizes[i][0]/2 + 3, 0), False) for i in range(len(spots))]
+
+_NEAR = 4, 28, 12, 20, 8, 24, 0, 16  # in 1/32 of a turn: corners first, they are clear of error bars
+_FAR = 8, 24, *(turn for k in range(1, 8) for turn in (8 - k, 8 + k, 24 - k, 24 + k))  # upright lines first, none lies
+
+def _free_place(spot, size, window, points, names, lines, strict):
+    "Take the nearest free place for a name, None where there is none; strict: the line to it crosses no other name"
+    for gap in range(3, 100, 5):
+        far = gap > 3
+        for turn in (_FAR if far else _NEAR):
+            way = math.cos(turn*math.pi/16), math.sin(turn*math.pi/16)
+            offset = [w/max(map(abs, way)) * (s/2 + gap) for w, s in zip(way, size)]
+            at = lambda share: [x + share*d for x, d in zip(spot, offset)]
+            box, length = _box_at(at(1), size), math.hypot(*offset)
+            line = [_box_at(at(r/length), (1, 1)) for r in range(4, int(length), 3)] if far else []
+            inside = window[0] <= box[0] and box[1] <= window[1] and window[2] <= box[2] and box[3] <= window[3]
+            crosses = strict and not all(_is_free(bit, names) for bit in line)
+            if inside and not crosses and _is_free(box, points + names + lines):
+                names.append(box)
+                lines += line
+                return offset, far
+
+def _box_at(middle, size) -> tuple:
+    "The edges (x0, x1, y0, y1) of a box"
+    (x, y), (w, h) = middle, size
+    return x - w/2, x + w/2, y - h/2, y + h/2
+
+def _apart(a, b) -> bool: return a[1] < b[0] or b[1] < a[0] or a[3] < b[2] or b[3] < a[2]
+def _is_free(box, others) -> bool: return all(_apart(box, other) for other in others)
+
 # %% ../nbs/plots.ipynb #28e7c1c5
 def show(
     *figs,  # matplotlib figures; several of one size are the frames of a moving picture
@@ -223,22 +298,30 @@ def show(
     "Show a figure as a sharp and small PNG, and close it; a ValueError where there is none."
     import matplotlib.pyplot as plt
     from IPython.display import Image, display
-    if not figs: raise ValueError("show draws figures: give at least one")
-    tight = "tight" if len(figs) == 1 else None  # frames share their edges
-    pictures = [_picture(fig, tight) for fig in figs]
+    data = png(*figs, seconds=seconds)
     for fig in figs: plt.close(fig)
-    first, *rest = _few_colours(pictures)
-    png, moving = BytesIO(), dict(save_all=True, append_images=rest, duration=1000*seconds / len(figs), loop=0)
-    first.save(png, "png", optimize=True, **moving if rest else {})
-    display(Image(png.getvalue(), width=first.width // 2, height=first.height // 2))
+    width, height = (int.from_bytes(data[i:i + 4], "big") for i in (16, 20))  # where a PNG says its size
+    display(Image(data, width=width // 2, height=height // 2))
+
+def png(
+    *figs,  # matplotlib figures, as for `show`
+    seconds: float = 4.,  # likewise
+) -> bytes:  # of the PNG
+    "A figure as a file: sharp and small; a ValueError where there is none."
+    if not figs: raise ValueError("give at least one figure to draw")
+    tight = "tight" if len(figs) == 1 else None  # frames share their edges
+    first, *rest = _few_colours([_picture(fig, tight) for fig in figs])
+    file, moving = BytesIO(), dict(save_all=True, append_images=rest, duration=1000*seconds / len(figs), loop=0)
+    first.save(file, "png", optimize=True, **moving if rest else {})
+    return file.getvalue()
 
 # %% ../nbs/plots.ipynb #3b2574e1
 def _picture(fig, tight):
     "A figure at twice its resolution"
     from PIL import Image
-    png = BytesIO()
-    fig.savefig(png, dpi=2*fig.dpi, bbox_inches=tight)
-    return Image.open(png).convert("RGB")
+    file = BytesIO()
+    fig.savefig(file, dpi=2*fig.dpi, bbox_inches=tight)
+    return Image.open(file).convert("RGB")
 
 def _few_colours(pictures: list) -> list:
     "Pictures in the same 256 colours"
