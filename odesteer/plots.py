@@ -74,9 +74,8 @@ def _few_colours(pictures: list) -> list:
     thumbs = Image.new("RGB", (width // 2, height // 2 * len(pictures)))
     for i, p in enumerate(pictures): thumbs.paste(p.resize((width // 2, height // 2)), (0, i * (height // 2)))
     palette = thumbs.quantize(256)
-    colours = palette.getpalette()
-    i = max(range(0, len(colours), 3), key=lambda i: sum(colours[i:i + 3]))
-    palette.putpalette(colours[:i] + [255]*3 + colours[i + 3:])  # paper is white, not nearly so
+    shades = [max(c, 255*(c > 247)) for c in palette.getpalette()]  # paper is white, not nearly so
+    palette.putpalette(shades)
     return [p.quantize(palette=palette, dither=0) for p in pictures]
 
 # %% ../nbs/plots.ipynb #b720207b
