@@ -362,12 +362,15 @@ def _box(ax, text, x, y, color=COLORS["field"]):
 def _arrow(ax, a, b, label=None):
     "An arrow from one box to another"
     (x0, y0), (x1, y1) = a.get_position(), b.get_position()
-    look = dict(arrowstyle="-|>", color="black", patchA=a.get_bbox_patch(), patchB=b.get_bbox_patch(), shrinkA=2, shrinkB=2)
+    ends = dict(patchA=a.get_bbox_patch(), patchB=b.get_bbox_patch(), shrinkA=2, shrinkB=2)
+    look = dict(arrowstyle="-|>", color="black", **ends)
     ax.annotate("", (x1, y1), (x0, y0), arrowprops=look)
     if label:
+        from matplotlib.patheffects import withStroke
         beside = (6, 0) if x0 == x1 else (0, 4)
         how = dict(ha="left", va="center") if x0 == x1 else dict(ha="center", va="bottom")
-        ax.annotate(label, ((x0 + x1)/2, (y0 + y1)/2), beside, textcoords="offset points", fontsize=9, **how)
+        ax.annotate(label, ((x0 + x1)/2, (y0 + y1)/2), beside, textcoords="offset points", fontsize=9, **how,
+                    path_effects=[withStroke(linewidth=3, foreground="white")])
 
 # %% ../nbs/plots.ipynb #19008c42
 def attempt(
