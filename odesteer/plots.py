@@ -327,6 +327,7 @@ def _free_place(spot, size, window, points, names, lines, strict):
                 lines += line
                 return offset, far
 
+# %% ../nbs/plots.ipynb #p7a00006
 def _box_at(middle, size) -> tuple:
     "The edges (x0, x1, y0, y1) of a box"
     (x, y), (w, h) = middle, size

@@ -652,6 +652,7 @@ def layer_figure(scope: dict):  # matplotlib figure
         _headline(fig, f"Where should one push? Best {_metric_text(scope)} on validation; framed: best layer")
     return fig
 
+# %% ../nbs/20_report.ipynb #p7b00002
 def _best_by_layer(curves, way) -> dict:
     "layer -> the best mean over strengths"
     return {int(k): way*max(way*p.mean.value for p in points) for k, points in curves.items() if k.isdigit()}
