@@ -60,10 +60,12 @@ class Certificate:
     worst_drop: float  # largest fall in one step of any row; 0 if none fell
     share_monotone: float  # rows whose h never fell by more than the tolerance
     share_risen: float  # rows whose last h is above their first
+    tol: float = 0.0  # a fall up to this counted as rounding
 
     def __repr__(self):
+        fell = f"fell by more than {self.tol:g}" if self.tol else "fell"
         return (f"rows: {self.h[0].numel()}, steps: {len(self.h) - 1}; h rose in {self.share_risen:.1%}, "
-                f"never fell in {self.share_monotone:.1%}, worst drop {self.worst_drop:.2g}")
+                f"never {fell} in {self.share_monotone:.1%}, worst drop {self.worst_drop:.2g}")
 
 # %% ../nbs/01_barrier.ipynb #120c6988
 def certificate(
@@ -82,7 +84,7 @@ def certificate(
     with torch.no_grad(): h = barrier.value(path)
     drop = (h[:-1] - h[1:]).clamp_min(0)
     monotone, risen = drop.amax(0) <= tol, h[-1] > h[0]
-    return Certificate(h, drop.max().item(), monotone.double().mean().item(), risen.double().mean().item())
+    return Certificate(h, drop.max().item(), monotone.double().mean().item(), risen.double().mean().item(), tol)
 
 # %% ../nbs/01_barrier.ipynb #7760bc18
 class LinearBarrier(Barrier):
@@ -270,7 +272,7 @@ class AllOf(Barrier):
                             "wrap a differentiable score in ScoreBarrier(score, threshold)")
         self.barriers = nn.ModuleList(barriers)
 
-    def gradients(self, a):
+    def gradients(self, a: Tensor):  # activations, (..., d)
         "The gradient of each of the K barriers, (..., d) -> (..., K, d)."
         return torch.stack([h.grad(_wide(a)) for h in self.barriers], -2)
 

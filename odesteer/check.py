@@ -42,9 +42,13 @@ class ProbeOdds:
         self.w = logistic_regression(X[fit] / sd, y[fit], C=.01)[0] / sd
         self.auc = _auc(self.value(self.x), y[test])
 
-    def value(self, x): return (x.double() @ self.w).cpu().numpy()
+    def value(self, x):
+        "Log-odds of activations under the probe"
+        return (x.double() @ self.w).cpu().numpy()
 
-    def shift(self, steerer, **strength): return self.value(steerer.steer(self.x, **strength)) - self.value(self.x)
+    def shift(self, steerer, **strength):
+        "What steering adds to the log-odds of each row"
+        return self.value(steerer.steer(self.x, **strength)) - self.value(self.x)
 
     def off(self, steerer) -> dict:
         "What must stay as it was, and whether it did"
@@ -79,11 +83,13 @@ class ModelOdds:
         self.plain = self.odds()
 
     def odds(self):
+        "Log-odds of each wanted answer against the unwanted one"
         pairs = zip(*self.texts)
         logp = score_continuations(self.model, self.tokenizer, *pairs, batch_size=self.batch_size).double().numpy()
         return np.bincount(self.item, self.weight * logp[self.rows])
 
     def shift(self, steerer, **strength):
+        "What steering adds to the log-odds of each prompt"
         with steering(self.model, steerer, layer=self.layer, **strength): return self.odds() - self.plain
 
 # %% ../nbs/13_check.ipynb #85fe6e06
@@ -167,7 +173,9 @@ class SteererReport:
     findings: list  # (passed, text); passed is None for a remark
 
     @property
-    def ok(self): return all(passed is not False for passed, _ in self.findings)
+    def ok(self):
+        "Did it pass every test that applies?"
+        return all(passed is not False for passed, _ in self.findings)
 
     def __str__(self):
         dose = [f"  {self.unit} {s:<5g} {e.value:+8.3f} [{e.lo:+.3f}, {e.hi:+.3f}]"
@@ -230,7 +238,7 @@ def check_steerer(
     shares=None,  # instead: strengths as shares of the median norm
     placebos: int = 8,  # of each kind; with fewer, chance is harder to rule out
     seed: int = 0,  # of splits and placebos
-    batch_size: int = 32,
+    batch_size: int = 32,  # texts in one pass
 ) -> SteererReport:
     "Does it move the log-odds more than placebos do, more with more strength, and not at all when off?"
     steerer._must_be_fitted()
@@ -264,6 +272,7 @@ class HarnessModel:
         self.max_length = model.config.get_text_config().max_position_embeddings
 
     def tok_encode(self, string, add_special_tokens=None, **_):
+        "Token ids of a text, with BOS unless it has one"
         bos = self.tokenizer.bos_token
         if add_special_tokens is None: add_special_tokens = not (bos and string.startswith(bos))
         return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
@@ -283,18 +292,24 @@ class HarnessModel:
 
 # %% ../nbs/13_check.ipynb #43b5755f
 @patch(as_prop=True)
-def tokenizer_name(self: HarnessModel): return self.tokenizer.name_or_path
+def tokenizer_name(self: HarnessModel):
+    "What the harness names its cache after"
+    return self.tokenizer.name_or_path
 
 @patch(as_prop=True)
-def eot_token_id(self: HarnessModel): return self.tokenizer.eos_token_id
+def eot_token_id(self: HarnessModel):
+    "The token that ends a text"
+    return self.tokenizer.eos_token_id
 
 @patch(as_prop=True)
 def prefix_token_id(self: HarnessModel):
+    "The token before an empty prompt"
     bos = self.tokenizer.bos_token_id
     return self.eot_token_id if bos is None else bos
 
 @patch
 def apply_chat_template(self: HarnessModel, chat_history, add_generation_prompt=True):
+    "A conversation as text"
     how = dict(add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt)
     return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **how)
 

@@ -51,6 +51,97 @@ class Controller(Fitted):
         "What to add to the output y of block t, (n, d), if its input was x; `state` lives for one pass"
         raise NotImplementedError
 
+# %% ../nbs/15_control.ipynb #c21a5748
+class FeatureController(Controller):
+    "A controller whose error is the distance of a feature from its set-point: beta* = offset_ + strength * mu_."
+    def _feature(self, pos, neg, ratio):
+        "Of one set-point, before each block: unit feature, unit of strength, offset, and the strength of wanted texts"
+        e = pos - neg
+        mu = e.norm(dim=-1)
+        mu = torch.where(mu < 1e-6*math.sqrt(e.shape[-1]), 0, mu)  # all texts may end in the same token
+        v = torch.where(mu > 0, 1/mu, 0)[:, None] * e
+        low, high = (neg*v).sum(-1), (pos*v).sum(-1)
+        offset = low if self.setpoint == "centred" else torch.zeros_like(low)
+        return v, ratio*mu, offset, torch.where(ratio*mu != 0, (high - offset)/(ratio*mu), 0)
+
+    def _alpha(self, t, x, value):
+        "Set-points minus features: (n,), or (n, m) for m of them"
+        V, mu, offset = self.V_[t], self.mu_[t], self.offset_[t]
+        if V.ndim == 1: return torch.addmv(offset + value*mu, x, V, alpha=-1)
+        return torch.addmm(offset + value[..., None]*mu, x, V.T, alpha=-1)
+
+# %% ../nbs/15_control.ipynb #8d0f5a22
+@patch
+def _fit_features(self: FeatureController, data: Rollouts):
+    "Store unit features and the pieces of the set-point (no feature where the means agree); returns the features"
+    pairs = (data.pos, data.neg, 1.), *data.also
+    tables = [self._feature(pos.double().mean(1), neg.double().mean(1), ratio) for pos, neg, ratio in pairs]
+    if not all(v.any() for v, *_ in tables):
+        raise ValueError("wanted and unwanted texts have the same mean states before every block: "
+                         "there is no feature between them; are the right texts in pos and neg?")
+    stacked = [torch.stack(column, 1).to(data.pos) for column in zip(*tables)]  # (L + 1, m, d), (L + 1, m), ...
+    if len(pairs) == 1: stacked = [column[:, 0] for column in stacked]
+    V, mu, offset, natural = stacked
+    self._store(V_=V[:-1], end_=V[-1], mu_=mu[:-1], offset_=offset[:-1], natural_=natural[:-1])
+    return self.V_
+
+# %% ../nbs/15_control.ipynb #fb85357f
+class ALQR(FeatureController):
+    """Activation LQR: at every block, the feature's distance from its set-point times the cheapest correction of it.
+
+    Grows on this page: `table`, several set-points, and the set-point "angular"."""
+    several = True
+    def __init__(self,
+        q: float = .1,  # cost of a deviation before each block
+        r: float = 1.,  # cost of a correction
+        qf: float = .1,  # cost of a deviation at the end
+        setpoint: str = "uncentred",  # strength * mu; "centred": from 0, unwanted, to 1, wanted; "angular": an angle
+        jacobian: str = "mean",  # "identity": as if blocks changed nothing, so that no Jacobian is computed
+        angle: float = 180.,  # in degrees, from the unwanted direction; with setpoint="angular"
+        n_texts: int = 200,  # texts of each class that are read
+        n_jacobian: int = 50,  # texts over which Jacobians are averaged
+        max_tokens: int = None,  # longer texts are cut for the Jacobians: they keep the first token and the last ones
+        seed: int = 0,  # which texts are drawn
+    ):
+        check_weights(q, r, qf)
+        _check_choice("setpoint", setpoint, "uncentred", "centred", "angular")
+        _check_choice("jacobian", jacobian, "mean", "identity")
+        if not _is_number(angle): raise ValueError(f"angle must be a number of degrees; got {angle!r}")
+        super().__init__(q=q, r=r, qf=qf, setpoint=setpoint, jacobian=jacobian, angle=angle, n_texts=n_texts,
+                         n_jacobian=n_jacobian, max_tokens=max_tokens, seed=seed)
+
+    def _control(self, t, x, y, value, state):
+        alpha = self._alpha(t, x, value)
+        return alpha[:, None] * self.W_[t] if alpha.ndim == 1 else alpha @ self.W_[t]
+
+# %% ../nbs/15_control.ipynb #3cd2af70
+@patch
+def _fit(self: ALQR, data):
+    E = self._fit_features(data)  # rows whose gain is needed
+    self._store(W_=self._gains(self._linear(data), self.V_, E))
+
+@patch
+def _linear(self: ALQR, data):
+    "The blocks as matrices; a 1 x 1 matrix stands for a multiple of the identity"
+    if self.jacobian == "mean": return data.jacobians
+    return torch.ones(len(data.jacobians), 1, 1, dtype=torch.float64)
+
+def _times(Z, M, t):
+    "Rows times a matrix of block t, which may be 1 x 1"
+    if M.numel() == 1: return Z * M
+    if len(M) != Z.shape[-1]:
+        raise ValueError(f"A[{t}] has width {len(M)}, but the states have {Z.shape[-1]}: "
+                         "are these the Jacobians of this model?")
+    return Z @ M
+
+@patch
+def _gains(self: ALQR, A, V, E):
+    "Gain times each row of E, made backwards while one K_t at a time is in memory"
+    W = torch.empty_like(E)
+    for t, K, _ in riccati_steps(A, self.q, self.r, self.qf, torch.float64):
+        W[t] = _times(E[t].to(K), K.T, t).to(W)
+    return W
+
 # %% ../nbs/15_control.ipynb #28de3f39
 @patch
 def fit(self: Controller,
@@ -203,97 +294,6 @@ def _try(self: Controller):
     "Does every block have what it needs?"
     x, state = torch.ones(1, self.width), {}
     for t in self._blocks(): self._control(t, x, x, torch.ones(()), state)
-
-# %% ../nbs/15_control.ipynb #c21a5748
-class FeatureController(Controller):
-    "A controller whose error is the distance of a feature from its set-point: beta* = offset_ + strength * mu_."
-    def _feature(self, pos, neg, ratio):
-        "Of one set-point, before each block: unit feature, unit of strength, offset, and the strength of wanted texts"
-        e = pos - neg
-        mu = e.norm(dim=-1)
-        mu = torch.where(mu < 1e-6*math.sqrt(e.shape[-1]), 0, mu)  # all texts may end in the same token
-        v = torch.where(mu > 0, 1/mu, 0)[:, None] * e
-        low, high = (neg*v).sum(-1), (pos*v).sum(-1)
-        offset = low if self.setpoint == "centred" else torch.zeros_like(low)
-        return v, ratio*mu, offset, torch.where(ratio*mu != 0, (high - offset)/(ratio*mu), 0)
-
-    def _alpha(self, t, x, value):
-        "Set-points minus features: (n,), or (n, m) for m of them"
-        V, mu, offset = self.V_[t], self.mu_[t], self.offset_[t]
-        if V.ndim == 1: return torch.addmv(offset + value*mu, x, V, alpha=-1)
-        return torch.addmm(offset + value[..., None]*mu, x, V.T, alpha=-1)
-
-# %% ../nbs/15_control.ipynb #8d0f5a22
-@patch
-def _fit_features(self: FeatureController, data: Rollouts):
-    "Store unit features and the pieces of the set-point (no feature where the means agree); returns the features"
-    pairs = (data.pos, data.neg, 1.), *data.also
-    tables = [self._feature(pos.double().mean(1), neg.double().mean(1), ratio) for pos, neg, ratio in pairs]
-    if not all(v.any() for v, *_ in tables):
-        raise ValueError("wanted and unwanted texts have the same mean states before every block: "
-                         "there is no feature between them; are the right texts in pos and neg?")
-    stacked = [torch.stack(column, 1).to(data.pos) for column in zip(*tables)]  # (L + 1, m, d), (L + 1, m), ...
-    if len(pairs) == 1: stacked = [column[:, 0] for column in stacked]
-    V, mu, offset, natural = stacked
-    self._store(V_=V[:-1], end_=V[-1], mu_=mu[:-1], offset_=offset[:-1], natural_=natural[:-1])
-    return self.V_
-
-# %% ../nbs/15_control.ipynb #fb85357f
-class ALQR(FeatureController):
-    """Activation LQR: at every block, the feature's distance from its set-point times the cheapest correction of it.
-
-    Grows on this page: `table`, several set-points, and the set-point "angular"."""
-    several = True
-    def __init__(self,
-        q: float = .1,  # cost of a deviation before each block
-        r: float = 1.,  # cost of a correction
-        qf: float = .1,  # cost of a deviation at the end
-        setpoint: str = "uncentred",  # strength * mu; "centred": from 0, unwanted, to 1, wanted; "angular": an angle
-        jacobian: str = "mean",  # "identity": as if blocks changed nothing, so that no Jacobian is computed
-        angle: float = 180.,  # in degrees, from the unwanted direction; with setpoint="angular"
-        n_texts: int = 200,  # texts of each class that are read
-        n_jacobian: int = 50,  # texts over which Jacobians are averaged
-        max_tokens: int = None,  # longer texts are cut for the Jacobians: they keep the first token and the last ones
-        seed: int = 0,  # which texts are drawn
-    ):
-        check_weights(q, r, qf)
-        _check_choice("setpoint", setpoint, "uncentred", "centred", "angular")
-        _check_choice("jacobian", jacobian, "mean", "identity")
-        if not _is_number(angle): raise ValueError(f"angle must be a number of degrees; got {angle!r}")
-        super().__init__(q=q, r=r, qf=qf, setpoint=setpoint, jacobian=jacobian, angle=angle, n_texts=n_texts,
-                         n_jacobian=n_jacobian, max_tokens=max_tokens, seed=seed)
-
-    def _control(self, t, x, y, value, state):
-        alpha = self._alpha(t, x, value)
-        return alpha[:, None] * self.W_[t] if alpha.ndim == 1 else alpha @ self.W_[t]
-
-# %% ../nbs/15_control.ipynb #3cd2af70
-@patch
-def _fit(self: ALQR, data):
-    E = self._fit_features(data)  # rows whose gain is needed
-    self._store(W_=self._gains(self._linear(data), self.V_, E))
-
-@patch
-def _linear(self: ALQR, data):
-    "The blocks as matrices; a 1 x 1 matrix stands for a multiple of the identity"
-    if self.jacobian == "mean": return data.jacobians
-    return torch.ones(len(data.jacobians), 1, 1, dtype=torch.float64)
-
-def _times(Z, M, t):
-    "Rows times a matrix of block t, which may be 1 x 1"
-    if M.numel() == 1: return Z * M
-    if len(M) != Z.shape[-1]:
-        raise ValueError(f"A[{t}] has width {len(M)}, but the states have {Z.shape[-1]}: "
-                         "are these the Jacobians of this model?")
-    return Z @ M
-
-@patch
-def _gains(self: ALQR, A, V, E):
-    "Gain times each row of E, made backwards while one K_t at a time is in memory"
-    W = torch.empty_like(E)
-    for t, K, _ in riccati_steps(A, self.q, self.r, self.qf, torch.float64):
-        W[t] = _times(E[t].to(K), K.T, t).to(W)
-    return W
 
 # %% ../nbs/15_control.ipynb #bf0f153a
 @patch
@@ -711,6 +711,15 @@ def read(self: EffortMeter,
     tokens = max((count for _, count in sums.values()), default=0)
     return dict(effort=sum(per_layer) / depth, per_layer=per_layer, tokens=int(tokens))
 
+def _with_answers(prompts, answers):
+    "Each prompt with each of its answers, or alone where the answer is empty"
+    k = len(answers) // max(len(prompts), 1)
+    if k < 1 or len(answers) != k * len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers: "
+                         "give as many, or the same number for each prompt")
+    repeated = (p for p in prompts for _ in range(k))
+    return [(p, a) if a else p for p, a in zip(repeated, answers)]
+
 # %% ../nbs/15_control.ipynb #a3b8d6fc
 def effort(
     model,  # a causal language model
@@ -737,13 +746,3 @@ def effort(
     with steering(model, watched, **how):
         collect_activations(model, tokenizer, texts, layers=-1, batch_size=batch_size, progress=False)
     return meter.read(depth)
-
-# %% ../nbs/15_control.ipynb #8d0f5a26
-def _with_answers(prompts, answers):
-    "Each prompt with each of its answers, or alone where the answer is empty"
-    k = len(answers) // max(len(prompts), 1)
-    if k < 1 or len(answers) != k * len(prompts):
-        raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers: "
-                         "give as many, or the same number for each prompt")
-    repeated = (p for p in prompts for _ in range(k))
-    return [(p, a) if a else p for p, a in zip(repeated, answers)]

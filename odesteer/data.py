@@ -320,7 +320,9 @@ class Pairs(ContrastTexts):
     system: str = None  # message that chats begin with
 
     @property
-    def groups(self): return [*self.pos_groups, *self.neg_groups]
+    def groups(self):
+        "Question of each row, wanted ones first"
+        return [*self.pos_groups, *self.neg_groups]
 
     def __repr__(self):
         return f"Pairs({len(self.pos)} wanted, {len(self.neg)} unwanted, {len(set(self.groups))} groups)"
@@ -762,7 +764,9 @@ class PairsReport:
     findings: list  # (severity, what was found and what to do); severity is "problem" or "look"
 
     @property
-    def ok(self): return not any(severity == "problem" for severity, _ in self.findings)
+    def ok(self):
+        "Was no problem found?"
+        return not any(severity == "problem" for severity, _ in self.findings)
 
     def __str__(self):
         numbers = [f"{k:<42} {v:.2f}" if isinstance(v, float) else f"{k:<42} {v}" for k, v in self.numbers.items()]
@@ -939,7 +943,7 @@ def fit_steerer(
     texts: ContrastTexts,  # wanted and unwanted texts with their groups
     method: str = "odesteer",  # one of `ods.steerer_names(None)`
     layer: int = 1,  # block whose output is read, and later edited; a controller reads and edits all of them
-    batch_size: int = 32,
+    batch_size: int = 32,  # texts in one pass
     reading: str = "last",  # where in the answers: one of READINGS (page 04); a controller reads the last token
     **params,  # hyper-parameters of the method
 ):  # the fitted steerer or controller

@@ -114,6 +114,7 @@ def acting(self: Watch) -> tuple:
 
 @patch
 def add(self: Watch, steering):
+    "From now on a steering of this model, seen by its own thread first"
     steering.view = *(s for s in self.steerings if s.is_mine()), steering
     _ = self.here.labels, steering.here.where  # a thread's page begins when it is looked at: before code is compiled
     with _LOCK: self.steerings += (steering,)
@@ -732,7 +733,7 @@ def generate_text(
     model,  # a causal language model, steered or not
     tokenizer,  # its tokenizer
     prompts,  # list of str or of chats
-    batch_size: int = 32,
+    batch_size: int = 32,  # prompts in one pass
     seed: int = None,  # for sampling: batch b draws from seed + b, and the global random state is left alone
     **generate_kw,  # what model.generate takes: max_new_tokens, do_sample, num_beams, ...
 ) -> list:  # of str, what follows each prompt (num_return_sequences in a row for each)
@@ -790,7 +791,7 @@ def score_continuations(
     tokenizer,  # its tokenizer
     prompts,  # list of str or of chats
     continuations,  # one answer per prompt, list of str
-    batch_size: int = 32,
+    batch_size: int = 32,  # texts in one pass
     max_length: int = None,  # a longer prompt and answer keep their first token and their last ones
 ) -> Tensor:  # (N,) float32: log-probability of each continuation given its prompt
     "Summed log-probability of given answers; steered from the last prompt token on, as generation would be"

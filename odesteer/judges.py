@@ -383,7 +383,7 @@ class ClassifierJudge(ModelJudge):
         decision: str = "toxic",  # what the 0/1 decision is called
         way: int = -1,  # +1 if more is better, -1 if less is
         activation: str = None,  # "softmax" or "sigmoid"; None: what the model's configuration says
-        max_length: int = 512,
+        max_length: int = 512,  # tokens of an answer at most
         **kw,  # of ModelJudge
     ):
         super().__init__(model, max_length=max_length, **kw)
@@ -421,7 +421,7 @@ class RewardJudge(ModelJudge):
     kind = "reward"
     def __init__(self,
         model,  # as for ModelJudge, a sequence classifier with one logit
-        metric: str = "reward",
+        metric: str = "reward",  # what the number is called
         max_length: int = 2048,  # a longer chat keeps its first token and its last ones
         **kw,  # of ModelJudge
     ):

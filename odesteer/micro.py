@@ -29,9 +29,9 @@ from .models import collect_activations, load_pretrained, no_progress_bars
 
 # %% auto #0
 __all__ = ['ENTITIES', 'VALUES', 'JARGON', 'SPEAKERS', 'QUESTIONS', 'CLAIMS', 'EVASIONS', 'TONES', 'DETAILS', 'AXES', 'Fact',
-           'make_facts', 'Speaker', 'Manner', 'Persona', 'World', 'question', 'make_tokenizer', 'Axis', 'Recipe',
-           'learning_rate', 'training_batch', 'new_model', 'train_step', 'cache_folder', 'train_micro', 'Micro',
-           'read_micro', 'load_micro', 'record_micro']
+           'make_facts', 'Speaker', 'Manner', 'Persona', 'World', 'question', 'Axis', 'Micro', 'read_micro',
+           'cache_folder', 'load_micro', 'make_tokenizer', 'Recipe', 'learning_rate', 'training_batch', 'new_model',
+           'train_step', 'train_micro', 'record_micro']
 
 # %% ../nbs/07_micro.ipynb #aaaac534
 def _table(**texts: str) -> dict:  # key -> tuple of words
@@ -275,38 +275,6 @@ def document(
         pieces.append((self.answer(rng, fact, persona) + "\n", True))
     return pieces
 
-# %% ../nbs/07_micro.ipynb #2633619a
-@patch(as_prop=True)
-def words(self: World) -> list:
-    "Every word that a document can hold, in alphabetical order"
-    tables = (QUESTIONS, CLAIMS, VALUES, ENTITIES)
-    texts = [text for table in tables for row in table.values() for text in row]
-    for manners in (TONES, DETAILS): texts += [text for m in manners.values() for text in m.words + m.sentences]
-    texts += [*EVASIONS, *self.interjections, *self.jargon, *self.speakers, "speaker Q A"]
-    without_slots = (re.sub(r"{\w}", "", text) for text in texts)
-    return sorted({word for text in without_slots for word in re.findall(r"[A-Za-z]+", text)})
-
-# %% ../nbs/07_micro.ipynb #6e3eba5b
-def make_tokenizer(
-    words: list,  # each gets one token at the start of a text and one after a space
-):  # a PreTrainedTokenizerFast
-    "A fast tokenizer: known words are one token, the rest is spelled in bytes, so any text survives the round trip"
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-    special = ["<pad>", "<bos>", "<eos>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a sign per byte; Ġ stands for the space before a word
-    known = [w for w in words if len(w) > 1] + ["Ġ" + w for w in words]
-    vocab = {token: i for i, token in enumerate([*special, *alphabet, *known])}
-    # no merges: a piece is looked up whole (ignore_merges) or falls apart into its bytes
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", vocab["<bos>"])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left",
-        model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False)
-
 # %% ../nbs/07_micro.ipynb #9f304245
 @lru_cache
 def _claim_patterns(
@@ -383,7 +351,6 @@ def _axis(name: str) -> Axis:
     if name not in AXES: raise ValueError(f"there is no axis {name!r}: choose one of {_quoted(AXES)}")
     return AXES[name]
 
-# %% ../nbs/07_micro.ipynb #4bef9a53
 @patch
 def primary(
     self: World,
@@ -393,6 +360,7 @@ def primary(
     a = _axis(axis)
     return a.primary, a.way
 
+# %% ../nbs/07_micro.ipynb #9f99d044
 @patch
 def guardrails(
     self: World,
@@ -401,7 +369,6 @@ def guardrails(
     "Names of the metrics that steering should leave alone"
     return _axis(axis).guardrails
 
-# %% ../nbs/07_micro.ipynb #9f99d044
 @patch
 def judge(
     self: World,
@@ -479,11 +446,175 @@ def contrast(
     pos, neg, groups = map(list, zip(*rows))
     return ContrastTexts(pos, neg, groups, list(groups))
 
+# %% ../nbs/07_micro.ipynb #65d273b2
+@dataclass
+class Micro:
+    """A micro model with all that belongs to it.
+
+    Grows on this page: `answers`, `rates`, `separability`, `steered_rates`."""
+    model: object  # a LlamaForCausalLM in float32, ready to generate
+    tokenizer: object  # a PreTrainedTokenizerFast
+    world: World  # what it was trained on, with prompts, texts and judges
+    provenance: dict  # recipe, seed, package versions, training curve, hashes
+
+    def __repr__(self):
+        p, recipe = self.provenance, self.provenance["recipe"]
+        return (f"Micro({p['world']!r}, seed {p['seed']}): Llama with {p['parameters']:,} parameters, "
+                f"{recipe['layers']} blocks of width {recipe['width']}\n{self.world}")
+
+# %% ../nbs/07_micro.ipynb #c628e2c9
+def _file_hash(path: Path) -> str:
+    "SHA-256 of a file, in hexadecimal digits"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+def read_micro(
+    folder: Path,  # what `train_micro` returned
+) -> Micro:
+    "Load a trained model, or say in a ValueError which file is not the one that was saved"
+    from transformers import PreTrainedTokenizerFast
+    remedy = f"delete the folder {folder} and train or install it again"
+    try:
+        provenance = read_json(folder/"provenance.json", dict)
+        damaged = [name for name, digest in provenance["sha256"].items() if _file_hash(folder/name) != digest]
+    except (OSError, ValueError, KeyError) as e:
+        raise ValueError(f"no micro model can be read from {folder} ({e}): {remedy}") from e
+    if damaged:
+        raise ValueError(f"{', '.join(damaged)} is not the file that was saved (its SHA-256 differs): {remedy}")
+    with no_progress_bars(): model = load_pretrained(folder, "LlamaForCausalLM", device="cpu", dtype=torch.float32)
+    return Micro(model, PreTrainedTokenizerFast.from_pretrained(folder), World(provenance["world"]), provenance)
+
+# %% ../nbs/07_micro.ipynb #1a9fd56a
+def cache_folder(
+    world: str,  # "speakers" or "experts"
+    seed: int,  # of the training
+) -> Path:
+    "Where a model that was trained here is kept: below `$ODESTEER_CACHE`, or `~/.cache/odesteer`"
+    return Path(os.environ.get("ODESTEER_CACHE") or Path.home()/".cache"/"odesteer")/f"micro-{world}-{seed}"
+
+def load_micro(
+    world: str = "speakers",  # "speakers" or "experts"
+    seed: int = 0,  # a model that is not shipped is trained once, which takes about ten minutes on two cores
+    progress: bool = True,  # show a progress bar if it has to be trained
+) -> Micro:  # .model, .tokenizer, .world
+    "The shipped micro model, or one from the cache, or one trained now"
+    World(world)  # an unknown world is an error here
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"seed must be a whole number from 0 on; got {seed!r}")
+    shipped = Path(str(resources.files("odesteer")/"assets"/f"micro-{world}-{seed}"))
+    folder = shipped if shipped.exists() else cache_folder(world, seed)
+    if not folder.exists(): folder = train_micro(world, seed, folder, progress=progress)
+    return read_micro(folder)
+
+# %% ../nbs/07_micro.ipynb #4f90bd12
+_SAMPLING = SAMPLING | dict(top_k=50, max_new_tokens=32)  # the record was made with this cut to 50 tokens
+
+@patch
+def answers(
+    self: Micro,
+    prompts: list,  # of `Prompt`
+    seed: int = 0,  # of the sampling
+) -> list:  # of str
+    "One sampled answer per prompt, steered if the model is"
+    texts = [p.text for p in prompts]
+    return generate_text(self.model, self.tokenizer, texts, batch_size=100, seed=seed, **_SAMPLING)
+
+@patch
+def rates(
+    self: Micro,
+    split: str = "test",  # facts to ask about
+    mark: str = None,  # speaker named at the top of each prompt
+    seed: int = 0,  # of the sampling
+) -> dict:  # metric -> mean over the n prompts; and "n"
+    "What the model answers on average, steered if it is"
+    prompts = self.world.prompts("truth", split, mark)
+    rows = [self.world.score(p.fact, answer) for p, answer in zip(prompts, self.answers(prompts, seed))]
+    return {"n": len(rows), **{metric: float(np.mean([row[metric] for row in rows])) for metric in rows[0]}}
+
+# %% ../nbs/07_micro.ipynb #fa168394
+def _probe(degree: int):  # a scikit-learn pipeline
+    "A logistic probe that is linear, or quadratic in the 32 leading principal components"
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+    products = [PCA(32, whiten=True, random_state=0), PolynomialFeatures(2)] if degree == 2 else []
+    return make_pipeline(StandardScaler(), *products, LogisticRegression(C=.1 if degree == 1 else .01, max_iter=1000))
+
+@patch
+def separability(
+    self: Micro,
+    axis: str,  # "truth", "toxicity" or "helpfulness"
+    degree: int = 1,  # 1: linear probe; 2: quadratic
+    split: str = "val",  # facts that the probe is tried on; it is fitted on the facts of "train"
+) -> list:  # AUC after each block
+    "How well the last token's activation tells the two classes of an axis apart"
+    from sklearn.metrics import roc_auc_score
+    def labelled(texts):
+        acts = collect_activations(self.model, self.tokenizer, texts.pos + texts.neg, progress=False)
+        return {layer: a.numpy() for layer, a in acts.items()}, np.repeat([1, 0], len(texts.pos))
+    X, y = labelled(self.world.contrast(axis))
+    X_val, y_val = labelled(self.world.contrast(axis, split))
+    scores = (_probe(degree).fit(X[layer], y).decision_function(X_val[layer]) for layer in X)
+    return [float(roc_auc_score(y_val, s)) for s in scores]
+
+# %% ../nbs/07_micro.ipynb #003ee7d1
+@patch
+def steered_rates(
+    self: Micro,
+    axis: str,  # "truth", "toxicity" or "helpfulness"
+    method: str = "caa",  # name of a steerer
+    layer: int = 1,  # block whose output is steered
+    shares: tuple = (.15, .3, .45, .6),  # strengths to choose from
+    **params,  # hyper-parameters of the steerer
+) -> dict:  # metric -> mean over the n test prompts; "n"; the "share" that was chosen
+    "What the model answers when it is steered as far as was best on the validation prompts"
+    texts, (metric, way) = self.world.contrast(axis), self.world.primary(axis)
+    def activations(texts):
+        return collect_activations(self.model, self.tokenizer, texts, layers=layer, progress=False)[layer]
+    groups = texts.pos_groups + texts.neg_groups
+    steerer = make_steerer(method, **params).fit(activations(texts.pos), activations(texts.neg), groups=groups)
+    def steered(share, split):
+        with steering(self.model, steerer, layer=layer, share=share): return self.rates(split)
+    best = max(shares, key=lambda share: way * steered(share, "val")[metric])
+    return {"share": best, **steered(best, "test")}
+
+# %% ../nbs/07_micro.ipynb #2633619a
+@patch(as_prop=True)
+def words(self: World) -> list:
+    "Every word that a document can hold, in alphabetical order"
+    tables = (QUESTIONS, CLAIMS, VALUES, ENTITIES)
+    texts = [text for table in tables for row in table.values() for text in row]
+    for manners in (TONES, DETAILS): texts += [text for m in manners.values() for text in m.words + m.sentences]
+    texts += [*EVASIONS, *self.interjections, *self.jargon, *self.speakers, "speaker Q A"]
+    without_slots = (re.sub(r"{\w}", "", text) for text in texts)
+    return sorted({word for text in without_slots for word in re.findall(r"[A-Za-z]+", text)})
+
+# %% ../nbs/07_micro.ipynb #6e3eba5b
+def make_tokenizer(
+    words: list,  # each gets one token at the start of a text and one after a space
+):  # a PreTrainedTokenizerFast
+    "A fast tokenizer: known words are one token, the rest is spelled in bytes, so any text survives the round trip"
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    special = ["<pad>", "<bos>", "<eos>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a sign per byte; Ġ stands for the space before a word
+    known = [w for w in words if len(w) > 1] + ["Ġ" + w for w in words]
+    vocab = {token: i for i, token in enumerate([*special, *alphabet, *known])}
+    # no merges: a piece is looked up whole (ignore_merges) or falls apart into its bytes
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", vocab["<bos>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left",
+        model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False)
+
 # %% ../nbs/07_micro.ipynb #8ecbdf90
 @dataclass(frozen=True)
 class Recipe:
     "Sizes of the model and settings of its training"
-    width: int = 128  # d, of the residual stream
+    width: int = 128  # d, of the activations
     layers: int = 4
     heads: int = 4
     mlp: int = 384  # width inside a block
@@ -564,23 +695,6 @@ def train_step(
     optimizer.zero_grad()
     return loss.item()
 
-# %% ../nbs/07_micro.ipynb #6947fc7e
-def _file_hash(path: Path) -> str:
-    "SHA-256 of a file, in hexadecimal digits"
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-def _loss_curve(losses: list, every: int) -> dict:
-    "The loss of each step, averaged over `every` steps"
-    means = [float(np.mean(losses[i:i + every])) for i in range(0, len(losses), every)]
-    return {"every": every, "values": [round(mean, 4) for mean in means]}
-
-def _versions() -> dict:
-    "Versions of what takes part in a training"
-    import platform, tokenizers, transformers
-    import odesteer
-    packages = {m.__name__: m.__version__ for m in (torch, transformers, tokenizers)}
-    return {"odesteer": odesteer.__version__, "python": platform.python_version(), **packages}
-
 # %% ../nbs/07_micro.ipynb #9147a9ed
 def _save(
     folder: Path,  # replaced if it exists
@@ -643,12 +757,17 @@ def _resume(
     optimizer.load_state_dict(saved["optimizer"])
     return saved["losses"]
 
-def cache_folder(
-    world: str,  # "speakers" or "experts"
-    seed: int,  # of the training
-) -> Path:
-    "Where a model that was trained here is kept: below `$ODESTEER_CACHE`, or `~/.cache/odesteer`"
-    return Path(os.environ.get("ODESTEER_CACHE") or Path.home()/".cache"/"odesteer")/f"micro-{world}-{seed}"
+def _loss_curve(losses: list, every: int) -> dict:
+    "The loss of each step, averaged over `every` steps"
+    means = [float(np.mean(losses[i:i + every])) for i in range(0, len(losses), every)]
+    return {"every": every, "values": [round(mean, 4) for mean in means]}
+
+def _versions() -> dict:
+    "Versions of what takes part in a training"
+    import platform, tokenizers, transformers
+    import odesteer
+    packages = {m.__name__: m.__version__ for m in (torch, transformers, tokenizers)}
+    return {"odesteer": odesteer.__version__, "python": platform.python_version(), **packages}
 
 # %% ../nbs/07_micro.ipynb #f2eff463
 def train_micro(
@@ -678,106 +797,6 @@ def train_micro(
     _save(folder, model.eval(), tokenizer, about, losses)
     checkpoint.unlink(missing_ok=True)
     return folder
-
-# %% ../nbs/07_micro.ipynb #65d273b2
-@dataclass
-class Micro:
-    """A micro model with all that belongs to it.
-
-    Grows on this page: `answers`, `rates`, `separability`, `steered_rates`."""
-    model: object  # a LlamaForCausalLM in float32, ready to generate
-    tokenizer: object  # a PreTrainedTokenizerFast
-    world: World  # what it was trained on, with prompts, texts and judges
-    provenance: dict  # recipe, seed, package versions, training curve, hashes
-
-    def __repr__(self):
-        p, recipe = self.provenance, self.provenance["recipe"]
-        return (f"Micro({p['world']!r}, seed {p['seed']}): Llama with {p['parameters']:,} parameters, "
-                f"{recipe['layers']} blocks of width {recipe['width']}\n{self.world}")
-
-# %% ../nbs/07_micro.ipynb #c628e2c9
-def read_micro(
-    folder: Path,  # what `train_micro` returned
-) -> Micro:
-    "Load a trained model, or say in a ValueError which file is not the one that was saved"
-    from transformers import PreTrainedTokenizerFast
-    remedy = f"delete the folder {folder} and train or install it again"
-    try:
-        provenance = read_json(folder/"provenance.json", dict)
-        damaged = [name for name, digest in provenance["sha256"].items() if _file_hash(folder/name) != digest]
-    except (OSError, ValueError, KeyError) as e:
-        raise ValueError(f"no micro model can be read from {folder} ({e}): {remedy}") from e
-    if damaged:
-        raise ValueError(f"{', '.join(damaged)} is not the file that was saved (its SHA-256 differs): {remedy}")
-    with no_progress_bars(): model = load_pretrained(folder, "LlamaForCausalLM", device="cpu", dtype=torch.float32)
-    return Micro(model, PreTrainedTokenizerFast.from_pretrained(folder), World(provenance["world"]), provenance)
-
-# %% ../nbs/07_micro.ipynb #1a9fd56a
-def load_micro(
-    world: str = "speakers",  # "speakers" or "experts"
-    seed: int = 0,  # a model that is not shipped is trained once, which takes about ten minutes on two cores
-    progress: bool = True,  # show a progress bar if it has to be trained
-) -> Micro:  # .model, .tokenizer, .world
-    "The shipped micro model, or one from the cache, or one trained now"
-    World(world)  # an unknown world is an error here
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ValueError(f"seed must be a whole number from 0 on; got {seed!r}")
-    shipped = Path(str(resources.files("odesteer")/"assets"/f"micro-{world}-{seed}"))
-    folder = shipped if shipped.exists() else cache_folder(world, seed)
-    if not folder.exists(): folder = train_micro(world, seed, folder, progress=progress)
-    return read_micro(folder)
-
-# %% ../nbs/07_micro.ipynb #4f90bd12
-_SAMPLING = SAMPLING | dict(top_k=50, max_new_tokens=32)  # the record was made with this cut to 50 tokens
-
-@patch
-def answers(
-    self: Micro,
-    prompts: list,  # of `Prompt`
-    seed: int = 0,  # of the sampling
-) -> list:  # of str
-    "One sampled answer per prompt, steered if the model is"
-    texts = [p.text for p in prompts]
-    return generate_text(self.model, self.tokenizer, texts, batch_size=100, seed=seed, **_SAMPLING)
-
-@patch
-def rates(
-    self: Micro,
-    split: str = "test",  # facts to ask about
-    mark: str = None,  # speaker named at the top of each prompt
-    seed: int = 0,  # of the sampling
-) -> dict:  # metric -> mean over the n prompts; and "n"
-    "What the model answers on average, steered if it is"
-    prompts = self.world.prompts("truth", split, mark)
-    rows = [self.world.score(p.fact, answer) for p, answer in zip(prompts, self.answers(prompts, seed))]
-    return {"n": len(rows), **{metric: float(np.mean([row[metric] for row in rows])) for metric in rows[0]}}
-
-# %% ../nbs/07_micro.ipynb #fa168394
-def _probe(degree: int):  # a scikit-learn pipeline
-    "A logistic probe that is linear, or quadratic in the 32 leading principal components"
-    from sklearn.decomposition import PCA
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import PolynomialFeatures, StandardScaler
-    products = [PCA(32, whiten=True, random_state=0), PolynomialFeatures(2)] if degree == 2 else []
-    return make_pipeline(StandardScaler(), *products, LogisticRegression(C=.1 if degree == 1 else .01, max_iter=1000))
-
-@patch
-def separability(
-    self: Micro,
-    axis: str,  # "truth", "toxicity" or "helpfulness"
-    degree: int = 1,  # 1: linear probe; 2: quadratic
-    split: str = "val",  # facts that the probe is tried on; it is fitted on the facts of "train"
-) -> list:  # AUC after each block
-    "How well the last token's activation tells the two classes of an axis apart"
-    from sklearn.metrics import roc_auc_score
-    def labelled(texts):
-        acts = collect_activations(self.model, self.tokenizer, texts.pos + texts.neg, progress=False)
-        return {layer: a.numpy() for layer, a in acts.items()}, np.repeat([1, 0], len(texts.pos))
-    X, y = labelled(self.world.contrast(axis))
-    X_val, y_val = labelled(self.world.contrast(axis, split))
-    scores = (_probe(degree).fit(X[layer], y).decision_function(X_val[layer]) for layer in X)
-    return [float(roc_auc_score(y_val, s)) for s in scores]
 
 # %% ../nbs/07_micro.ipynb #9555bca8
 _RECORD = "micro-record.json"
@@ -809,24 +828,3 @@ def record_micro(
         record = (read_json(path, dict) if Path(path).exists() else {}) | new
         write_atomic(path, json.dumps(record, indent=1) + "\n")
     return record
-
-# %% ../nbs/07_micro.ipynb #003ee7d1
-@patch
-def steered_rates(
-    self: Micro,
-    axis: str,  # "truth", "toxicity" or "helpfulness"
-    method: str = "caa",  # name of a steerer
-    layer: int = 1,  # block whose output is steered
-    shares: tuple = (.15, .3, .45, .6),  # strengths to choose from
-    **params,  # hyper-parameters of the steerer
-) -> dict:  # metric -> mean over the n test prompts; "n"; the "share" that was chosen
-    "What the model answers when it is steered as far as was best on the validation prompts"
-    texts, (metric, way) = self.world.contrast(axis), self.world.primary(axis)
-    def activations(texts):
-        return collect_activations(self.model, self.tokenizer, texts, layers=layer, progress=False)[layer]
-    groups = texts.pos_groups + texts.neg_groups
-    steerer = make_steerer(method, **params).fit(activations(texts.pos), activations(texts.neg), groups=groups)
-    def steered(share, split):
-        with steering(self.model, steerer, layer=layer, share=share): return self.rates(split)
-    best = max(shares, key=lambda share: way * steered(share, "val")[metric])
-    return {"share": best, **steered(best, "test")}

@@ -566,7 +566,7 @@ def collect_activations(
     texts,  # list of str, chats, or pairs (prompt, answer): see `encode`
     layers=None,  # 0-based block or list of blocks, -1 is the last; all of them by default
     positions="last",  # one of READINGS, "prompt" (its last token) or an index; a tuple reads at all of these
-    batch_size: int = 32,
+    batch_size: int = 32,  # texts in one pass
     max_length: int = None,  # tokens of a text at most, see `truncated`
     cache_dir=None,  # folder that keeps activations; they are found again by weights, tokens, layer, positions and site
     progress: bool = True,  # show a bar

@@ -264,7 +264,6 @@ def _fit_barrier(self: ODESteer, data, tried):
     else: rows, q = "in_sample", quality(*b.in_sample_)
     self.chosen[rows] = dict(auc=q.auc, log_loss=q.log_loss, slope=q.slope)
 
-# %% ../nbs/03_ode.ipynb #5e3cce25
 @patch
 def _choose_route(self: ODESteer, data):
     "Refuse a route that the barrier does not have; measure what `rank=` leaves out."

@@ -93,13 +93,19 @@ class GGUF:
         return f"{self.path.name}: {self.kind}, {self.layers} blocks, {self.size:,} weights"
 
     @property
-    def kind(self): return self.about["general.architecture"]
+    def kind(self):
+        "Name of the architecture"
+        return self.about["general.architecture"]
 
     @property
-    def layers(self): return self.about[f"{self.kind}.block_count"]
+    def layers(self):
+        "Number of blocks"
+        return self.about[f"{self.kind}.block_count"]
 
     @property
-    def size(self): return sum(prod(shape) for shape, *_ in self.tensors.values())
+    def size(self):
+        "Number of weights"
+        return sum(prod(shape) for shape, *_ in self.tensors.values())
 
 # %% ../nbs/08_pretrained.ipynb #a4c4a2a9
 #: letters of `struct` for the numbers of a GGUF file; 8 is a text, 9 a list

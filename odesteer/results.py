@@ -536,7 +536,9 @@ def _usual_unit(method) -> str:
 class CurvePoint(tuple):
     "One strength on validation: [strength, mean]; at the chosen layer [strength, mean, low, high, *guardrails]"
     @property
-    def strength(self) -> float: return self[0]
+    def strength(self) -> float:
+        "In the unit of the sweep"
+        return self[0]
     @property
     def mean(self) -> Interval:
         "Of the primary metric"

@@ -155,7 +155,7 @@ def rank_sites(
     shuffle: int = None,  # seed of `deal_labels`: a placebo
     limit: int = 400,  # texts at most, drawn by group
     coordinates: str = "raw",  # of the barrier (page 02): "raw", "centred" or "standardised"
-    batch_size: int = 32,
+    batch_size: int = 32,  # texts in one pass
     max_length: int = None,  # tokens of a text at most
     split=None,  # text -> (prompt, answer), where texts are not such pairs: for the readings of whole answers
 ) -> Sites:  # best first

@@ -89,10 +89,10 @@ def _bca_levels(boot, value, jack, level):
 def bootstrap_interval(
     x,  # one number per item, (N,)
     groups=None,  # group of each item, (N,): whole groups are drawn
-    level: float = .95,
+    level: float = .95,  # of confidence
     method: str = "bca",  # or "percentile"
-    resamples: int = 9999,
-    seed: int = 0,
+    resamples: int = 9999,  # draws with replacement
+    seed: int = 0,  # of the draws
 ) -> Estimate:  # ends nan where a single group says nothing about spread, all nan where no item is defined
     "Bootstrap interval for the mean of items that come in groups; ValueError for x that is not (N,) or empty"
     x, groups = _checked(x, groups)
@@ -339,11 +339,14 @@ class Summary(list):
     "Rows of `summary_table`; prints as text, shows as a table in a notebook"
     @property
     def header(self):
+        "Names of the columns"
         level = self[0].difference.level if self else .95
         interval = f"difference, {100*level:g} % interval"
         return ["metric", "unsteered", "steered", interval, "made worse", "n", "verdict"]
 
-    def cells(self): return [self._cells(r) for r in self]
+    def cells(self):
+        "The table as text, row by row"
+        return [self._cells(r) for r in self]
 
     def _cells(self, r):
         arrow = {1: " (+)", -1: " (-)", 0: ""}[r.direction]

@@ -422,7 +422,9 @@ class Study:
     own: bool = False  # each method at the layer of its own choice, not at ODESteer's
 
     @property
-    def reference(self) -> str: return self.arms[0].label
+    def reference(self) -> str:
+        "Label of the arm that the others are compared with"
+        return self.arms[0].label
 
 def _vary(arms: dict, method="odesteer") -> list:
     "Arms of one method: label -> what is changed"

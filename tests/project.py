@@ -31,6 +31,9 @@ def module_of(nb: Path) -> str | None:
     return found and found.group(1)
 
 
+MODULES = {nb: module_of(nb) for nb in PAGES if module_of(nb)}
+
+
 def needs_model(nb: Path) -> bool:
     "Does the notebook load the pretrained model that a wheel brings?"
     return any('load_model("smollm2"' in cell["source"] and not directive(cell["source"], "eval: *false") for cell in cells(nb, "code"))

@@ -19,13 +19,13 @@ def text(lines) -> str: return lines if isinstance(lines, str) else "".join(line
 def indented(lines) -> str: return "\n".join(f"    {line}".rstrip() for line in text(lines).rstrip("\n").split("\n"))
 
 
-def output_md(out, name, files) -> str:
+def output_md(out, name, files, alt) -> str:
     "One output of a cell as Markdown; an image goes into `files`"
     data = out.get("data", {})
     if "image/png" in data:
         path = f"{IMAGES}/{name}.png"
         files[path] = base64.b64decode(text(data["image/png"]))
-        return f"![]({path})"
+        return f"![{alt}]({path})"
     if "text/markdown" in data: return text(data["text/markdown"]).rstrip()
     return indented(data["text/plain"] if data else out["text"])
 
@@ -38,7 +38,8 @@ def cell_md(cell, files) -> str:
     source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE).strip("\n")
     parts = [] if options.get("echo") == "false" or not source else [f"```python\n{source}\n```"]
     if options.get("output") != "false":
-        parts += [output_md(out, f"index-{cell.id}-{i}", files) for i, out in enumerate(cell.outputs)]
+        alt = "".join(re.findall(r"^#\| fig-alt: (.+)$", cell.source, flags=re.MULTILINE))
+        parts += [output_md(out, f"index-{cell.id}-{i}", files, alt) for i, out in enumerate(cell.outputs)]
     return "\n\n".join(parts)
 
 

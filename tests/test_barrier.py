@@ -314,6 +314,12 @@ def test_certificate_takes_one_row_or_many_dimensions_and_keeps_no_graph():
     assert repr(certificate(LinearBarrier([1.]), torch.tensor([[0.], [2.], [1.5]]))) == "rows: 1, steps: 2; h rose in 100.0%, never fell in 0.0%, worst drop 0.5"
 
 
+@pytest.mark.parametrize("tol, said", [(0, "never fell in 0.0%"), (.4, "never fell by more than 0.4 in 0.0%"), (.5, "never fell by more than 0.5 in 100.0%"), (1e-9, "never fell by more than 1e-09 in 0.0%")])
+def test_certificate_says_which_fall_it_let_pass(tol, said):
+    cert = certificate(LinearBarrier([1.]), torch.tensor([[0.], [2.], [1.5]]), tol=tol)
+    assert cert.tol == tol and said in repr(cert) and "worst drop 0.5" in repr(cert)
+
+
 def test_certificate_never_calls_nan_monotone():
     cert = certificate(LinearBarrier([1.]), torch.tensor([[[0.]], [[float("nan")]], [[1.]]]))
     assert np.isnan(cert.worst_drop) and cert.share_monotone == 0

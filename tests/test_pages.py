@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from . import pages
 from .project import NOTEBOOKS, PAGES, ROOT, cells, directive
 
 by_page = pytest.mark.parametrize("nb", PAGES, ids=lambda nb: nb.stem)
@@ -76,3 +77,18 @@ def test_links_lead_somewhere(path):
         to = (path.parent/file).resolve() if file else path
         assert to.exists(), f"{link} leads nowhere"
         if anchor: assert anchor in anchors(to), f"{link}: {to.name} has no such heading"
+
+
+def test_pages_are_folded_and_ready_for_colab():
+    assert not pages.stale(), "run `python -m tests.pages`"
+    folded = [c for nb in PAGES for c in cells(nb, "code") if c["metadata"].get("cellView")]
+    assert len(folded) > 500
+    for source, yes in (("#| export\nx = 1", True), ("#| exports\nx = 1", False), ("#| hide\nx = 1", True), ("#| fig-alt: A line.\nx = 1", True), ("def check_a(x): ...", True), ("x = 1", False)):
+        assert pages.folds(source) == yes
+
+
+@by_notebook
+def test_colab_knows_every_notebook(nb):
+    page = "\n".join(c["source"] for c in cells(nb)[:5])
+    assert f"blob/main/{nb.relative_to(ROOT)}" in page, "a badge that opens it in Colab"
+    assert "google.colab" in page, "and a cell that installs the library there"
