@@ -307,6 +307,7 @@ def _places(spots, sizes, window) -> list:  # of (offset in points, is it far?)
         order.sort(key=lambda i: i in placed)
     return [best.get(i) or ((sizes[i][0]/2 + 3, 0), False) for i in range(len(spots))]
 
+# %% ../nbs/plots.ipynb #p7a00007
 _NEAR = 4, 28, 12, 20, 8, 24, 0, 16  # in 1/32 of a turn: corners first, they are clear of error bars
 _FAR = 8, 24, *(turn for k in range(1, 8) for turn in (8 - k, 8 + k, 24 - k, 24 + k))  # upright lines first, none lies
 

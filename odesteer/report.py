@@ -561,8 +561,8 @@ def strength_figure(scope: dict):  # matplotlib figure
         plain = all(needs_layer(rows[arm]["method"]) for arm in curves)
         controllers = "" if plain else "; of controllers the set-point"
         fig.supxlabel(f"strength, {_words_of(scope)} (dotted: chosen){controllers}", fontsize=9)
-        fig.supylabel(f"{_metric_text(scope)}, validation", fontsize=9)
-        _headline(fig, "How strong should a push be? (dashed: no push)")
+        fig.supylabel(f"{_metric_text(scope)}, validation\n(dashed: no steering)", fontsize=9)
+        _headline(fig, "How strong should a push be?")
     return fig
 
 def _headline(fig, text): fig.suptitle(text, x=.01, ha="left", fontsize=10)
