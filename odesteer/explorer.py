@@ -435,10 +435,14 @@ class Explorer:
         self.state, self._task, self._held = scene.checked(state), None, False
 
     @property
-    def flow(self) -> Flow: return self.scene.flow(self.state)  # numbers of the present state
+    def flow(self) -> Flow:
+        "The flow of the present state, in numbers"
+        return self.scene.flow(self.state)
 
     @property
-    def answers(self) -> list: return self.scene.answers(self.state)  # steered, one for each prompt
+    def answers(self) -> list:  # of str, one for each prompt
+        "The steered answers of the present state"
+        return self.scene.answers(self.state)
 
     @cached_property
     def controls(self) -> dict: return _make_controls(self.scene, self.state)  # slider by name
@@ -449,11 +453,12 @@ class Explorer:
     @cached_property
     def panel(self): return self._panel()  # the widget
 
-    def __repr__(self):
-        texts = self.scene.texts
-        return f"Explorer of {len(texts.pos)} + {len(texts.neg)} texts, {self.state}"
-
 # %% ../nbs/24_explorer.ipynb #e5b10104
+@patch
+def __repr__(self: Explorer):
+    texts = self.scene.texts
+    return f"Explorer of {len(texts.pos)} + {len(texts.neg)} texts, {self.state}"
+
 @patch
 def snapshot(self: Explorer,
     *changes: dict,  # what differs from the present state, one dict for each column
