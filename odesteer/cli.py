@@ -124,14 +124,13 @@ def demo_figure(
     rise=None,  # from `barrier_rise`
 ):
     "Left: h along trajectories. Right: the primary metric against strength, on validation prompts"
-    from io import BytesIO
     from matplotlib.figure import Figure
     from odesteer import plots
     method, _, strength, _ = demo.setting
     (unit, value), = strength.items()
     color = plots.COLORS.get(method, plots.COLORS["odesteer"])
     with plots.style():
-        fig = Figure(figsize=(8, 3.2), layout="constrained", dpi=110)
+        fig = Figure(figsize=(7.2, 3), layout="constrained", dpi=100)
         left, right = fig.subplots(1, 2)
         if rise is not None: _plot_rise(left, rise, load_class(method).strength_names[unit], value, color)
         else:
@@ -141,9 +140,7 @@ def demo_figure(
         right.axvline(value, color="black", ls=":", lw=1)
         right.set(xlabel=f"strength, {load_class(method).strength_names[unit]}", ylabel=demo.bench.task.primary,
                   title=f"validation, n={n}; dotted: strength used")
-        png = BytesIO()
-        fig.savefig(png, format="png")
-    write_atomic(path, png.getvalue())
+    write_atomic(path, plots.png(fig))
 
 # %% ../nbs/27_cli.ipynb #d3844e7e
 def _plot_rise(ax, rise, strength, value, color):

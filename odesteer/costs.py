@@ -38,7 +38,9 @@ class Rehearsal(Bench):
         self._set_search(search)
 
     @property
-    def texts(self) -> int: return self._texts.total()
+    def texts(self) -> int:
+        "Texts to read in all"
+        return self._texts.total()
 
     def run(self, *args, beside=(), **kwargs) -> Run:
         config, n = self.config(*args, **kwargs), 1 if self.most else 2

@@ -31,9 +31,8 @@ from .sites import some_texts
 from .tasks import REAL_TASKS, Task, micro_task
 
 # %% auto #0
-__all__ = ['STRONGEST', 'MOST_STEPS', 'SPINNER', 'State', 'knobs', 'Scene', 'find_task', 'find_model', 'make_scene', 'Plane',
-           'find_plane', 'Flow', 'follow', 'said', 'prompt_of', 'caption', 'Explorer', 'make_controls', 'make_views',
-           'png', 'audience', 'explore', 'sorted_settings', 'look_at']
+__all__ = ['STRONGEST', 'MOST_STEPS', 'SPINNER', 'State', 'knobs', 'Scene', 'make_scene', 'Plane', 'find_plane', 'Flow', 'follow',
+           'said', 'prompt_of', 'caption', 'Explorer', 'audience', 'explore']
 
 # %% ../nbs/24_explorer.ipynb #e5b10012
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def acts(self: Scene,
     return tuple(torch.cat(side) if isinstance(side, list) else side for side in (rows[:n], rows[n:]))
 
 # %% ../nbs/24_explorer.ipynb #e5b10020
-def find_task(
+def _find_task(
     task,  # a `Task`, `ContrastTexts`, a name, or None for the first that the model has
     lm,  # a `Micro`, or (model, tokenizer)
 ):  # a `Task` or `ContrastTexts`
@@ -124,7 +123,7 @@ def find_task(
         raise ValueError(f"the task {task!r} needs {', '.join(needed)}: build it (page 16), and give the Task")
     return build(own=tuple(lm))
 
-def find_model(model) -> object:  # a `Micro`, or (model, tokenizer)
+def _find_model(model) -> object:  # a `Micro`, or (model, tokenizer)
     "A model that is named, loaded; one that is given, as it is"
     if model == "micro": return load_micro(progress=False)
     return ods.load_model(model) if isinstance(model, str) else model
@@ -138,8 +137,8 @@ def make_scene(
     **others,  # of `Scene`
 ) -> Scene:
     "The scene of a task: its texts, prompts, place of reading and judge"
-    lm = find_model(model)
-    task = find_task(what, lm)
+    lm = _find_model(model)
+    task = _find_task(what, lm)
     pair = (lm.model, lm.tokenizer) if isinstance(lm, Micro) else tuple(lm)
     if isinstance(prompts, str): prompts = [prompts]
     if isinstance(task, ContrastTexts): texts, how, judge = task, {}, None
@@ -403,18 +402,20 @@ def snapshot(self: Scene,
     "The three views of a few states, side by side"
     import matplotlib.pyplot as plt
     from odesteer import plots
-    lim = max(map(self.window, states))
-    shape = dict(squeeze=False, sharey="row", figsize=(2.7 * len(states), 5.6), height_ratios=[2.6, 1.7, .9])
-    with plots.style(**{"font.size": 8, "axes.titlesize": 9, "figure.dpi": 80}):
+    lim, wide = max(map(self.window, states)), min(3., 7 / len(states))  # inches of a column
+    heights = [wide, 1.5, 1.1]
+    shape = dict(squeeze=False, sharey="row", height_ratios=heights)
+    size = wide * len(states) + .3, sum(heights) + .9
+    with plots.style(**{"font.size": 8.5, "axes.titlesize": 9, "figure.dpi": 100, "figure.figsize": size}):
         fig, axs = plt.subplots(3, len(states), **shape)
         for i, (state, (flow, way, text)) in enumerate(zip(states, axs.T)):
             self.draw_flow(flow, state, lim)
             self.draw_way(way, state)
-            flow.set(title=caption(state, states), xlabel="", ylabel=flow.get_ylabel() * (not i))
+            flow.set(title=caption(state, states), xlabel="", ylabel="principal direction" * (not i))
             way.set(title="", ylabel="h" * (not i))
             answer, ticks = said(self.answers(state)[prompt], {k: v[prompt] for k, v in self.marks(state).items()})
-            body = "\n".join(textwrap.wrap(answer, 34)[:4] + textwrap.wrap(ticks, 40))
-            text.text(0, 1, body, va="top", parse_math=False)
+            body = textwrap.wrap(answer, int(14 * wide))[:4] + textwrap.wrap(ticks, int(16 * wide))
+            text.text(0, 1, "\n".join(body), va="top", parse_math=False)
             text.set_axis_off()
         axs[2, 0].set_title(textwrap.shorten(prompt_of(self.prompts[prompt]), 60), fontstyle="italic")
     plt.close(fig)  # it is returned: else a notebook would show it twice
@@ -434,25 +435,30 @@ class Explorer:
         self.state, self._task, self._held = scene.checked(state), None, False
 
     @property
-    def flow(self) -> Flow: return self.scene.flow(self.state)  # numbers of the present state
+    def flow(self) -> Flow:
+        "The flow of the present state, in numbers"
+        return self.scene.flow(self.state)
 
     @property
-    def answers(self) -> list: return self.scene.answers(self.state)  # steered, one for each prompt
+    def answers(self) -> list:  # of str, one for each prompt
+        "The steered answers of the present state"
+        return self.scene.answers(self.state)
 
     @cached_property
-    def controls(self) -> dict: return make_controls(self.scene, self.state)  # slider by name
+    def controls(self) -> dict: return _make_controls(self.scene, self.state)  # slider by name
 
     @cached_property
-    def views(self) -> dict: return make_views()  # "flow", "way", "answers", "busy", "error"
+    def views(self) -> dict: return _make_views()  # "flow", "way", "answers", "busy", "error"
 
     @cached_property
     def panel(self): return self._panel()  # the widget
 
-    def __repr__(self):
-        texts = self.scene.texts
-        return f"Explorer of {len(texts.pos)} + {len(texts.neg)} texts, {self.state}"
-
 # %% ../nbs/24_explorer.ipynb #e5b10104
+@patch
+def __repr__(self: Explorer):
+    texts = self.scene.texts
+    return f"Explorer of {len(texts.pos)} + {len(texts.neg)} texts, {self.state}"
+
 @patch
 def snapshot(self: Explorer,
     *changes: dict,  # what differs from the present state, one dict for each column
@@ -521,7 +527,7 @@ def _busy(self: Explorer, working: bool): self.views["busy"].value = SPINNER if 
 @patch
 def _parts(self: Explorer) -> tuple:
     "The work of one state, quick things first"
-    def picture(name, draw, size): self.views[name].value = png(lambda ax: draw(ax, self.state), size)
+    def picture(name, draw, size): self.views[name].value = _png(lambda ax: draw(ax, self.state), size)
     def answer(): self.views["answers"].value = self.scene.table(self.state)
     return (lambda: picture("flow", self.scene.draw_flow, (4.4, 4.2)),
             lambda: picture("way", self.scene.draw_way, (5, 4.2)), answer)
@@ -547,7 +553,7 @@ def _work_now(self: Explorer):
     self._busy(False)
 
 # %% ../nbs/24_explorer.ipynb #e5b10061
-def make_controls(
+def _make_controls(
     scene: Scene,
     state: State,  # where they stand at first
 ) -> dict:  # name of a field of `State` -> widget
@@ -562,14 +568,14 @@ def make_controls(
         "metric": w.Dropdown(options=scene.metrics, value=state.metric, description="metric", **look)}
 
 # %% ../nbs/24_explorer.ipynb #e5b10106
-def make_views() -> dict:  # name -> widget
+def _make_views() -> dict:  # name -> widget
     "Two pictures, the answers, a spinner, and a place for what went wrong"
     import ipywidgets as w
     pictures = {name: w.Image(format="png", layout=w.Layout(max_width="49%")) for name in ("flow", "way")}
     words = {name: w.HTML() for name in ("answers", "error")}
     return pictures | words | {"busy": w.HTML(layout=w.Layout(width="24px"))}
 
-def png(
+def _png(
     draw,  # axes -> anything
     figsize: tuple,  # inches
 ) -> bytes:
@@ -624,11 +630,17 @@ def _repr_mimebundle_(self: Explorer, **kwargs) -> dict:
     if who == "terminal": return {"text/plain": repr(self)}
     if who == "reader": bundle, picture = self.panel._repr_mimebundle_(**kwargs), self.views["flow"].value
     else:
-        bundle, file = {"text/plain": repr(self)}, io.BytesIO()
-        self.snapshot().savefig(file, format="png")
-        picture = file.getvalue()
+        from odesteer import plots
+        bundle, picture = {"text/plain": repr(self)}, plots.png(self.snapshot())
     # as text: what a widget holds is no bytes, and a notebook with it could not be saved
     return bundle | {"image/png": base64.b64encode(picture).decode()}
+
+@patch
+def _ipython_display_(self: Explorer):
+    "On a page a sharp picture that says its width, which a bundle cannot"
+    if audience() != "page": raise NotImplementedError  # then IPython asks for the bundle
+    from odesteer import plots
+    plots.show(self.snapshot())
 
 # %% ../nbs/24_explorer.ipynb #e5b10066
 def explore(
@@ -641,9 +653,9 @@ def explore(
     **settings,  # where the sliders stand at first (fields of `State`), and hyper-parameters of ODESteer
 ) -> Explorer:
     "Sliders over method, strength, steps, block and metric; three views: the flow, the barrier on the way, answers"
-    start, params = sorted_settings(settings)
+    start, params = _sorted_settings(settings)
     if isinstance(what, Steerer):
-        return Explorer(*look_at(make_scene(task, model, prompts, limit, params=params), what, start))
+        return Explorer(*_look_at(make_scene(task, model, prompts, limit, params=params), what, start))
     methods = tuple(methods or (*ods.steerer_names(), "random"))
     if bad := [m for m in methods if m not in ods.REGISTRY or not load_class(m).needs_layer]:
         raise ValueError(f"{', '.join(bad)} cannot be explored: give methods that steer one block, such as caa")
@@ -651,7 +663,7 @@ def explore(
     first = "odesteer" if "odesteer" in methods else methods[0]
     return Explorer(scene, State(**{"method": first, "layer": (len(scene.layers) - 1) // 2} | start))
 
-def sorted_settings(settings: dict) -> tuple:  # fields of `State`, hyper-parameters of ODESteer
+def _sorted_settings(settings: dict) -> tuple:  # fields of `State`, hyper-parameters of ODESteer
     "Settings by what they are for; a ValueError where one is for nothing"
     sliders = asdict(State())
     start, params = ({k: v for k, v in settings.items() if (k in sliders) == own} for own in (True, False))
@@ -662,7 +674,7 @@ def sorted_settings(settings: dict) -> tuple:  # fields of `State`, hyper-parame
     return start, params
 
 # %% ../nbs/24_explorer.ipynb #e5b10067
-def look_at(
+def _look_at(
     scene: Scene,
     steerer: Steerer,  # fitted
     start: dict,  # fields of `State` that the user has said

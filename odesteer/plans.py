@@ -138,6 +138,7 @@ def _part(value) -> tuple:
     raise ValueError(f"--part {_text(value)}: write it as i/n, such as 1/2 on one machine and 2/2 on the other")
 
 def check_names(names, table, what):
+    "A ValueError that lists what there is, where a name is not in the table"
     for name in names:
         if name not in table and name != "all":
             raise ValueError(f"there is no {what} {name!r}; choose from {', '.join(table)}")

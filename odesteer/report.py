@@ -530,30 +530,42 @@ def _label_text(name) -> str:
     text = _one_line(name)
     return (text if len(text) <= 60 else text[:59] + "…").replace("$", "\\$")
 
+def _metric_text(scope) -> str:
+    "The primary metric in a figure, and which way is better"
+    return _label_text(scope["primary"]) + (" (less is better)" if scope["better"][scope["primary"]] < 0 else "")
+
+def _best_first(scope, found) -> list:
+    "The names of some numbers, the best first"
+    return sorted(found, key=found.get, reverse=scope["better"][scope["primary"]] > 0)
+
 # %% ../nbs/20_report.ipynb #1bdd54f5
 def strength_figure(scope: dict):  # matplotlib figure
-    "Validation: the primary metric against strength, a panel per method; dashed: no steering"
+    "Validation: the primary metric against strength, a panel per method, the best first; dashed: no steering"
     import matplotlib.pyplot as plt
     from odesteer.plots import style
     curves = {arm: c["chosen"] for arm, c in scope["curves"].items() if "chosen" in c}
-    rows = {r["arm"]: r for r in scope["rows"]}
+    rows, way = {r["arm"]: r for r in scope["rows"]}, scope["better"][scope["primary"]]
+    order = _best_first(scope, {arm: way*max(way*p.mean.value for p in points) for arm, points in curves.items()})
     widest = defaultdict(float)  # unit -> largest strength of its panels
     for arm, points in curves.items():
         unit = curve_unit(scope, rows[arm])
         widest[unit] = max(widest[unit], *(p.strength for p in points))
-    columns = min(4 if len(curves) < 9 else 6, len(curves))
+    columns = min(4, len(curves))
     lines = -(-len(curves) // columns)
-    with style(**{"figure.figsize": (.8 + 1.45*columns, .6 + 1.35*lines), "font.size": 9}):
+    with style(**{"figure.figsize": (.8 + 1.6*columns, 1 + 1.3*lines), "font.size": 9, "figure.dpi": 100}):
         fig, axes = plt.subplots(lines, columns, sharey=True, squeeze=False)
-        for ax, (arm, points) in zip(axes.flat, curves.items()):
-            if scope["unsteered"] is not None: ax.axhline(scope["unsteered"], color="#999999", ls="--", lw=.9, zorder=0)
-            _strength_panel(ax, scope, rows[arm], points, widest)
+        for ax, arm in zip(axes.flat, order):
+            if scope["unsteered"] is not None: ax.axhline(scope["unsteered"], color="black", ls="--", lw=.8, zorder=0)
+            _strength_panel(ax, scope, rows[arm], curves[arm], widest)
         for ax in axes.flat[len(curves):]: ax.set_visible(False)
         plain = all(needs_layer(rows[arm]["method"]) for arm in curves)
         controllers = "" if plain else "; of controllers the set-point"
         fig.supxlabel(f"strength, {_words_of(scope)} (dotted: chosen){controllers}", fontsize=9)
-        fig.supylabel(f"{_label_text(scope['primary'])}, validation", fontsize=9)
+        fig.supylabel(f"{_metric_text(scope)}, validation\n(dashed: no steering)", fontsize=9)
+        _headline(fig, "How strong should a push be?")
     return fig
+
+def _headline(fig, text): fig.suptitle(text, x=.01, ha="left", fontsize=10)
 
 # %% ../nbs/20_report.ipynb #73aca4e5
 def _strength_panel(ax, scope, row, points, widest):
@@ -569,25 +581,19 @@ def _strength_panel(ax, scope, row, points, widest):
     for s in strengths: ax.axvline(s, color="black", ls=":", lw=1)
     axis = "" if needs_layer(method) and unit == usual else f", {load_class(method).strength_names[unit]}"
     name = _label_text(_label(row)).replace(":", "\n")
-    ax.set_title(name + axis + ("" if strengths else ": off"), fontsize=7 if "\n" in name else 8.5)
+    ax.set_title(name + axis + ("" if strengths else ": off"), fontsize=8 if "\n" in name else 9)
 
 # %% ../nbs/20_report.ipynb #35ce6a7e
 def pareto_figure(scope: dict):  # matplotlib figure
-    "Test: gain against the change of each guardrail; filled: no other arm is better in both"
+    "Test: gain against the change of each guardrail, better to the right and up; filled: none is better in both"
     import matplotlib.pyplot as plt
-    from odesteer.plots import direct_label, spread_labels, style
-    p, rows = scope["primary"], [r for r in ranked(scope) if not _is_off(r)]
-    with style(**{"figure.figsize": (max(5.6, 2.3*len(scope["watch"]) + 1.6), 3.4), "font.size": 9}):
-        fig, axes = plt.subplots(1, len(scope["watch"]), squeeze=False, sharey=True)
+    from odesteer.plots import style
+    rows, panels = [r for r in ranked(scope) if not _is_off(r)], len(scope["watch"])
+    with style(**{"figure.figsize": (7.2, .6 + (2 + .07*len(rows))*panels), "font.size": 9, "figure.dpi": 100}):
+        fig, axes = plt.subplots(panels, squeeze=False)
         for ax, guard in zip(axes.flat, scope["watch"]): _pareto_panel(ax, scope, rows, guard)
-        last = axes[0, -1]
-        right = last.get_xlim()[1]
-        for r in rows:
-            label = _label_text(_label(r))
-            direct_label(last, right, _shift(p, r).value, label, _color_of(r["method"])).set(fontsize=8)
-        last.set_xlim(right=right)
-        axes[0, 0].set_ylabel(f"change of {_label_text(p)}" + (" (less is better)" if scope["better"][p] < 0 else ""))
-        spread_labels(last, 9.5)
+        _headline(fig, "What is paid for the gain? Up and to the right is better; filled: no other is better in both")
+        for ax, guard in zip(axes.flat, scope["watch"]): _name_points(ax, scope, rows, guard)
     return fig
 
 def _shift(m, r) -> Interval: return _change(m, r) or Interval(0., 0., 0.)  # of the unsteered arm: none
@@ -600,38 +606,73 @@ def _pareto_panel(ax, scope, rows, guard):
         beaten = any(x >= point[0] and y >= point[1] and (x, y) != point for x, y in points)
         _cross(ax, _shift(guard, r), _shift(p, r), _color_of(r["method"]), filled=not beaten)
     ax.axvline(0, color="#999999", ls="--", lw=.9, zorder=0)
-    ax.set_xlabel(f"change of {_label_text(guard)}")
+    ax.axhline(0, color="#999999", ls="--", lw=.9, zorder=0)
+    ax.margins(.12, .25)  # room for names
+    if better.get(guard, 1) < 0: ax.invert_xaxis()
+    if better[p] < 0: ax.invert_yaxis()
+    ax.set(xlabel=f"change of {_label_text(guard)}", ylabel=f"change of {_label_text(p)}")
 
 # %% ../nbs/20_report.ipynb #f0cbd9fe
 def _cross(ax, x: Interval, y: Interval, color, filled):
     "A point with its intervals in both directions"
     if x.known and y.known:
         ax.plot([x.lo, x.hi, np.nan, x.value, x.value], [y.value, y.value, np.nan, y.lo, y.hi],
-                color=color, lw=.9, alpha=.6)
+                color=color, lw=.9, alpha=.35)
     ax.plot(x.value, y.value, "o", color=color, markerfacecolor=color if filled else "white")
+
+def _name_points(ax, scope, rows, guard):
+    "The name of every row beside its point"
+    from odesteer.plots import label_points
+    points = [(_shift(guard, r).value, _shift(scope["primary"], r).value) for r in rows]
+    names = [_label_text(_label(r)) for r in rows]
+    label_points(ax, points, names, [_dark(_color_of(r["method"])) for r in rows])
+
+def _dark(color) -> tuple:
+    "A colour that letters can have on white"
+    from matplotlib.colors import to_rgb
+    rgb = np.array(to_rgb(color))
+    return tuple(rgb * min(1, .45/max(rgb.mean(), .45)))
 
 # %% ../nbs/20_report.ipynb #ee8b2815
 def layer_figure(scope: dict):  # matplotlib figure
-    "Validation: the best primary metric in each layer, over the strengths tried there"
+    "Validation: the best primary metric in each layer, over the strengths tried there; framed: a method's best layer"
     import matplotlib.pyplot as plt
-    from odesteer.plots import direct_label, spread_labels, style
-    way, rows = scope["better"][scope["primary"]], {r["arm"]: r for r in scope["rows"]}
-    found = {arm: _best_by_layer(curves, way) for arm, curves in scope["curves"].items()}
-    with style(**{"figure.figsize": (5.4, 1.6 + .14*len(found))}):
+    from odesteer.plots import style
+    way, names = scope["better"][scope["primary"]], {r["arm"]: _label_text(_label(r)) for r in scope["rows"]}
+    found = {arm: best for arm, c in scope["curves"].items() if (best := _best_by_layer(c, way))}  # controllers: none
+    order = _best_first(scope, {arm: way*max(way*v for v in best.values()) for arm, best in found.items()})
+    layers = sorted({k for best in found.values() for k in best})
+    with style(**{"figure.figsize": (6.4, 1.3 + .25*len(order)), "font.size": 9, "figure.dpi": 100}):
         fig, ax = plt.subplots()
-        for arm, best in found.items():
-            if not best: continue  # a controller acts on all layers
-            color, last = _color_of(rows[arm]["method"]), max(best)
-            ax.plot(list(best), list(best.values()), marker="o", color=color, lw=1.2)
-            direct_label(ax, last, best[last], _label_text(_label(rows[arm])), color).set(fontsize=8)
-        ax.set(xlabel="layer (block, from 0)", ylabel=f"best {_label_text(scope['primary'])} on validation",
-               xticks=sorted({k for best in found.values() for k in best}))
-        spread_labels(ax, 9)
+        if order: _layer_map(ax, [[found[arm].get(k, np.nan) for k in layers] for arm in order], way)
+        ax.set_yticks(range(len(order)), [names[arm] for arm in order])
+        ax.set_xticks(range(len(layers)), layers)
+        ax.set(xlabel="layer (block, from 0)")
+        ax.spines[:].set_visible(False)
+        _headline(fig, f"Where should one push? Best {_metric_text(scope)} on validation; framed: best layer")
     return fig
 
+# %% ../nbs/20_report.ipynb #p7b00002
 def _best_by_layer(curves, way) -> dict:
     "layer -> the best mean over strengths"
     return {int(k): way*max(way*p.mean.value for p in points) for k, points in curves.items() if k.isdigit()}
+
+def _layer_map(ax, values, way):
+    "A shade for each method and layer, lighter is better; with its number where there is room"
+    values = np.array(values, float)
+    shades = ax.imshow(values, aspect="auto", cmap="viridis" if way > 0 else "viridis_r")
+    few = values.shape[1] <= 10
+    if not few: ax.figure.colorbar(shades, ax=ax)
+    for (i, j), v in np.ndenumerate(values):
+        if few and np.isfinite(v): ax.text(j, i, f"{v:.2f}", ha="center", va="center", color=_ink(shades, v))
+        if v == way*np.nanmax(way*values[i]): ax.add_patch(_frame(i, j))
+
+def _frame(i, j):
+    "The border of a cell"
+    from matplotlib.patches import Rectangle
+    return Rectangle((j - .47, i - .44), .94, .88, fill=False, edgecolor="#D55E00", lw=2)
+
+def _ink(shades, v): return "black" if np.mean(shades.cmap(shades.norm(v))[:3]) > .45 else "white"
 
 # %% ../nbs/20_report.ipynb #2e7b232a
 def study_figure(
@@ -646,23 +687,35 @@ def study_figure(
     panels = list(dict.fromkeys(r.place for r in rows))
     arms = list(dict.fromkeys(r.arm for r in rows if r.arm != reference))
     heights = {arm: -i for i, arm in enumerate(arms)}
-    with style(**{"figure.figsize": (2 + 1.9*len(panels), 1 + .26*len(arms)), "font.size": 9}):
+    size = min(7.2, 2.2 + 2.2*len(panels)), 1.3 + .26*len(arms)
+    with style(**{"figure.figsize": size, "font.size": 9, "figure.dpi": 100}):
         fig, axes = plt.subplots(1, len(panels), sharey=True, sharex=True, squeeze=False)
         for ax, where in zip(axes.flat, panels):
             for r in rows:
-                if r.place == where and r.difference: _interval_line(ax, r.difference, heights[r.arm], "odesteer", 1.2)
-            ax.axvline(0, color="black", ls="--", lw=.9, zorder=0)
+                if r.place == where and r.difference: _interval_line(ax, r.difference, heights[r.arm], "odesteer")
+            _zero_line(ax)
             ax.set_title(_meeting(where), fontsize=9)
         axes[0, 0].set_yticks(list(heights.values()), arms)
         axes[0, 0].set_ylim(.5 - len(arms), .5)
-        fig.supxlabel(f"{_label_text(scope['primary'])}, difference to {reference} (test, 95 % intervals)", fontsize=9)
+        fig.supxlabel(f"difference of {_metric_text(scope)} to: {reference} (test, 95 % intervals)", fontsize=9)
+        _headline(fig, _question(name))
     return fig
 
-def _interval_line(ax, d: Interval, height, method, lw, filled=True):
-    "A point and its interval, lying"
-    color = _color_of(method)
-    if d.known: ax.plot([d.lo, d.hi], [height]*2, color=color, lw=lw)
-    ax.plot(d.value, height, "o", color=color, markerfacecolor=color if filled else "white")
+def _question(name):
+    text = ABLATIONS[name].question
+    return text[:1].upper() + text[1:]
+
+# %% ../nbs/20_report.ipynb #p7b00001
+def _interval_line(ax, d: Interval, height, method):
+    "A point and its interval, lying; filled where the interval excludes zero"
+    color, clear = _color_of(method), d.known and not d.lo <= 0 <= d.hi
+    if d.known: ax.plot([d.lo, d.hi], [height]*2, color=color, lw=1.4, zorder=1)
+    ax.plot(d.value, height, "o", color=color, markerfacecolor=color if clear else "white")
+
+def _zero_line(ax):
+    "No difference, and few numbers on the axis"
+    ax.axvline(0, color="black", ls="--", lw=.9, zorder=0)
+    ax.locator_params(axis="x", nbins=5)
 
 # %% ../nbs/20_report.ipynb #dbdd1c5b
 def _line_figure(scope, rows, name):
@@ -673,14 +726,14 @@ def _line_figure(scope, rows, name):
     for r in rows:
         label, x = (_meeting(r.place), r.arm.split()[0]) if steps else ("stop at the level", r.place.split()[1])
         lines[label].append((float(x), *r.mean))
-    with style():
+    with style(**{"figure.dpi": 100}):
         fig, ax = plt.subplots()
         for label, points in lines.items():
             sweep_plot(ax, *np.array(sorted(points), float).T, label=label, color=_color_of("odesteer"))
         if steps: _step_axis(ax, sorted({x for points in lines.values() for x, *_ in points}))
         else: _walk_on(ax, rows[0].value - rows[0].change)
         ax.set(xlabel="steps" if steps else "level: quantile of the barrier over wanted activations",
-               ylabel=f"{_label_text(scope['primary'])} (test)")
+               ylabel=f"{_metric_text(scope)} (test)", title=_question(name))
         spread_labels(ax)
     return fig
 
@@ -697,20 +750,20 @@ def _walk_on(ax, height):
 
 # %% ../nbs/20_report.ipynb #440293f7
 def forest_figure(scope: dict):  # matplotlib figure
-    "Test: the change of the primary metric that each arm brought, best first"
+    "Test: the change of the primary metric that each arm brought, best first; hollow: it may be none"
     import matplotlib.pyplot as plt
     from odesteer.plots import style
     p, rows = scope["primary"], [r for r in ranked(scope) if r["method"] != "unsteered"]
-    with style(**{"figure.figsize": (5.6, .7 + .24*len(rows)), "font.size": 9}):
+    with style(**{"figure.figsize": (6.4, 1 + .23*len(rows)), "font.size": 9, "figure.dpi": 100}):
         fig, ax = plt.subplots()
         for i, r in enumerate(rows):
             change = None if _is_off(r) else _change(p, r)
-            _interval_line(ax, change or Interval(0.), -i, r["method"], 1.4, filled=not _is_off(r))
-        ax.axvline(0, color="black", ls="--", lw=.9, zorder=0)
+            _interval_line(ax, change or Interval(0.), -i, r["method"])
+        _zero_line(ax)
         names = [_label_text(_named(r)) + (": no safe strength" if _is_off(r) else "") for r in rows]
         ax.set_yticks([-i for i in range(len(rows))], names)
-        less = " (less is better)" if scope["better"][p] < 0 else ""
-        ax.set(xlabel=f"change of {_label_text(p)}{less}", ylim=(.6 - len(rows), .6))
+        ax.set(xlabel=f"change of {_metric_text(scope)}", ylim=(.6 - len(rows), .6))
+        _headline(fig, "What does each arm change? Test, 95 % intervals; dashed: no steering")
     return fig
 
 def figures(
@@ -732,6 +785,7 @@ def report(
 ) -> dict:  # the results
     "Write report.md with its figures, tables as CSV and LaTeX, and results.json; errors of `gather`"
     import matplotlib.pyplot as plt
+    from odesteer.plots import png
     results = as_results(folders) if isinstance(folders, dict) else gather(folders, **settings)
     out, drawn = Path(out), {}
     for sub in ("tables", "figures"): (out/sub).mkdir(parents=True, exist_ok=True)
@@ -744,10 +798,8 @@ def report(
         write(f"tables/{files[name]}.csv", table.csv())
         write(f"tables/{files[name]}.tex", table.latex())
     for name, figure in figures(results):
-        png = io.BytesIO()
-        figure.savefig(png, format="png")
+        write_atomic(out/"figures"/f"{files[name]}.png", png(figure))
         plt.close(figure)
-        write_atomic(out/"figures"/f"{files[name]}.png", png.getvalue())
         drawn[name] = f"figures/{files[name]}.png"
     write("report.md", "\n\n".join(_pages(results, found, drawn)))
     return results
@@ -777,12 +829,20 @@ def _provenance(results):
             f"{time} of generation on {'; '.join(map(about, results['machines']))}. odesteer {results['odesteer']}.")
 
 # %% ../nbs/20_report.ipynb #30863ccc
+def _seen(scope, what) -> str:
+    "What a figure shows, for those who cannot see it"
+    p = as_written(re.sub(r"[][]", "", scope["primary"]))
+    return {"strength": f"Strength: {p} on validation against strength, a panel for each method, the best first",
+            "pareto": f"Price: change of {p} against the change of each guardrail, a named point for each method",
+            "layers": f"Layers: the best {p} on validation, a row for each method and a column for each layer",
+            }.get(what) or f"Study, {ABLATIONS[what].question} Change of {p} for each arm, with 95 % intervals"
+
 def _scope_pages(s, found, drawn, answers):
     "Paragraphs about a scope"
     name = _name(s)
     def picture(what):
         file = drawn.get(f"{name}, {what}")
-        return [f"![{what}]({file})"] if file else []
+        return [f"![{_seen(s, what)}]({file})"] if file else []
     yield "## " + as_written(f"{s['task']}, {_title(s)}")
     yield from (f"- {v}" for v in answers)
     yield found[name].markdown()

@@ -214,7 +214,7 @@ def test_a_dollar_begins_no_formula_in_a_figure(tmp_path):
     for name, figure in figures(found):
         figure.canvas.draw()
         plt.close(figure)
-        words = [t.get_text() for ax in figure.axes for t in (ax.title, ax.xaxis.label, ax.yaxis.label)] + [figure.get_supylabel()]
+        words = [t.get_text() for ax in figure.axes for t in (ax.title, ax.xaxis.label, ax.yaxis.label)] + [figure.get_supylabel(), figure.get_suptitle()]
         assert any(r"\$" in w for w in words) and not any(re.search(r"(?<!\\)\$", w) for w in words), name
     assert r"\$reward\^\$" in main_table(found["scopes"][0]).markdown()
 
@@ -303,6 +303,44 @@ def test_controllers_stand_beside_steerers_with_their_own_strengths_and_their_ef
     drawn = dict(figures(found))
     panels = {ax.get_title(loc="left"): ax for ax in drawn["toy, toy, strength"].axes}
     assert panels["alqr, set-point"].get_xlim()[1] > 4 and panels["caa"].get_xlim()[1] < 1 and "set-point" in drawn["toy, toy, strength"].get_supxlabel()
-    assert [t.get_text() for t in drawn["toy, toy, layers"].axes[0].texts] == ["caa"]  # a controller has no layer to choose
+    assert [t.get_text() for t in drawn["toy, toy, layers"].axes[0].get_yticklabels()] == ["caa"]  # a controller has no layer to choose
     report(found, tmp_path/"r")
     assert "| alqr |" in (tmp_path/"r"/"report.md").read_text()
+
+
+def test_no_name_in_a_figure_covers_another(results):
+    "Nineteen methods at nearly the same place, and the scopes of a study"
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.text import Text
+    from odesteer import plots
+    from odesteer.report import pareto_figure
+    from odesteer.results import committed
+    def boxes(notes):
+        notes[0].figure.canvas.draw()
+        return [Text.get_window_extent(note).extents for note in notes]
+    def overlaps(boxes): return [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]]
+    rng = np.random.default_rng(0)
+    fig, ax = plt.subplots(figsize=(7, 4))
+    ax.set(xlim=(-1, 1), ylim=(-1, 1))
+    points = .08*rng.normal(size=(19, 2))
+    notes = plots.label_points(ax, points, [f"method {i}" for i in range(19)])
+    assert [n.get_text() for n in notes] == [f"method {i}" for i in range(19)] and not overlaps(boxes(notes))
+    inside = ax.get_window_extent().extents
+    assert all(b[0] >= inside[0] and b[1] >= inside[1] and b[2] <= inside[2] and b[3] <= inside[3] for b in boxes(notes))
+    plt.close(fig)
+    for scope in [*results["scopes"][:1], *(s for s in committed()["scopes"] if not s["part"])]:
+        figure = pareto_figure(scope)
+        named = sum(r["off"] != len(r["chosen"]) for r in scope["rows"])
+        for ax in figure.axes: assert len(ax.texts) == named and not overlaps(boxes(ax.texts)), (scope["task"], ax.get_xlabel())
+        plt.close(figure)
+
+
+def test_pictures_of_a_report_are_sharp(results, tmp_path):
+    from PIL import Image
+    report(results, tmp_path)
+    pictures = [Image.open(path) for path in (tmp_path/"figures").iterdir()]
+    assert pictures and all(p.width > 800 for p in pictures) and all(path.stat().st_size < 150_000 for path in (tmp_path/"figures").iterdir())
+    text = (tmp_path/"report.md").read_text()
+    assert all(len(alt) > 30 for alt in re.findall(r"^!\[(.*)\]\(figures", text, flags=re.M))
