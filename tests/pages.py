@@ -8,6 +8,7 @@ import sys
 
 from .project import NOTEBOOKS, ROOT, directive
 
+DRESSED = [nb for nb in NOTEBOOKS if not nb.stem.startswith("slides_")]  # on slides no code is shown
 FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}}
 COLAB = """#| hide
 # On Colab, in under a minute: the library from its repository (it is not on the package index yet) and the transformers that this page was run with
@@ -38,7 +39,7 @@ def dressed(page: dict) -> dict:
 
 
 def stale() -> list:
-    texts = {nb: nb.read_text(encoding="utf-8") for nb in NOTEBOOKS}
+    texts = {nb: nb.read_text(encoding="utf-8") for nb in DRESSED}
     return [nb for nb, text in texts.items() if written(dressed(json.loads(text))) != text]
 
 
