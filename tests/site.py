@@ -102,13 +102,13 @@ class ApiEntry(BasicMarkdownRenderer):
 
     def _repr_markdown_(self):
         head, level = super()._repr_markdown_().split("```python\n")[0], "#" * (self.title_level + 1)
-        inside = {name: f for name, f in methods(self.sym).items() if name in defined(self.sym)}  # what is patched in has an entry of its own
-        return head + body(self.sym, self.nm) + "".join(f"\n\n{level} {self.nm}.{name}\n\n{body(f, name)}" for name, f in inside.items())
+        own = {name: f for name, f in methods(self.sym).items() if inside(f)}  # what is patched in has an entry of its own
+        return head + body(self.sym, self.nm) + "".join(f"\n\n{level} {self.nm}.{name}\n\n{body(f, name)}" for name, f in own.items())
 
 
-def defined(cls) -> set:
-    "Names of the methods in the body of a class"
-    return {node.name for node in ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body if isinstance(node, ast.FunctionDef)}
+def inside(f) -> bool:
+    "Whether a method stands in the body of its class: what is patched in stands on its own"
+    return "." in inspect.unwrap(code_of(f)).__code__.co_qualname
 
 
 def fold(cell):
