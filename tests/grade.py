@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import io
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from .project import ROOT, cells
 TEACH = ROOT/"nbs"/"teach"
 ASSIGNMENTS = sorted(TEACH.glob("assignment_*.ipynb"))
 MARK = re.compile(r"# Answer (\w+) \((\d+) points\)\n")
+LIMIT = 120  # seconds for a cell, and for a check
 BY_HAND = re.compile(r"\*\*Answer (\w+) \((\d+) points, read by a person\)")
 
 
@@ -67,11 +69,24 @@ def interleaved(assignment: Path, student: list):
         else: yield None, source, []
 
 
+@contextlib.contextmanager
+def limited():
+    "End what takes longer than LIMIT seconds, where the system has an alarm"
+    def ring(*_): raise TimeoutError(f"not done after {LIMIT} seconds")
+    if not hasattr(signal, "SIGALRM"): return (yield)
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    try: yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def run(source: str, space: dict) -> str:
     "Run a cell, and say what went wrong"
     lines = [line for line in source.split("\n") if not re.match(r"\s*[%!]|(assert )?attempt\(", line)]
     try:
-        with contextlib.redirect_stdout(io.StringIO()): exec(compile("\n".join(lines), "<cell>", "exec"), space)
+        with limited(), contextlib.redirect_stdout(io.StringIO()): exec(compile("\n".join(lines), "<cell>", "exec"), space)
     except (Exception, SystemExit) as e: return f"{type(e).__name__}: {e}".split("\n")[0][:160]
     return ""
 
@@ -81,7 +96,7 @@ def verdict(check, space: dict, names=None) -> str:
     try:
         answers = [space[name] for name in (names or inspect.signature(check).parameters)]
         if any(answer is ... for answer in answers): return "no answer yet"
-        with contextlib.redirect_stdout(io.StringIO()): check(*answers)
+        with limited(), contextlib.redirect_stdout(io.StringIO()): check(*answers)
     except Exception as e: return (str(e).split("\n")[0] or type(e).__name__)[:160]
     return ""
 
