@@ -1,4 +1,4 @@
-"""`python -m tests.students FOLDER`: every page as a student gets it, made anew from the page.
+"""`python -m tests.students FOLDER`: every page as a student gets it, made anew from the page; quizzes, assignments and the lab too.
 
 What a page exports is imported from the library; solutions and outputs are gone, hints, checks and stubs are there."""
 import ast
@@ -8,9 +8,10 @@ import re
 import sys
 from pathlib import Path
 
-from .project import PAGES, ROOT, cells, directive, module_of
+from .project import NOTEBOOKS, PAGES, ROOT, cells, directive, module_of
 
-REPOSITORY = "https://github.com/odesteer/odesteer/blob/main/nbs"
+REPOSITORY = "https://github.com/odesteer/odesteer/blob/main"
+FOR_CLASS = [nb for nb in NOTEBOOKS if nb.parent.name == "teach"]  # the folder of solutions is not given out
 GIVEN = {*dir(builtins), "get_ipython", "display", "_", "__name__", "__file__", "__annotations__"}  # names that nobody has to bind
 
 
@@ -75,10 +76,15 @@ def without_solutions(text: str) -> str:
     return re.sub(r"<details><summary>Solution</summary>.*?</details>\n*", "", text, flags=re.S).strip()
 
 
-def linked(text: str, pages: set) -> str:
+def linked(text: str, page: Path) -> str:
     "Links that lead out of the students' folder lead into the repository"
+    def to(link):
+        file, _, anchor = link[1].partition("#")
+        at = (page.parent/file).resolve()
+        if not file or at in PAGES or at in FOR_CLASS: return link[0]
+        return f"]({REPOSITORY}/{at.relative_to(ROOT)}{'#' * bool(anchor)}{anchor})"
     text = re.sub(r"^\[!\[Open in Colab\].*\n*", "", text, flags=re.M)
-    return re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", lambda m: m[0] if m[1].partition("#")[0] in pages else f"]({REPOSITORY}/{m[1]})", text)
+    return re.sub(r"\]\((?!\w+:)([^)\s]+)\)", to, text)
 
 
 def told(sources: list) -> str:
@@ -101,7 +107,7 @@ def rebound(source: str, ours: set, module: str) -> str:
 
 def student_cells(page: Path) -> list:
     "(kind, source) of each cell of a page as a student gets it"
-    module, all_cells, pages = module_of(page), cells(page), {p.name for p in PAGES}
+    module, all_cells = module_of(page), cells(page)
     ours = [c["source"] for c in all_cells if c["cell_type"] == "code" and directive(c["source"], "exports?")]
     kept = [c["source"] for c in all_cells if c["cell_type"] == "code" and not directive(c["source"], "exports?") and not re.match(r"#\|\s*default_exp", c["source"])]
     wanted = set().union(*(used(parsed(source)) for source in kept))
@@ -123,7 +129,7 @@ def student_cells(page: Path) -> list:
             if waiting and (note := told(waiting)): out.append(("markdown", note))
             waiting = []
             if cell["cell_type"] == "markdown":
-                text = linked(without_solutions(source), pages)
+                text = linked(without_solutions(source), page)
                 if text: out.append(("markdown", text))
             else:
                 again = rebound(source, defined, module) if module else source
@@ -146,15 +152,15 @@ def write(page: Path, folder: Path) -> Path:
         cell = dict(cell_type=kind, id=f"{page.stem[:2]}-{k}", metadata={}, source=source.splitlines(True))
         made.append(cell | (dict(execution_count=None, outputs=[]) if kind == "code" else {}))
     kernel = dict(display_name="python3", language="python", name="python3")
-    to = Path(folder)/page.name
+    to = Path(folder)/page.relative_to(ROOT/"nbs")
+    to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text(json.dumps(dict(cells=made, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return to
 
 
 def main(folder: str):
-    "All pages into a folder"
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for page in PAGES: print(write(page, folder))
+    "All pages, and what a class gets, into a folder"
+    for page in (*PAGES, *FOR_CLASS): print(write(page, folder))
 
 
 if __name__ == "__main__":
