@@ -179,16 +179,20 @@ def constant(name) -> str:
 # The sidebar
 
 def sidebar() -> str:
-    contents, sections = [], {}
+    "The parts of the home page; what is for teachers is listed as their first page lists it"
+    contents, sections = [{"text": "odesteer", "href": "index.ipynb"}], {}
     for part, name, file, _ in pages():
-        item = {"text": name, "href": file}
-        if part is None: contents.append(item)
-        elif part in sections: sections[part].append(item)
-        else:
-            sections[part] = [item]
-            contents.append({"section": part, "contents": sections[part]})
-    made = {"website": {"sidebar": {"contents": [{"text": "odesteer", "href": "index.ipynb"}, *contents]}}}
-    return "# Made by `python -m tests.site` from the table on the home page\n" + yaml.safe_dump(made, sort_keys=False, allow_unicode=True)
+        if part not in sections: contents.append({"section": part, "contents": sections.setdefault(part, [])})
+        sections[part].append({"text": name, "href": file})
+    teach = sections["Teach"]
+    there = {item["href"] for item in teach}
+    text = (ROOT/"nbs"/"teach"/"README.md").read_text(encoding="utf-8")
+    for row in re.findall(r"^\| .*$", text, flags=re.M):
+        links = re.findall(r"\[([^]]+)\]\(([^)]+)\)", row)
+        kind = row[2:].partition("[")[0].strip() + ": " if len(links) > 2 else ""
+        teach += [{"text": kind + name, "href": f"teach/{file}"} for name, file in links if f"teach/{file}" not in there]
+    made = {"website": {"sidebar": {"contents": contents}}}
+    return "# Made by `python -m tests.site` from the tables of the home page and of teach/README.md\n" + yaml.safe_dump(made, sort_keys=False, allow_unicode=True)
 
 
 def render() -> dict: return {"nbs/api.md": api(), "nbs/sidebar.yml": sidebar()}

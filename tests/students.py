@@ -11,7 +11,7 @@ from pathlib import Path
 from .project import NOTEBOOKS, PAGES, ROOT, cells, directive, module_of
 
 REPOSITORY = "https://github.com/odesteer/odesteer/blob/main"
-FOR_CLASS = [nb for nb in NOTEBOOKS if nb.parent.name == "teach"]  # the folder of solutions is not given out
+FOR_CLASS = [nb for nb in NOTEBOOKS if nb.parent.name == "teach" and not nb.stem.startswith("slides_")]  # the folder of solutions is not given out
 GIVEN = {*dir(builtins), "get_ipython", "display", "_", "__name__", "__file__", "__annotations__"}  # names that nobody has to bind
 
 
