@@ -148,7 +148,7 @@ def make_fold(
     test: list,  # of `Prompt`
     limit: int = None,  # for trials: fit on this many questions of each class, and keep this many prompts of each part
 ) -> Fold:
-    "A fold whose parts share no question: test prompts stay, validation prompts and texts give way; a ValueError if no text is left"
+    "Parts that share no question: test prompts stay, validation and texts give way; ValueError if no text is left"
     held = {group_key(group_of(p)) for p in test}
     val = [p for p in val if group_key(group_of(p)) not in held]
     held |= {group_key(group_of(p)) for p in val}
