@@ -186,13 +186,13 @@ def sidebar() -> str:
         sections[part].append({"text": name, "href": file})
     teach = sections["Teach"]
     there = {item["href"] for item in teach}
-    text = (ROOT/"nbs"/"teach"/"README.md").read_text(encoding="utf-8")
+    text = (ROOT/"nbs"/"teach"/"index.md").read_text(encoding="utf-8")
     for row in re.findall(r"^\| .*$", text, flags=re.M):
         links = re.findall(r"\[([^]]+)\]\(([^)]+)\)", row)
         kind = row[2:].partition("[")[0].strip() + ": " if len(links) > 2 else ""
         teach += [{"text": kind + name, "href": f"teach/{file}"} for name, file in links if f"teach/{file}" not in there]
     made = {"website": {"sidebar": {"contents": contents}}}
-    return "# Made by `python -m tests.site` from the tables of the home page and of teach/README.md\n" + yaml.safe_dump(made, sort_keys=False, allow_unicode=True)
+    return "# Made by `python -m tests.site` from the tables of the home page and of teach/index.md\n" + yaml.safe_dump(made, sort_keys=False, allow_unicode=True)
 
 
 def render() -> dict: return {"nbs/api.md": api(), "nbs/sidebar.yml": sidebar()}

@@ -170,9 +170,9 @@ def test_where_reading_ends_is_a_heading():
 
 
 def test_the_contents_name_everything():
-    text = (TEACH/"README.md").read_text(encoding="utf-8")
+    text = (TEACH/"index.md").read_text(encoding="utf-8")
     for file in [*TEACH.glob("*.ipynb"), *TEACH.glob("*.md")]:
-        assert file.name in ("README.md", "bibliography.md", "glossary.md") or f"]({file.name})" in text, file.name
+        assert file.name in ("index.md", "bibliography.md", "glossary.md") or f"]({file.name})" in text, file.name
 
 
 def test_the_clock_of_a_session_adds_up():
