@@ -22,7 +22,7 @@ MODEL = """
 
 def folds(source: str) -> bool:
     "Whether a code cell is one to skip"
-    return any(directive(source, name) for name in ("export", "hide", r"default_exp \w+")) or "#| fig-alt: " in source or bool(re.match(r"def check_", source))
+    return any(directive(source, name) for name in ("export", "hide", r"default_exp \w+")) or "#| fig-alt: " in source or bool(re.search(r"^def check_", source, flags=re.M) and not re.search(r"^attempt\(", source, flags=re.M))
 
 
 def dressed(page: dict) -> dict:
