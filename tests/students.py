@@ -1,6 +1,6 @@
 """`python -m tests.students FOLDER`: every page as a student gets it, made anew from the page; quizzes, assignments and the lab too.
 
-What a page exports is imported from the library; solutions and outputs are gone, hints, checks and stubs are there."""
+What a page exports is imported from the library; solutions and outputs are gone, hints, checks and stubs are there, checks folded."""
 import ast
 import builtins
 import json
@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+from .pages import FOLDED, folds
 from .project import NOTEBOOKS, PAGES, ROOT, cells, directive, module_of
 
 REPOSITORY = "https://github.com/odesteer/odesteer/blob/main"
@@ -149,7 +150,7 @@ def write(page: Path, folder: Path) -> Path:
     "The student's page in a folder"
     made = []
     for k, (kind, source) in enumerate(student_cells(page)):
-        cell = dict(cell_type=kind, id=f"{page.stem[:2]}-{k}", metadata={}, source=source.splitlines(True))
+        cell = dict(cell_type=kind, id=f"{page.stem[:2]}-{k}", metadata=dict(FOLDED) if kind == "code" and folds(source) else {}, source=source.splitlines(True))
         made.append(cell | (dict(execution_count=None, outputs=[]) if kind == "code" else {}))
     kernel = dict(display_name="python3", language="python", name="python3")
     to = Path(folder)/page.relative_to(ROOT/"nbs")
