@@ -164,6 +164,11 @@ def test_ci_runs_what_the_readme_says():
     assert command.startswith("python3 -m venv .venv") and command in (ROOT/"README.md").read_text().splitlines()
 
 
+def test_readme_counts_the_architectures_that_are_tested():
+    from .archs import CONFIGS
+    assert f"{len(CONFIGS)} architectures are tested" in (ROOT/"README.md").read_text()
+
+
 def test_readme_links_lead_somewhere():
     links = re.findall(r"\]\((?!\w+:|#)([^)#]+)", (ROOT/"README.md").read_text())
     assert not [link for link in links if not (ROOT/link).exists()]
