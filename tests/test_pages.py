@@ -81,6 +81,14 @@ def test_links_lead_somewhere(path):
         if anchor: assert anchor in anchors(to), f"{link}: {to.name} has no such heading"
 
 
+@by_page
+def test_code_that_a_reader_follows_is_narrow(nb):
+    "Open code that is not of the library: 80 columns, but for what it prints"
+    shown = [c for c in cells(nb, "code") if not c["metadata"].get("cellView") and not directive(c["source"], "exports")]
+    wide = [line for c in shown for line in c["source"].split("\n") if len(line) > 100 and not re.search("[\"']| [|] ", line)]
+    assert not wide, wide
+
+
 def test_pages_are_folded_and_ready_for_colab():
     assert not pages.stale(), "run `python -m tests.pages`"
     folded = [c for nb in PAGES for c in cells(nb, "code") if c["metadata"].get("cellView")]
