@@ -64,6 +64,11 @@ def test_public_name_is_documented(where):
     assert not bare, f"say what {bare} are, in comments at the ends of their lines"
 
 
+def test_public_tables_say_what_they_hold():
+    tables = [name for name in ods.__all__ if not callable(getattr(ods, name))]
+    assert tables and all(made.constant(name) for name in tables)
+
+
 @pytest.mark.parametrize("module", ods._MODULES)
 def test_everything_exported_has_a_docstring(module):
     names = importlib.import_module(f"odesteer.{module}")
