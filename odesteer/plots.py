@@ -14,7 +14,7 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['COLORS', 'style', 'show', 'png', 'plane_grid', 'field_plot', 'contour_plot', 'path_plot', 'direct_label',
-           'convergence_plot', 'sweep_plot', 'spread_labels', 'label_points', 'diagram', 'attempt']
+           'convergence_plot', 'sweep_plot', 'spread_labels', 'label_points', 'interval_plot', 'diagram', 'attempt']
 
 # %% ../nbs/plots.ipynb #77de2440
 @contextmanager
@@ -336,6 +336,33 @@ def _box_at(middle, size) -> tuple:
 
 def _apart(a, b) -> bool: return a[1] < b[0] or b[1] < a[0] or a[3] < b[2] or b[3] < a[2]
 def _is_free(box, others) -> bool: return all(_apart(box, other) for other in others)
+
+# %% ../nbs/plots.ipynb #f1a7b002
+def interval_plot(
+    columns: dict,  # heading -> {name: interval with value, lo and hi}; the first one's names are the rows
+    title: str,  # over all panels
+    names: dict = {},  # name -> what stands at the left; the others as they are
+    line: float = .23,  # height of a row, in inches
+    at: float = 0,  # where a dashed line stands; None for none
+):  # matplotlib figure
+    "A panel of intervals for each column, the same rows in all; where an interval has no ends, its value alone."
+    import matplotlib.pyplot as plt
+    rows = list(next(iter(columns.values())))
+    with style(**{"figure.figsize": (7.2, 1.15 + line*len(rows)), "font.size": 9.5, "axes.titlesize": 9.5}):
+        fig, axes = plt.subplots(1, len(columns), sharey=True, squeeze=False)
+        for ax, (heading, intervals) in zip(axes[0], columns.items()):
+            for y, row in enumerate(rows):
+                if row not in intervals: continue
+                d, color = intervals[row], COLORS.get(row.split(":")[0], "black")
+                if None not in (d.lo, d.hi): ax.plot([d.lo, d.hi], [y, y], color=color)
+                ax.plot(d.value, y, "o", color=color)
+            if at is not None: ax.axvline(at, color="black", linestyle="--", linewidth=.9, zorder=0)
+            ax.locator_params(axis="x", nbins=4)
+            ax.set_title(heading)
+        axes[0, 0].set_yticks(range(len(rows)), [names.get(row, row) for row in rows])
+        axes[0, 0].invert_yaxis()
+        fig.suptitle(title, fontsize=10, fontweight="bold")
+    return fig
 
 # %% ../nbs/plots.ipynb #89373808
 def diagram(
