@@ -207,7 +207,7 @@ def test_what_is_given_out_holds_no_solution(tmp_path):
     assert not [p for p in given if p.is_file() and "assert attempt(" in p.read_text(encoding="utf-8")]
 
 
-QUICK = ("01_barrier", "11_statistics", "plots")
+QUICK = ("11_statistics", "plots")
 
 
 def test_students_pages_run(tmp_path):
