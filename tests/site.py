@@ -175,11 +175,11 @@ def methods(cls) -> dict:
 
 
 def constant(name) -> str:
-    "The `#:` comment above a constant, or the one behind it"
+    "The lines of `#:` comments above a constant, or the comment behind it"
     import odesteer as ods
     source = inspect.getsource(importlib.import_module(f"odesteer.{ods._HOME[name]}"))
-    found = re.search(rf"^#: (.+)\n{name}\b|^{name} = .*?  # (.+)$", source, flags=re.M)
-    return (found[1] or found[2]) if found else ""
+    found = re.search(rf"((?:^#: .+\n)+){name}\b|^{name} = .*?  # (.+)$", source, flags=re.M)
+    return " ".join(re.sub("^#: ", "", found[1] or found[2], flags=re.M).split()) if found else ""
 
 
 # The sidebar
