@@ -116,7 +116,7 @@ class ALQR(FeatureController):
         r: float = 1.,  # cost of a correction
         qf: float = .1,  # cost of a deviation at the end
         setpoint: str = "uncentred",  # strength * mu; "angular": an angle;
-                                      # "centred": from 0, unwanted, to 1, wanted
+                                      # "centred": from 0 unwanted to 1 wanted
         jacobian: str = "mean",  # "identity": as if blocks changed nothing,
                                  # so that no Jacobian is computed
         angle: float = 180.,  # in degrees, from the unwanted direction;

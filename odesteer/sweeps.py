@@ -156,7 +156,8 @@ class Trial(NamedTuple):
 @dataclass
 class Choice:
     "What a sweep chose on validation"
-    layer: int  # None: all blocks (a controller), or no strength was safe in any layer
+    layer: int  # None: all blocks (a controller), or no strength was safe in
+                # any layer
     strength: dict  # one unit and its value; None: no strength was safe
     why: str
     trials: list  # of `Trial`, in the order tried
