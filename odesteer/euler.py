@@ -280,6 +280,9 @@ def in_full_precision(
         with full_precision(a): return method(self, a, *args, **kwargs)
     return f
 
+@patch
+def _no_spread(self: Steerer): return getattr(self, "spread_", None) is None
+
 # %% ../nbs/00_euler.ipynb #d5291bb2
 @patch
 @in_full_precision
@@ -325,9 +328,6 @@ def _on(self: Fitted, x):
         with torch.inference_mode(False):  # else a score's gradient could not pass
             self._copies = {**copies, key: copy.deepcopy(self).to(*key)}
     return self._copies[key]
-
-@patch
-def _no_spread(self: Steerer): return getattr(self, "spread_", None) is None
 
 # %% ../nbs/00_euler.ipynb #1eeef6a4
 def per_row(

@@ -79,7 +79,7 @@ def integrate(
         if path: states.append(a)
     return torch.stack(states) if path else a
 
-# %% ../nbs/03_ode.ipynb #90410a53
+# %% ../nbs/03_ode.ipynb #38aa53bc
 def _step_function(solver):
     "The step function of a name; a function stands for itself."
     if callable(solver): return solver
@@ -88,6 +88,7 @@ def _step_function(solver):
         raise ValueError(f"unknown solver {solver!r}: {names}")
     return SOLVERS[solver]
 
+# %% ../nbs/03_ode.ipynb #90410a53
 def _adaptive(f, a, T, steps, method, path, tol):
     "`integrate` by a solver that chooses its own steps; `steps` only says how many states a path has."
     from torchdiffeq import odeint
