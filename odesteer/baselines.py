@@ -107,7 +107,8 @@ class MiMiC(GatedSteerer):
         Sigma_pos, Sigma_neg = (_covariance(pos, self.ridge, "wanted"),
                                 _covariance(neg, self.ridge, "unwanted"))
         M = gaussian_map(Sigma_neg, Sigma_pos)
-        excess = M - torch.eye(len(M)).to(M)  # moves without cancellation
+        # M - 1: what moves is computed without cancellation
+        excess = M - torch.eye(len(M)).to(M)
         fitted = dict(coef_=w, intercept_=b, mean_neg_=neg.mean(0),
                       mean_pos_=pos.mean(0), excess_=excess)
         self._store(**{name: t.to(data.pos) for name, t in fitted.items()})
