@@ -237,7 +237,7 @@ class ScoreBarrier(Barrier):
 def implied_barrier(
     steerer: Steerer,  # fitted, else a RuntimeError
 ) -> Barrier:
-    """The barrier that a steerer climbs, though a method rarely says so.
+    """The barrier that a steerer climbs, though classical ones never say so.
 
     A TypeError where none is known."""
     if not isinstance(steerer, Steerer):

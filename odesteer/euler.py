@@ -477,10 +477,10 @@ class ITI(Steerer):
 
 # %% ../nbs/00_euler.ipynb #337aa733
 class RepE(Steerer):
-    """Representation reading: the first principal direction of differences.
+    """Representation reading: first principal direction of paired differences.
 
-    Of pairs, signed towards the wanted mean (Zou et al., 2023); a ValueError
-    where there is none. "paper-table" takes rows up to the shorter table."""
+    Signed towards the wanted mean (Zou et al., 2023); a ValueError where there
+    is none. "paper-table" pairs rows up to the shorter table."""
     def __init__(self,
         variant="repe",  # or "paper-table": row i with row i, then centred
     ):
