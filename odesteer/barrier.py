@@ -17,9 +17,10 @@ from .euler import CAA, ITI, RepE, Steerer
 
 # %% ../nbs/01_barrier.ipynb #946acf7b
 class Barrier(nn.Module):
-    """A differentiable score of activations; the desired set is where it is not negative.
+    """A differentiable score of activations.
 
-    A barrier fills in `value`. Grows on this page: `grad`."""
+    The desired set is where it is not negative. A barrier fills in `value`.
+    Grows on this page: `grad`."""
     def value(self,
         a: Tensor,  # activations, (..., d)
     ) -> Tensor:  # h(a), (...)
@@ -31,16 +32,21 @@ class Barrier(nn.Module):
 def grad(self: Barrier,
     a: Tensor,  # activations, (..., d)
 ) -> Tensor:  # (..., d)
-    "The gradient of h, by automatic differentiation unless a subclass knows it in closed form."
+    """The gradient of h, by automatic differentiation.
+
+    A subclass that knows it in closed form says so itself."""
     with torch.inference_mode(False), torch.enable_grad():
         x = a.detach().clone().requires_grad_(True)
         h = self.value(x)
-        # rows do not see each other, so the gradient of the sum holds each row's own
-        g, = torch.autograd.grad(h.sum(), x, allow_unused=True) if h.requires_grad else (None,)
+        # rows do not see each other: the sum's gradient holds each row's own
+        g, = (torch.autograd.grad(h.sum(), x, allow_unused=True)
+              if h.requires_grad else (None,))
     if g is None:
-        raise ValueError(f"no gradient reaches the activation through {type(self).__name__}.value: "
-                         "compute it from `a` with differentiable PyTorch operations, "
-                         "without .detach(), .item(), NumPy or torch.no_grad() inside")
+        raise ValueError(
+            f"no gradient reaches the activation through {type(self).__name__}"
+            ".value: compute it from `a` with differentiable PyTorch "
+            "operations, without .detach(), .item(), NumPy or "
+            "torch.no_grad() inside")
     return g
 
 # %% ../nbs/01_barrier.ipynb #9b478bf9
@@ -49,13 +55,16 @@ def ascent(
 ) -> Tensor:  # unit vectors, (..., d); zero where the gradient is zero
     "The direction of steepest ascent `g / |g|`: the field of Proposition 2."
     tiny = torch.finfo(g.dtype).tiny
-    g = g / g.abs().amax(-1, keepdim=True).clamp_min(tiny)  # else squares of entries below 1e-19 underflow
+    # else squares of entries below 1e-19 underflow
+    g = g / g.abs().amax(-1, keepdim=True).clamp_min(tiny)
     return g / g.norm(dim=-1, keepdim=True).clamp_min(tiny)
 
 # %% ../nbs/01_barrier.ipynb #e2033c3b
 @dataclass(repr=False)
 class Certificate:
-    "How well a trajectory kept the promise of Proposition 2, that h never falls."
+    """How well a trajectory kept the promise of Proposition 2.
+
+    It promises that h never falls."""
     h: Tensor  # barrier values, (steps + 1, ...)
     worst_drop: float  # largest fall in one step of any row; 0 if none fell
     share_monotone: float  # rows whose h never fell by more than the tolerance
@@ -64,27 +73,34 @@ class Certificate:
 
     def __repr__(self):
         fell = f"fell by more than {self.tol:g}" if self.tol else "fell"
-        return (f"rows: {self.h[0].numel()}, steps: {len(self.h) - 1}; h rose in {self.share_risen:.1%}, "
-                f"never {fell} in {self.share_monotone:.1%}, worst drop {self.worst_drop:.2g}")
+        return (f"rows: {self.h[0].numel()}, steps: {len(self.h) - 1}; "
+                f"h rose in {self.share_risen:.1%}, "
+                f"never {fell} in {self.share_monotone:.1%}, "
+                f"worst drop {self.worst_drop:.2g}")
 
 # %% ../nbs/01_barrier.ipynb #120c6988
 def certificate(
     barrier: Barrier,  # whose values are looked at; or a steerer that has one
-    path: Tensor,  # trajectory with its start, (steps + 1, ..., d); a ValueError without any step
+    path: Tensor,  # trajectory with its start, (steps + 1, ..., d);
+                   # a ValueError without any step
     tol=0.0,  # a fall of h up to this counts as rounding
 ) -> Certificate:
     "Measure how monotonically h rises along a trajectory."
     barrier = getattr(barrier, "barrier", barrier)
     if not hasattr(barrier, "value"):
-        raise TypeError(f"a certificate looks at the values of a barrier; got {type(barrier).__name__}, "
-                        "which has none: give a barrier, or a steerer that climbs one, such as ODESteer")
+        raise TypeError("a certificate looks at the values of a barrier; got "
+                        f"{type(barrier).__name__}, which has none: give a "
+                        "barrier, or a steerer that climbs one, such as "
+                        "ODESteer")
     if path.ndim < 2 or len(path) < 2:
-        raise ValueError("a path needs its start and at least one step: shape (steps + 1, ..., d); "
+        raise ValueError("a path needs its start and at least one step: "
+                         "shape (steps + 1, ..., d); "
                          f"got {tuple(path.shape)}")
     with torch.no_grad(): h = barrier.value(path)
     drop = (h[:-1] - h[1:]).clamp_min(0)
     monotone, risen = drop.amax(0) <= tol, h[-1] > h[0]
-    return Certificate(h, drop.max().item(), monotone.double().mean().item(), risen.double().mean().item(), tol)
+    return Certificate(h, drop.max().item(), monotone.double().mean().item(),
+                       risen.double().mean().item(), tol)
 
 # %% ../nbs/01_barrier.ipynb #7760bc18
 class LinearBarrier(Barrier):
@@ -125,30 +141,35 @@ def _finite(x, name, ndim):
 
 # %% ../nbs/01_barrier.ipynb #1494d314
 class GaussianBarrier(Barrier):
-    """`h = log N(a; mean_pos, cov_pos) - log N(a; mean_neg, cov_neg)`, written around the middle of the means.
+    """`h = log N(a; mean_pos, cov_pos) - log N(a; mean_neg, cov_neg)`.
 
-    A ValueError names the mean or covariance that cannot be one. Grows below: `grad`."""
+    Written around the middle of the means; a ValueError names the mean or
+    covariance that cannot be one. Grows below: `grad`."""
     def __init__(self,
         mean_pos,  # (d,)
         mean_neg,  # (d,)
-        cov_pos=None,  # (d, d), symmetric positive definite; default: the identity
+        cov_pos=None,  # (d, d), symmetric positive definite; else the identity
         cov_neg=None,  # (d, d); default: `cov_pos`, and h is linear
     ):
         super().__init__()
-        mean_pos, mean_neg = _finite(mean_pos, "mean_pos", 1), _finite(mean_neg, "mean_neg", 1)
+        mean_pos, mean_neg = (_finite(mean_pos, "mean_pos", 1),
+                              _finite(mean_neg, "mean_neg", 1))
         if mean_pos.shape != mean_neg.shape:
-            raise ValueError(f"mean_pos has width {len(mean_pos)} but mean_neg has width {len(mean_neg)}: "
-                             "both must come from the same layer of the same model")
-        middle, delta = (mean_pos.double() + mean_neg) / 2, (mean_pos.double() - mean_neg) / 2
+            raise ValueError(f"mean_pos has width {len(mean_pos)} but mean_neg "
+                             f"has width {len(mean_neg)}: both must come from "
+                             "the same layer of the same model")
+        middle, delta = ((mean_pos.double() + mean_neg) / 2,
+                         (mean_pos.double() - mean_neg) / 2)
         terms = dict(middle_=middle, **_terms(delta, cov_pos, cov_neg))
-        for name, x in terms.items(): self.register_buffer(name, None if x is None else x.to(mean_pos))
-
+        for name, x in terms.items():
+            self.register_buffer(name, None if x is None else x.to(mean_pos))
     def value(self, a):
         "h(a), (..., d) -> (...), in float32 or better."
         a = _wide(a)
         r = a - self.middle_.to(a)
         h = r @ self.linear_.to(a) + self.constant_.to(a)
-        return h if self.quadratic_ is None else h + ((r @ self.quadratic_.to(a)) * r).sum(-1) / 2
+        return (h if self.quadratic_ is None
+                else h + ((r @ self.quadratic_.to(a)) * r).sum(-1) / 2)
 
 # %% ../nbs/01_barrier.ipynb #e556be35
 @patch
@@ -188,14 +209,18 @@ def _precision(cov, name, like):
 
 # %% ../nbs/01_barrier.ipynb #466c10e5
 class ScoreBarrier(Barrier):
-    "`h(a) = score(a) - threshold` for any differentiable score: a reward head, a value network, a classifier's logit."
+    """`h(a) = score(a) - threshold` for any differentiable score.
+
+    A reward head, a value network, a classifier's logit."""
     def __init__(self,
-        score,  # function or module, (..., d) -> (...); a TypeError if it cannot be called
+        score,  # function or module, (..., d) -> (...);
+                # a TypeError if it cannot be called
         threshold=0.0,  # score from which an activation counts as wanted
     ):
         super().__init__()
         if not callable(score):
-            raise TypeError(f"score must be a function or module that takes activations; got {type(score).__name__}")
+            raise TypeError("score must be a function or module that takes "
+                            f"activations; got {type(score).__name__}")
         self.score, self.threshold = score, threshold
 
     def value(self, a):
@@ -203,7 +228,8 @@ class ScoreBarrier(Barrier):
         s = self.score(a)
         if s.shape != a.shape[:-1]:
             raise ValueError("the score must return one number per activation: "
-                             f"for {tuple(a.shape)} expected {tuple(a.shape[:-1])}, got {tuple(s.shape)}; "
+                             f"for {tuple(a.shape)} expected "
+                             f"{tuple(a.shape[:-1])}, got {tuple(s.shape)}; "
                              "a trailing dimension of 1 needs .squeeze(-1)")
         return s - self.threshold
 
@@ -211,23 +237,39 @@ class ScoreBarrier(Barrier):
 def implied_barrier(
     steerer: Steerer,  # fitted, else a RuntimeError
 ) -> Barrier:
-    "The barrier that a steerer climbs, though a classical method never says so; a TypeError where none is known."
-    if not isinstance(steerer, Steerer): raise TypeError(f"expected a fitted steerer; got {type(steerer).__name__}")
+    """The barrier that a steerer climbs, though classical ones never say so.
+
+    A TypeError where none is known."""
+    if not isinstance(steerer, Steerer):
+        raise TypeError("expected a fitted steerer; "
+                        f"got {type(steerer).__name__}")
     if steerer.width is None:
         raise RuntimeError(f"this {type(steerer).__name__} is not fitted: "
-                           "call .fit(pos, neg) first, its barrier comes from the data")
-    if isinstance(steerer, CAA): return GaussianBarrier(steerer.mean_pos_, steerer.mean_neg_)
-    if isinstance(steerer, ITI): return LinearBarrier(steerer.coef_, steerer.intercept_ + steerer.log_prior_)
-    if isinstance(steerer, RepE): return LinearBarrier(steerer.direction_, -steerer.direction_ @ steerer.mid_)
-    if isinstance(getattr(steerer, "barrier", None), Barrier): return steerer.barrier  # it says so itself
-    raise TypeError(f"{type(steerer).__name__} climbs no barrier that is known in closed form")
+                           "call .fit(pos, neg) first, "
+                           "its barrier comes from the data")
+    if isinstance(steerer, CAA):
+        return GaussianBarrier(steerer.mean_pos_, steerer.mean_neg_)
+    if isinstance(steerer, ITI):
+        return LinearBarrier(steerer.coef_,
+                             steerer.intercept_ + steerer.log_prior_)
+    if isinstance(steerer, RepE):
+        return LinearBarrier(steerer.direction_,
+                             -steerer.direction_ @ steerer.mid_)
+    if isinstance(getattr(steerer, "barrier", None), Barrier):
+        return steerer.barrier  # it says so itself
+    raise TypeError(f"{type(steerer).__name__} climbs no barrier "
+                    "that is known in closed form")
 
 # %% ../nbs/01_barrier.ipynb #b27b8d51
 def common_ascent(
     gradients: Tensor,  # of K barriers at the same activations, (..., K, d)
-    least=1e-3,  # smallest promised rate, as a share of a barrier's own steepest, that still counts as rising
-) -> tuple[Tensor, Tensor]:  # the direction p, (..., d), zero where there is none; and whether there is one, bool (...)
-    "The direction of least norm that raises all barriers; its length is the rate that it promises to each."
+    least=1e-3,  # smallest promised rate, as a share of a barrier's own
+                 # steepest, that still counts as rising
+) -> tuple[Tensor, Tensor]:  # the direction p, (..., d), zero where there is
+                             # none; and whether there is one, bool (...)
+    """The direction of least norm that raises all barriers.
+
+    Its length is the rate that it promises to each."""
     u = ascent(gradients)
     p = (_hull_weights(u).to(u)[..., None] * u).sum(-2)
     exists = p.norm(dim=-1) > least
@@ -258,18 +300,22 @@ def _hull_weights(u):
 
 # %% ../nbs/01_barrier.ipynb #edf30e01
 class AllOf(Barrier):
-    """Several barriers at once: the value is the least of theirs, `grad` the common direction that raises every one.
+    """Several barriers at once: the value is the least of theirs.
 
-    Grows below: `must_agree`."""
+    `grad`, a common direction, raises every one. Grows below: `must_agree`."""
     def __init__(self,
-        *barriers,  # one to six, a ValueError otherwise; a TypeError for what is no Barrier
+        *barriers,  # one to six Barriers; a ValueError or TypeError otherwise
     ):
         super().__init__()
-        if not 1 <= len(barriers) <= 6: raise ValueError(f"AllOf takes one to six barriers; got {len(barriers)}")
-        wrong = [type(h).__name__ for h in barriers if not isinstance(h, Barrier)]
+        if not 1 <= len(barriers) <= 6:
+            raise ValueError("AllOf takes one to six barriers; "
+                             f"got {len(barriers)}")
+        wrong = [type(h).__name__
+                 for h in barriers if not isinstance(h, Barrier)]
         if wrong:
             raise TypeError(f"AllOf takes barriers; got {', '.join(wrong)}: "
-                            "wrap a differentiable score in ScoreBarrier(score, threshold)")
+                            "wrap a differentiable score in "
+                            "ScoreBarrier(score, threshold)")
         self.barriers = nn.ModuleList(barriers)
 
     def gradients(self, a: Tensor):  # activations, (..., d)

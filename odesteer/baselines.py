@@ -26,7 +26,7 @@ from .ode import integrate
 
 # %% ../nbs/10_baselines.ipynb #926a4549
 class RandomDirection(Steerer):
-    "Placebo: the mean difference turned into a random direction, its length kept."
+    "Placebo: the mean difference in a random direction, its length kept."
     unit = "fraction"
     def __init__(self,
         seed=0,  # of the direction
@@ -35,7 +35,8 @@ class RandomDirection(Steerer):
     def _fit(self, data):
         g = torch.Generator().manual_seed(self.seed)
         v = torch.randn(data.pos.shape[1], generator=g, dtype=torch.float64)
-        self._store(direction_=(v / v.norm()).to(data.pos) * data.mean_difference().norm())
+        self._store(direction_=(v / v.norm()).to(data.pos)
+                    * data.mean_difference().norm())
     def _field(self, x): return self.direction_.expand_as(x)
 
 # %% ../nbs/10_baselines.ipynb #c8ec21ea
@@ -52,17 +53,23 @@ def gaussian_map(
 ) -> Tensor:  # M, (d, d), symmetric: M Sigma_from M = Sigma_to
     "The matrix of the optimal transport map between two Gaussians."
     lam, U = torch.linalg.eigh(Sigma_from)
-    r = lam.sqrt()  # the formula in the eigenvectors of Sigma_from, where its roots are diagonal
-    M = U @ (square_root(r[:, None] * (U.T @ Sigma_to @ U) * r) / r[:, None] / r) @ U.T
+    # the formula in the eigenvectors of Sigma_from: its roots are diagonal
+    r = lam.sqrt()
+    M = U @ (square_root(r[:, None] * (U.T @ Sigma_to @ U) * r)
+             / r[:, None] / r) @ U.T
     return (M + M.T) / 2
 
 # %% ../nbs/10_baselines.ipynb #cef668df
 class GatedSteerer(Steerer):
-    "A map for the activations that a linear probe calls unwanted; the others stay where they are."
+    """A map for the activations that a linear probe calls unwanted.
+
+    The others stay where they are."""
     unit = "fraction"
     def _unwanted(self, x): return x @ self.coef_ + self.intercept_ < 0
-    def _displacement(self, x): return super()._displacement(x[self._unwanted(x)])
+    def _displacement(self, x):
+        return super()._displacement(x[self._unwanted(x)])
 
+# %% ../nbs/10_baselines.ipynb #5f9213f0
 def _is_number(v):
     "Is it a real number? True and False are none."
     return isinstance(v, (int, float)) and not isinstance(v, bool)
@@ -80,26 +87,34 @@ def _covariance(x, ridge, name):
 
 # %% ../nbs/10_baselines.ipynb #61fa1c42
 class MiMiC(GatedSteerer):
-    "Minimally modified counterfactuals: the affine transport of the unwanted Gaussian onto the wanted one."
+    """Minimally modified counterfactuals.
+
+    The affine transport of the unwanted Gaussian onto the wanted one."""
     def __init__(self,
         ridge=1e-2,  # added to the diagonal of both covariances
         C=1.0,  # inverse ridge penalty of the probe
     ):
         if not (_is_number(ridge) and 0 <= ridge < math.inf):
-            raise ValueError(f"ridge must be a non-negative number; got {ridge!r}")
-        if not (_is_number(C) and 1e-12 <= C < math.inf): raise ValueError(f"C must be a positive number; got {C!r}")
+            raise ValueError("ridge must be a non-negative number; "
+                             f"got {ridge!r}")
+        if not (_is_number(C) and 1e-12 <= C < math.inf):
+            raise ValueError(f"C must be a positive number; got {C!r}")
         super().__init__(ridge=ridge, C=C)
     def _fit(self, data):
         data.mean_difference()  # without one the probe says nothing
         w, b = logistic_regression(data.X, data.y, self.C)
         pos, neg = data.pos.double(), data.neg.double()
-        Sigma_pos, Sigma_neg = _covariance(pos, self.ridge, "wanted"), _covariance(neg, self.ridge, "unwanted")
+        Sigma_pos, Sigma_neg = (_covariance(pos, self.ridge, "wanted"),
+                                _covariance(neg, self.ridge, "unwanted"))
         M = gaussian_map(Sigma_neg, Sigma_pos)
-        excess = M - torch.eye(len(M)).to(M)  # M - 1: what moves is computed without cancellation
-        fitted = dict(coef_=w, intercept_=b, mean_neg_=neg.mean(0), mean_pos_=pos.mean(0), excess_=excess)
+        # M - 1: what moves is computed without cancellation
+        excess = M - torch.eye(len(M)).to(M)
+        fitted = dict(coef_=w, intercept_=b, mean_neg_=neg.mean(0),
+                      mean_pos_=pos.mean(0), excess_=excess)
         self._store(**{name: t.to(data.pos) for name, t in fitted.items()})
     def _field(self, x):
-        v = (x - self.mean_neg_) @ self.excess_ + (self.mean_pos_ - self.mean_neg_)
+        v = ((x - self.mean_neg_) @ self.excess_
+             + (self.mean_pos_ - self.mean_neg_))
         return torch.where(self._unwanted(x)[..., None], v, 0.0)
 
 # %% ../nbs/10_baselines.ipynb #6054d53c
@@ -107,7 +122,9 @@ def sorted_map(
     source: Tensor,  # (N, d)
     target: Tensor,  # (N, d), as many rows
 ) -> Tensor:  # slope of each coordinate, (d,)
-    "Slopes of the one-dimensional optimal transport maps, fitted to the sorted values of each coordinate."
+    """Slopes of the one-dimensional optimal transport maps.
+
+    Fitted to the sorted values of each coordinate."""
     s, g = ((x - x.mean(0)).sort(0).values for x in (source, target))
     return (s * g).sum(0) / (s.square().sum(0) + 1e-10)
 
@@ -148,9 +165,11 @@ def _map(self: LinAcT, pos, neg):
     if self.variant == "linear": scale = sorted_map(neg, pos)
     elif self.variant == "mean": scale = torch.ones_like(shift)
     else:
-        s_pos, s_neg, still = pos.std(0, correction=0), neg.std(0, correction=0), 1e-4
+        s_pos, s_neg, still = (pos.std(0, correction=0),
+                               neg.std(0, correction=0), 1e-4)
         varies = (s_pos >= still) & (s_neg >= still)
-        scale, shift = torch.where(varies, s_pos / s_neg, 1.0), torch.where(varies, shift, 0.0)
+        scale, shift = (torch.where(varies, s_pos / s_neg, 1.0),
+                        torch.where(varies, shift, 0.0))
     return scale, shift, neg.mean(0)
 
 # %% ../nbs/10_baselines.ipynb #689e5934
@@ -366,39 +385,49 @@ def _flow_ends(data):
 def across(
     a: Tensor,  # (..., d)
     p: Tensor,  # where to turn, (d,)
-) -> Tensor:  # w, (..., d): |w| = |a|, at a right angle to a, in the plane of a and p
+) -> Tensor:  # w, (..., d): |w| = |a|, at a right angle to a,
+              # in the plane of a and p
     "Where a quarter turn towards `p` takes `a`."
     u, p = ascent(a), ascent(p)
     def off(v): return v - u * (u * v).sum(-1, keepdim=True)
-    w, aside = off(p), torch.zeros_like(p).scatter(0, p.abs().argmin(0, keepdim=True), 1.0)
-    w = torch.where(w.norm(dim=-1, keepdim=True) > 1e-6, w, off(aside))  # straight against p every plane is as good
-    return a.norm(dim=-1, keepdim=True) * ascent(off(ascent(w)))  # off twice: the first leaves rounding behind
+    w, aside = off(p), torch.zeros_like(p).scatter(
+        0, p.abs().argmin(0, keepdim=True), 1.0)
+    # straight against p every plane is as good
+    w = torch.where(w.norm(dim=-1, keepdim=True) > 1e-6, w, off(aside))
+    # off twice: the first leaves rounding behind
+    return a.norm(dim=-1, keepdim=True) * ascent(off(ascent(w)))
 
 # %% ../nbs/10_baselines.ipynb #53cf5878
 class HPR(TrainedSteerer, GatedSteerer):
-    "Householder pseudo-rotation: activations behind a mirror turn towards their images by a learned angle."
+    """Householder pseudo-rotation: a mirror, and a learned angle.
+
+    Activations behind the mirror turn towards their images by the angle."""
     # grows on this page: `_train`
     def __init__(self,
-        lr=5e-4,  # of AdamW, rising for a twentieth of the steps and then falling to 0
+        lr=5e-4,  # of AdamW: up for a twentieth of the steps, then down to 0
         epochs=20,  # at most (published, for more data: 5)
         batch_size=16,  # pairs
         held_out=0.2,  # share of the questions that decides when to stop
         patience=10,  # epochs without a better held-out loss
         seed=0,  # of first weights, split and batches
     ):
-        training = dict(lr=lr, epochs=epochs, batch_size=batch_size, held_out=held_out, patience=patience)
+        training = dict(lr=lr, epochs=epochs, batch_size=batch_size,
+                        held_out=held_out, patience=patience)
         super().__init__(**training, seed=seed)
-    def _build(self, d): self.angle = mlp([d, *(max(d // k, 16) for k in (2, 4, 8)), 1], nn.GELU)
+    def _build(self, d):
+        self.angle = mlp([d, *(max(d // k, 16) for k in (2, 4, 8)), 1], nn.GELU)
     def _theta(self, x): return math.pi * self.angle(x).sigmoid()
     def _turn(self, x):
         "The angle of each row, and the vector that it turns to."
-        return torch.where(self._unwanted(x), self._theta(x), 0.0)[..., None], across(x, self.coef_)
+        return (torch.where(self._unwanted(x), self._theta(x), 0.0)[..., None],
+                across(x, self.coef_))
     def _field(self, x):
         theta, w = self._turn(x)
         return theta * w
     def _flow(self, x, T):
         theta, w = self._turn(x)
-        return (T[..., None] * theta).cos() * x + (T[..., None] * theta).sin() * w
+        return ((T[..., None] * theta).cos() * x
+                + (T[..., None] * theta).sin() * w)
 
 # %% ../nbs/10_baselines.ipynb #435e709c
 def angle_between(
@@ -409,6 +438,7 @@ def angle_between(
     a, b = ascent(a), ascent(b)
     return 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1))
 
+# %% ../nbs/10_baselines.ipynb #55388d32
 @patch
 def _train(self: HPR, data):
     good, bad, questions = _differing_pairs(data)
@@ -438,7 +468,9 @@ def td_loss(
     "Mean squared temporal difference."
     rows = rows.to(X.device)
     after = after[rows]
-    with torch.no_grad(): target = torch.where(after < 0, reward[rows], value(X[after.clamp_min(0)]))
+    with torch.no_grad():
+        target = torch.where(after < 0, reward[rows],
+                             value(X[after.clamp_min(0)]))
     return (value(X[rows]) - target).square().mean()
 
 # %% ../nbs/10_baselines.ipynb #4aacb208
@@ -534,7 +566,9 @@ class _Block(nn.Module):
 
 # %% ../nbs/10_baselines.ipynb #2e6c5dbb
 class UNet(nn.Module):
-    "A fully connected U-Net: widths halve on the way down, and the way up sees them again."
+    """A fully connected U-Net.
+
+    Widths halve on the way down, and the way up sees them again."""
     def __init__(self,
         d,  # entries of a state
         depth=4,  # blocks on the way down, and on the way up
@@ -542,7 +576,8 @@ class UNet(nn.Module):
         super().__init__()
         w = [d, *(max(d >> i, 16) for i in range(1, depth + 1))]
         self.down = nn.ModuleList(_Block(i, o) for i, o in zip(w, w[1:]))
-        self.up = nn.ModuleList(_Block(i + o, o) for i, o in zip(w[:0:-1], w[-2::-1]))
+        self.up = nn.ModuleList(_Block(i + o, o)
+                                for i, o in zip(w[:0:-1], w[-2::-1]))
         self.out = nn.Linear(d, d)
     def forward(self,
         x: Tensor,  # states, (n, d)
@@ -583,6 +618,10 @@ class TruthFlow(TrainedSteerer):
         return self.scale_ * integrate(f, z, 1.0, self.steps, "midpoint")[..., :-1].reshape(x.shape)
     def _field(self, x): return self.alpha * (self._carry(x) @ self.basis_) @ self.basis_.T
 
+@patch
+def _displacement(self: TruthFlow, x):  # what T = 1 adds to a typical query
+    return self.query_move_.clone() if self.per_query_ else Steerer._displacement(self, x)
+
 # %% ../nbs/10_baselines.ipynb #15243f47
 @patch
 def _train(self: TruthFlow, data):
@@ -591,21 +630,24 @@ def _train(self: TruthFlow, data):
     start, goal = start / scale, goal / scale
     with torch.device("meta"): self._build(goal.shape[1])
     def loss(rows, g):
-        t, rows = torch.rand(len(rows), 1, generator=g).to(goal), rows.to(goal.device)
+        t, rows = (torch.rand(len(rows), 1, generator=g).to(goal),
+                   rows.to(goal.device))
         x0, x1 = start[rows], goal[rows]
         return (self.net((1 - t) * x0 + t * x1, t) - (x1 - x0)).square().mean()
     def schedule(step, steps):
         warm = min(100, steps // 10)
         if step < warm: return (step + 1) / warm
-        return max(0.7, (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2)
-    self._learn(self.net, loss, _pair_groups(data), goal, schedule=schedule, weight_decay=0.01)
-    basis = torch.linalg.svd(goal, full_matrices=False).Vh[:self.k].T.contiguous()
-    self._store(scale_=scale, basis_=basis, per_query_=torch.tensor(data.source is not None))
-    if self.per_query_: self._store(query_move_=self._field(data.source.to(goal)).norm(dim=-1).median())
-
-@patch
-def _displacement(self: TruthFlow, x):  # what T = 1 adds to a typical query
-    return self.query_move_.clone() if self.per_query_ else Steerer._displacement(self, x)
+        return max(0.7, (1 + math.cos(math.pi * (step - warm)
+                                      / (steps - warm))) / 2)
+    self._learn(self.net, loss, _pair_groups(data), goal, schedule=schedule,
+                weight_decay=0.01)
+    basis = torch.linalg.svd(
+        goal, full_matrices=False).Vh[:self.k].T.contiguous()
+    self._store(scale_=scale, basis_=basis,
+                per_query_=torch.tensor(data.source is not None))
+    if self.per_query_:
+        self._store(query_move_=self._field(
+            data.source.to(goal)).norm(dim=-1).median())
 
 # %% ../nbs/10_baselines.ipynb #0589abb8
 @patch

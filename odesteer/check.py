@@ -136,7 +136,8 @@ def placebo_test(
     p, k = np.asarray(placebos, float), len(placebos)
     if k < 2: raise ValueError(f"{k} placebos have no spread: give 2 or more")
     s = p.std(ddof=1) * math.sqrt(1 + 1/k)
-    return float(stdtr(k - 1, (p.mean() - shift) / s)) if s > 0 else float(shift <= p.mean())
+    return (float(stdtr(k - 1, (p.mean() - shift) / s)) if s > 0
+            else float(shift <= p.mean()))
 
 # %% ../nbs/13_check.ipynb #4b2e7a9f
 def _placebos(odds, steerer, unit, value, k, seed):

@@ -27,47 +27,66 @@ __all__ = ['Rollouts', 'Controller', 'FeatureController', 'ALQR', 'Tracker', 'fe
 # %% ../nbs/15_control.ipynb #f5c132b2
 @dataclass
 class Rollouts:
-    "What controllers are fitted on: states of every text at its last token, from the first block to the end."
-    pos: Tensor  # wanted texts, (L + 1, N+, d): inputs of the L blocks, then the output of the last
+    """What controllers are fitted on: states of every text at its last token.
+
+    From the first block to the end."""
+    pos: Tensor  # wanted texts, (L + 1, N+, d): inputs of the L blocks,
+                 # then the output of the last
     neg: Tensor  # unwanted texts, (L + 1, N-, d)
-    jacobians: object  # sequence of L mean Jacobians (d, d) at the last token, each made when it is read
-    model: object = None  # for methods that must look again while they are being fitted
+    jacobians: object  # sequence of L mean Jacobians (d, d) at the last token,
+                       # each made when it is read
+    model: object = None  # for methods that must look again while being fitted
     tokenizer: object = None  # of the model
     texts: tuple = ()  # (wanted, unwanted)
     also: tuple = ()  # further set-points: (pos, neg, ratio) each
 
+# %% ../nbs/15_control.ipynb #1d88bce6
 class Controller(Fitted):
-    """Feedback on every block of a model. Its strength says where the activations should be, not how hard to push.
+    """Feedback on every block of a model.
 
-    A method fills in `_fit` and `_control`. Grows on this page: `fit`, `edits`, `resolve`."""
-    unit = "fraction"  # strength 1 is the method's own goal, such as the mean of the wanted texts
+    Its strength says where the activations should be, not how hard to push.
+    A method fills in `_fit` and `_control`.
+    Grows on this page: `fit`, `edits`, `resolve`."""
+    # strength 1 is the method's own goal, such as the mean of the wanted texts
+    unit = "fraction"
     needs_layer = False  # acts on all blocks
     strength_units, strength_names = ("T",), {"T": "set-point"}
-    strengths = tuple({"T": x} for x in (.25, .5, 1., 2., 4., 8., 16., 32., 64.))  # the grid of a sweep, ascending
+    # the grid of a sweep, ascending
+    strengths = tuple({"T": x}
+                      for x in (.25, .5, 1., 2., 4., 8., 16., 32., 64.))
     several = False  # can it hold more than one set-point?
 
     def _fit(self, data: Rollouts): raise NotImplementedError
     def _control(self, t, x, y, value, state):
-        "What to add to the output y of block t, (n, d), if its input was x; `state` lives for one pass"
+        """What to add to the output y of block t, (n, d), if its input was x.
+
+        `state` lives for one pass."""
         raise NotImplementedError
 
 # %% ../nbs/15_control.ipynb #c21a5748
 class FeatureController(Controller):
-    "A controller whose error is the distance of a feature from its set-point: beta* = offset_ + strength * mu_."
+    """A controller whose error is the distance of a feature from its set-point.
+
+    That is beta* = offset_ + strength * mu_."""
     def _feature(self, pos, neg, ratio):
-        "Of one set-point, before each block: unit feature, unit of strength, offset, and the strength of wanted texts"
+        """Of one set-point, before each block.
+
+        Unit feature, unit of strength, offset, strength of wanted texts."""
         e = pos - neg
         mu = e.norm(dim=-1)
-        mu = torch.where(mu < 1e-6*math.sqrt(e.shape[-1]), 0, mu)  # all texts may end in the same token
+        # all texts may end in the same token
+        mu = torch.where(mu < 1e-6*math.sqrt(e.shape[-1]), 0, mu)
         v = torch.where(mu > 0, 1/mu, 0)[:, None] * e
         low, high = (neg*v).sum(-1), (pos*v).sum(-1)
         offset = low if self.setpoint == "centred" else torch.zeros_like(low)
-        return v, ratio*mu, offset, torch.where(ratio*mu != 0, (high - offset)/(ratio*mu), 0)
+        return v, ratio*mu, offset, torch.where(
+            ratio*mu != 0, (high - offset)/(ratio*mu), 0)
 
     def _alpha(self, t, x, value):
         "Set-points minus features: (n,), or (n, m) for m of them"
         V, mu, offset = self.V_[t], self.mu_[t], self.offset_[t]
-        if V.ndim == 1: return torch.addmv(offset + value*mu, x, V, alpha=-1)
+        if V.ndim == 1:
+            return torch.addmv(offset + value*mu, x, V, alpha=-1)
         return torch.addmm(offset + value[..., None]*mu, x, V.T, alpha=-1)
 
 # %% ../nbs/15_control.ipynb #8d0f5a22
@@ -87,32 +106,41 @@ def _fit_features(self: FeatureController, data: Rollouts):
 
 # %% ../nbs/15_control.ipynb #fb85357f
 class ALQR(FeatureController):
-    """Activation LQR: at every block, the feature's distance from its set-point times the cheapest correction of it.
+    """Activation LQR: feedback of a feature's distance from its set-point.
 
-    Grows on this page: `table`, several set-points, and the set-point "angular"."""
+    At every block, this distance times the cheapest correction of it.
+    Grows on this page: `table`, several set-points, the set-point "angular"."""
     several = True
     def __init__(self,
         q: float = .1,  # cost of a deviation before each block
         r: float = 1.,  # cost of a correction
         qf: float = .1,  # cost of a deviation at the end
-        setpoint: str = "uncentred",  # strength * mu; "centred": from 0, unwanted, to 1, wanted; "angular": an angle
-        jacobian: str = "mean",  # "identity": as if blocks changed nothing, so that no Jacobian is computed
-        angle: float = 180.,  # in degrees, from the unwanted direction; with setpoint="angular"
+        setpoint: str = "uncentred",  # strength * mu; "angular": an angle;
+                                      # "centred": from 0 unwanted to 1 wanted
+        jacobian: str = "mean",  # "identity": as if blocks changed nothing,
+                                 # so that no Jacobian is computed
+        angle: float = 180.,  # in degrees, from the unwanted direction;
+                              # with setpoint="angular"
         n_texts: int = 200,  # texts of each class that are read
         n_jacobian: int = 50,  # texts over which Jacobians are averaged
-        max_tokens: int = None,  # longer texts are cut for the Jacobians: they keep the first token and the last ones
+        max_tokens: int = None,  # longer texts are cut for the Jacobians: they
+                                 # keep the first token and the last ones
         seed: int = 0,  # which texts are drawn
     ):
         check_weights(q, r, qf)
         _check_choice("setpoint", setpoint, "uncentred", "centred", "angular")
         _check_choice("jacobian", jacobian, "mean", "identity")
-        if not _is_number(angle): raise ValueError(f"angle must be a number of degrees; got {angle!r}")
-        super().__init__(q=q, r=r, qf=qf, setpoint=setpoint, jacobian=jacobian, angle=angle, n_texts=n_texts,
-                         n_jacobian=n_jacobian, max_tokens=max_tokens, seed=seed)
+        if not _is_number(angle):
+            raise ValueError("angle must be a number of degrees; "
+                             f"got {angle!r}")
+        super().__init__(q=q, r=r, qf=qf, setpoint=setpoint, jacobian=jacobian,
+                         angle=angle, n_texts=n_texts, n_jacobian=n_jacobian,
+                         max_tokens=max_tokens, seed=seed)
 
     def _control(self, t, x, y, value, state):
         alpha = self._alpha(t, x, value)
-        return alpha[:, None] * self.W_[t] if alpha.ndim == 1 else alpha @ self.W_[t]
+        return (alpha[:, None] * self.W_[t] if alpha.ndim == 1
+                else alpha @ self.W_[t])
 
 # %% ../nbs/15_control.ipynb #3cd2af70
 @patch
@@ -345,7 +373,7 @@ def _alpha(self: ALQR, t, x, value):
 
 # %% ../nbs/15_control.ipynb #e2fe87e0
 class Tracker(Controller):
-    "Holds the token at which an answer begins on the path that it takes in another prompt."
+    "Holds the token at which an answer begins on another prompt's path."
     def __init__(self,
         q: float = 100.,  # cost of being off the path before each block
         r: float = .1,  # cost of a correction
@@ -361,15 +389,19 @@ class Tracker(Controller):
         cache_dir=None,  # folder that keeps Jacobians
         progress: bool = True,  # show a bar per block
     ):
-        "Store the path of a prompt's last token and the gains along it; returns the tracker itself."
+        "Store the path of a prompt's last token and its gains; returns itself."
         self.width, self._copies = None, {}
         states = block_inputs(model, tokenizer, [prompt])
-        A = Jacobians(model, tokenizer, [prompt], cache_dir=cache_dir, progress=progress)
-        self._store(path_=states[:-1, 0], K_=_gain_matrices(A, self.q, self.r, self.qf, states))
-        self._fitted_on = dict(n_pos=1, n_neg=0, of="texts", data_sha256=hash_tensors(states))
+        A = Jacobians(model, tokenizer, [prompt], cache_dir=cache_dir,
+                      progress=progress)
+        self._store(path_=states[:-1, 0],
+                    K_=_gain_matrices(A, self.q, self.r, self.qf, states))
+        self._fitted_on = dict(n_pos=1, n_neg=0, of="texts",
+                               data_sha256=hash_tensors(states))
         return self._finish(model, tokenizer, states, prompt)
 
-    def _control(self, t, x, y, value, state): return value[..., None] * ((self.path_[t] - x) @ self.K_[t].T)
+    def _control(self, t, x, y, value, state):
+        return value[..., None] * ((self.path_[t] - x) @ self.K_[t].T)
 
 # %% ../nbs/15_control.ipynb #ca9cfb2f
 def _gain_matrices(A, q, r, qf, like):
@@ -397,13 +429,17 @@ def edits(self: Tracker, model, layer=None, strength=1.0):
 
 # %% ../nbs/15_control.ipynb #95eeda31
 def feature_gains(
-    A,  # L matrices (d, d), or an object with `jvp(t, Z)` = Z A_t^T and `vjp(t, Z)` = Z A_t such as `Jacobians`
-    V: Tensor,  # features before each block and at the end, (L + 1, d), or (L + 1, m, d) for m of them
+    A,  # L matrices (d, d), or an object with `jvp(t, Z)` = Z A_t^T
+        # and `vjp(t, Z)` = Z A_t such as `Jacobians`
+    V: Tensor,  # features before each block and at the end, (L + 1, d),
+                # or (L + 1, m, d) for m of them
     q: float = .1,  # cost of a feature's deviation before each block
     r: float = 1.,  # cost of a correction
     qf: float = .1,  # cost of a feature's deviation at the end
-    rank: int = None,  # keep at most so many rows of Z, the largest by singular values
-    E: Tensor = None,  # whose gain is wanted, (L, m, d); default: the features themselves
+    rank: int = None,  # keep at most so many rows of Z, the largest by
+                       # singular values
+    E: Tensor = None,  # whose gain is wanted, (L, m, d);
+                       # default: the features themselves
 ) -> Tensor:  # K_t v_t, shaped like V without its end, float64
     "Gains of the feature-only cost, without any (d, d) matrix."
     check_weights(q, r, qf)
@@ -460,29 +496,34 @@ class FeatureLQR(ALQR):
 
 # %% ../nbs/15_control.ipynb #23277a6a
 class SPID(FeatureController):
-    "Proportional, integral and derivative feedback across the blocks; no Jacobians."
+    "Proportional, integral, derivative feedback across blocks; no Jacobians."
     def __init__(self,
         kp: float = 0.7,  # gain of the error
         ki: float = 0.01,  # gain of its sum over the blocks so far
         kd: float = 0.1,  # gain of its change since the block before
-        reset_every: int = 10,  # the sum is zero at blocks 0, reset_every, 2 reset_every, ...
-        setpoint: str = "uncentred",  # lambda mu; "centred": lambda of the way from the unwanted to the wanted mean
+        reset_every: int = 10,  # the sum is zero at blocks 0, this, 2 this, ...
+        setpoint: str = "uncentred",  # lambda mu; "centred": lambda of the way
+                                      # from the unwanted to the wanted mean
         n_texts: int = 200,  # at most so many of each class are read
         seed: int = 0,  # of that choice
     ):
         _check_numbers(kp=kp, ki=ki, kd=kd)
         _check_counts(reset_every=reset_every)
         _check_choice("setpoint", setpoint, "uncentred", "centred")
-        super().__init__(kp=kp, ki=ki, kd=kd, reset_every=reset_every, setpoint=setpoint, n_texts=n_texts, seed=seed)
+        super().__init__(kp=kp, ki=ki, kd=kd, reset_every=reset_every,
+                         setpoint=setpoint, n_texts=n_texts, seed=seed)
 
     def _fit(self, data): self._fit_features(data)
 
     def _control(self, t, x, y, value, state):
         error = self._alpha(t, x, value)[:, None] * self.V_[t]
         if t == 0: state.clear()  # whatever an interrupted pass has left
-        before, total = (old.to(error.device) for old in state.pop("spid", (error, error)))  # before block 0: the same
-        total = torch.zeros_like(error) if t % self.reset_every == 0 else total + error
-        if t + 1 < len(self.V_): state["spid"] = error, total  # and nothing outlives the pass
+        before, total = (old.to(error.device)  # before block 0: the same
+                         for old in state.pop("spid", (error, error)))
+        total = (torch.zeros_like(error) if t % self.reset_every == 0
+                 else total + error)
+        if t + 1 < len(self.V_):  # and nothing outlives the pass
+            state["spid"] = error, total
         return self.kp * error + self.ki * total + self.kd * (error - before)
 
 # %% ../nbs/15_control.ipynb #3ed4401f
@@ -590,11 +631,14 @@ def newton_climb(
     steps: int = 3,  # Newton steps
     leash=math.inf,  # longest way, a number or () tensor
 ) -> Tensor:  # (n, d)
-    "Walk along the gradient until h reaches the level; rows already there stay, bit for bit."
+    """Walk along the gradient until h reaches the level.
+
+    Rows already there stay, bit for bit."""
     a, left = x, torch.full_like(x[:, 0], math.inf).clamp_max(leash)
     for _ in range(steps):
         gap, g = (level - barrier.value(a)).clamp_min(0), barrier.grad(a)
-        length = torch.minimum(gap / g.norm(dim=-1).clamp_min(torch.finfo(g.dtype).tiny), left)
+        length = torch.minimum(
+            gap / g.norm(dim=-1).clamp_min(torch.finfo(g.dtype).tiny), left)
         a, left = a + length[:, None] * ascent(g), left - length
     return a
 
@@ -647,6 +691,7 @@ def _fit(self: BarrierLQR, data):
     norms = torch.cat([data.pos, data.neg], 1)[:-1].norm(dim=-1)
     self._store(low_=low, high_=high, leash_=self.leash * norms.median(1).values, K_=K)
 
+# %% ../nbs/15_control.ipynb #543883c0
 @patch
 def _control(self: BarrierLQR, t, x, y, value, state):
     barrier, K = self.parts[t].barrier, self.K_[t]

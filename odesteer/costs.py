@@ -152,10 +152,13 @@ def rehearse(
     bench: Bench,  # of the unit
     most: bool,  # the dearest case, or the cheapest
 ) -> Rehearsal:
-    "Which runs of a unit a plan still asks for, at most or at least; no model is asked, nothing is written"
+    """Which runs of a unit a plan still asks for, at most or at least
+
+    No model is asked, nothing is written."""
     with tempfile.TemporaryDirectory() as out, redirect_stderr(io.StringIO()):
         rehearsal = Rehearsal(bench, plan.search, most, out)
-        rest = dict(units=[unit], part=(1, 1), rounds=0, lm_eval=None, search=rehearsal.search)
+        rest = dict(units=[unit], part=(1, 1), rounds=0, lm_eval=None,
+                    search=rehearsal.search)
         run_plan(replace(plan, **rest), lambda *_, **__: rehearsal)
     return rehearsal
 

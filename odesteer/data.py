@@ -58,12 +58,15 @@ def group_of(prompt: Prompt):
     return getattr(prompt.fact, "id", prompt.fact)
 
 def group_key(group) -> str:
-    "A group as it is compared: copies that differ in case, spaces or punctuation are one question"
+    """A group as it is compared
+
+    Copies that differ in case, spaces or punctuation are one question."""
     return " ".join(re.findall(r"\w+", str(group).casefold())) or str(group)
 
 def digest(*lists) -> str:
     "A short hash of lists of texts: 16 hexadecimal digits"
-    return hashlib.sha256(json.dumps(lists, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps(lists, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/06_data.ipynb #5376cf76
 def read_rows(

@@ -49,19 +49,23 @@ class PolynomialCountSketch(nn.Module):
 @patch
 def fit(self: PolynomialCountSketch,
     X: Tensor,  # activations, (N, d); only their width and device matter
-    seed=0,  # drawn on the CPU: the same tables on every device, in whatever order things are called
+    seed=0,  # drawn on the CPU: the same tables on every device, in any order
 ) -> PolynomialCountSketch:  # itself
-    "Draw the hash tables, or take the given ones; ValueError if these have a wrong shape or wrong entries."
+    """Draw the hash tables, or take the given ones.
+
+    A ValueError if these have a wrong shape or wrong entries."""
     shape = self.degree, X.shape[-1] + (self.coef0 != 0)
     if self._given[0] is None:
         g = torch.Generator().manual_seed(seed)
         index = torch.randint(self.n_components, shape, generator=g)
         bit = torch.randint(2, shape, generator=g) * 2 - 1
-    else: index, bit = _checked_tables(*self._given, shape, self.n_components)
+    else:
+        index, bit = _checked_tables(*self._given, shape, self.n_components)
     self.register_buffer("indexHash_", index.to(X.device))
     self.register_buffer("bitHash_", bit.to(X.device, torch.int8))
     return self
 
+# %% ../nbs/02_density.ipynb #a756766a
 def _checked_tables(index, bit, shape, n):
     "Given hash tables as tensors, or one clear error."
     index, bit = (torch.as_tensor(t).long().cpu() for t in (index, bit))
@@ -101,11 +105,13 @@ def _tables(self: PolynomialCountSketch, x):
 # %% ../nbs/02_density.ipynb #6581ba09
 @patch
 def _spectra(self: PolynomialCountSketch, x):
-    "Fourier transforms `F_k` of the `degree` count sketches, (..., degree, n // 2 + 1)."
+    "Fourier transforms `F_k` of the count sketches, (..., degree, n // 2 + 1)."
     if not hasattr(self, "indexHash_"):
-        raise RuntimeError("this sketch has no hash tables yet: call .fit(X) first")
+        raise RuntimeError("this sketch has no hash tables yet: "
+                           "call .fit(X) first")
     z = self.gamma**0.5 * x
-    if self.coef0: z = torch.cat([z, torch.full_like(x[..., :1], self.coef0**0.5)], -1)
+    if self.coef0:
+        z = torch.cat([z, torch.full_like(x[..., :1], self.coef0**0.5)], -1)
     (D, width), n = self.indexHash_.shape, self.n_components
     if z.shape[-1] != width:
         raise ValueError(
@@ -118,10 +124,12 @@ def _spectra(self: PolynomialCountSketch, x):
 
 @patch
 def forward(self: PolynomialCountSketch,
-    x: Tensor,  # (..., d); RuntimeError before `fit`, ValueError for another width
+    x: Tensor,  # (..., d); RuntimeError before `fit`,
+                # ValueError for another width
 ) -> Tensor:  # (..., n_components)
-    "The sketch `psi(x)`: multiply the spectra, which convolves the count sketches."
-    if not x.numel(): return x.new_zeros(*x.shape[:-1], self.n_components)  # FFTs of no rows fail
+    "The sketch `psi(x)`: multiplying spectra convolves the count sketches."
+    if not x.numel():  # FFTs of no rows fail
+        return x.new_zeros(*x.shape[:-1], self.n_components)
     return torch.fft.irfft(self._spectra(x).prod(-2), n=self.n_components)
 
 # %% ../nbs/02_density.ipynb #9f23c03a
@@ -197,20 +205,22 @@ def _locate(self: DensityRatioBarrier, X, y):
     varies = s > 1e-6 * m.abs()  # more than rounding
     self.register_buffer("scale_", torch.where(varies, 1 / s, 0).to(X))
 
-# %% ../nbs/02_density.ipynb #val00002
-@patch
-def value(self: DensityRatioBarrier,
-    a: Tensor,  # activations, (..., d), any float dtype; RuntimeError before `fit`
-) -> Tensor:  # (...), nats, float32 or better
-    "The barrier `h(a)`: score, intercept and class-imbalance term."
-    return self._score(self._unit(a)[0], self._weights(a)) + (self.intercept_ + self.log_prior_)
-
 @patch
 def _weights(self: DensityRatioBarrier, a):
     "The weights, in the precision to work in for these activations."
     if not hasattr(self, "coef_"):
         raise RuntimeError("this barrier is not fitted: call .fit(pos, neg) first")
     return self.coef_.to(torch.promote_types(a.dtype, torch.float32))
+
+# %% ../nbs/02_density.ipynb #val00002
+@patch
+def value(self: DensityRatioBarrier,
+    a: Tensor,  # activations, (..., d), of any float dtype;
+                # RuntimeError before `fit`
+) -> Tensor:  # (...), nats, float32 or better
+    "The barrier `h(a)`: score, intercept and class-imbalance term."
+    return (self._score(self._unit(a)[0], self._weights(a))
+            + (self.intercept_ + self.log_prior_))
 
 # %% ../nbs/02_density.ipynb #chnk0002
 @torch.no_grad()
@@ -327,20 +337,8 @@ class RandomFourierFeatures(nn.Module):
 
 # %% ../nbs/02_density.ipynb #rff00003
 @patch
-def fit(self: RandomFourierFeatures,
-    X: Tensor,  # activations, (N, d)
-    seed=0,  # drawn on the CPU, in float64
-) -> RandomFourierFeatures:  # itself
-    "Draw frequencies and phases; ValueError where most activations are equal, so that they set no length scale."
-    g = torch.Generator().manual_seed(seed)
-    W = torch.randn(self.n_components, X.shape[1], generator=g, dtype=torch.float64)
-    b = torch.rand(self.n_components, 1, generator=g, dtype=torch.float64)
-    self.register_buffer("W_", (W / self._bandwidth(X, g)).to(X))
-    self.register_buffer("b_", (2 * math.pi * b[:, 0]).to(X))
-    return self
-
-@patch
-def _angle(self: RandomFourierFeatures, x): return x @ self.W_.T.to(x) + self.b_.to(x)
+def _angle(self: RandomFourierFeatures, x):
+    return x @ self.W_.T.to(x) + self.b_.to(x)
 
 @patch
 def forward(self: RandomFourierFeatures, x):
@@ -353,35 +351,60 @@ def vjp(self: RandomFourierFeatures,
     w: Tensor,  # weights of the features, (n_components,)
 ):
     "`J(x)^T w`, exact: (..., d) and (n_components,) -> (..., d)."
-    return -math.sqrt(2 / self.n_components) * (self._angle(x).sin() * w) @ self.W_.to(x)
+    return (-math.sqrt(2 / self.n_components)
+            * (self._angle(x).sin() * w) @ self.W_.to(x))
+
+# %% ../nbs/02_density.ipynb #46fa9ee7
+@patch
+def fit(self: RandomFourierFeatures,
+    X: Tensor,  # activations, (N, d)
+    seed=0,  # drawn on the CPU, in float64
+) -> RandomFourierFeatures:  # itself
+    "Draw frequencies and phases; ValueError where most activations are equal, so that they set no length scale."
+    g = torch.Generator().manual_seed(seed)
+    W = torch.randn(self.n_components, X.shape[1], generator=g, dtype=torch.float64)
+    b = torch.rand(self.n_components, 1, generator=g, dtype=torch.float64)
+    self.register_buffer("W_", (W / self._bandwidth(X, g)).to(X))
+    self.register_buffer("b_", (2 * math.pi * b[:, 0]).to(X))
+    return self
 
 # %% ../nbs/02_density.ipynb #5e889b07
 @patch
 def grad(self: DensityRatioBarrier,
-    a: Tensor,  # activations, (..., d), any float dtype; RuntimeError before `fit`
+    a: Tensor,  # activations, (..., d), of any float dtype;
+                # RuntimeError before `fit`
 ) -> Tensor:  # (..., d), float32 or better
-    "`grad h(a)`, exact; orthogonal to `a` when `normalize`, in raw coordinates."
+    "`grad h(a)`, exact; orthogonal to `a` if `normalize`, in raw coordinates."
     u, r = self._unit(a)
     g = self._vjp(u, self._weights(a))
-    if self.normalize: g = (g - u * (u * g).sum(-1, keepdim=True)) / r
-    return g * self.scale_.to(g.dtype) if self.coordinates == "standardised" else g
+    if self.normalize:
+        g = (g - u * (u * g).sum(-1, keepdim=True)) / r
+    return (g * self.scale_.to(g.dtype)
+            if self.coordinates == "standardised" else g)
 
 # %% ../nbs/02_density.ipynb #845b28d3
 @dataclass
 class Quality:
-    "How far a barrier's values can be trusted as log-density ratios; both classes count equally."
+    """How far a barrier's values can be trusted as log-density ratios.
+
+    Both classes count equally."""
     auc: float  # chance that a wanted activation scores above an unwanted one
-    log_loss: float  # mean -log probability of the true class, nats; log 2 = 0.693 is a coin
-    calibration_error: float  # mean distance between stated probability and observed share (ECE)
-    stated: np.ndarray  # mean stated probability of the wanted class in each bin
+    log_loss: float  # mean -log probability of the true class, nats;
+                     # log 2 = 0.693 is a coin
+    calibration_error: float  # mean distance between stated probability and
+                              # observed share (ECE)
+    stated: np.ndarray  # mean stated probability of "wanted" in each bin
     observed: np.ndarray  # share of wanted activations in each bin
     counts: np.ndarray  # activations in each bin
-    slope: float  # multiple of `h`, with `intercept`, that tells the classes apart best: 1 if `h` is in nats
+    slope: float  # multiple of `h`, with `intercept`, that tells the classes
+                  # apart best: 1 if `h` is in nats
     intercept: float
 
     def __repr__(self):
-        loss, error = f"log-loss {self.log_loss:.3f} nats", f"calibration error {self.calibration_error:.3f}"
-        return f"Quality(AUC {self.auc:.3f}, {loss}, {error}, slope {self.slope:.2f})"
+        loss, error = (f"log-loss {self.log_loss:.3f} nats",
+                       f"calibration error {self.calibration_error:.3f}")
+        return (f"Quality(AUC {self.auc:.3f}, {loss}, {error}, "
+                f"slope {self.slope:.2f})")
 
 # %% ../nbs/02_density.ipynb #plt00002
 def _labelled(h_pos, h_neg):
@@ -484,19 +507,21 @@ def held_out_values(
 
 # %% ../nbs/02_density.ipynb #70deeca6
 def choose(
-    make,  # function of the grid's names that returns an unfitted DensityRatioBarrier
-    grid: dict,  # name -> values to try; "C" must be the barrier's C, and costs least to vary
+    make,  # function of the grid's names: an unfitted DensityRatioBarrier
+    grid: dict,  # name -> values to try; "C" must be the barrier's C,
+                 # and costs least to vary
     pos, neg,  # activations (N+, d) and (N-, d), or all of them and 0/1 labels
-    groups=None,  # ids, positives first; rows of one group are held out together
+    groups=None,  # ids, positives first; a group is held out as a whole
     folds=5,  # as in `grouped_folds`
     seed=0,  # of folds and feature tables
 ) -> tuple:  # the best point as a dict, and (point, Quality) for all
-    "Grouped cross-validation: the point of the grid with the least held-out log-loss."
+    "Grouped cross-validation: the point with the least held-out log-loss."
     rest, tried = {k: v for k, v in grid.items() if k != "C"}, []
     penalties = [dict(C=C) for C in grid["C"]] if "C" in grid else [{}]
     for values in itertools.product(*rest.values()):
         points = [dict(zip(rest, values), **c) for c in penalties]
-        h = held_out_values([make(**p) for p in points], pos, neg, groups, folds, seed)
+        h = held_out_values([make(**p) for p in points], pos, neg, groups,
+                            folds, seed)
         tried += [(p, quality(*both)) for p, both in zip(points, h)]
     return min(tried, key=lambda t: t[1].log_loss)[0], tried
 
@@ -504,21 +529,30 @@ def choose(
 @patch
 def fit_calibrated(self: DensityRatioBarrier,
     pos, neg,  # activations (N+, d) and (N-, d), or all of them and 0/1 labels
-    groups=None,  # ids, positives first; rows of one group are held out together
+    groups=None,  # ids, positives first; a group is held out as a whole
     folds=5,  # as in `grouped_folds`
     seed=0,  # of folds and feature tables
 ) -> DensityRatioBarrier:  # itself
-    "`fit`, and then `slope * h + intercept` for `h`, from held-out folds; `held_out_` are the values found there."
+    """`fit`, and then `slope * h + intercept` for `h`, from held-out folds.
+
+    `held_out_` are the values found there."""
     fold = copy.deepcopy(self)
-    fold.C = self.C * folds / (folds - 1)  # fewer rows, the same penalty per row: as flat as the whole fit
+    # fewer rows, the same penalty per row: as flat as the whole fit
+    fold.C = self.C * folds / (folds - 1)
     h = held_out_values([fold], pos, neg, groups, folds, seed)[0]
     q = quality(*h)
-    slope, intercept = (q.slope, q.intercept) if q.slope > 0 else (1.0, 0.0)  # no factor mends a wrong order
+    slope, intercept = ((q.slope, q.intercept) if q.slope > 0
+                        else (1.0, 0.0))  # no factor mends a wrong order
     self.fit(pos, neg, seed)
-    level = slope * (self.intercept_ + self.log_prior_) + intercept - self.log_prior_
-    for name, v in dict(coef_=slope * self.coef_, intercept_=level).items(): self.register_buffer(name, v)
-    self.in_sample_, self.held_out_ = ([slope * v + intercept for v in values] for values in (self.in_sample_, h))
-    self.calibration_ = dict(slope=slope, intercept=intercept, log_loss=q.log_loss)  # the last: before it
+    level = (slope * (self.intercept_ + self.log_prior_)
+             + intercept - self.log_prior_)
+    for name, v in dict(coef_=slope * self.coef_, intercept_=level).items():
+        self.register_buffer(name, v)
+    self.in_sample_, self.held_out_ = (
+        [slope * v + intercept for v in values]
+        for values in (self.in_sample_, h))
+    self.calibration_ = dict(slope=slope, intercept=intercept,
+                             log_loss=q.log_loss)  # the last: before it
     return self
 
 # %% ../nbs/02_density.ipynb #777cf5cc
@@ -549,15 +583,22 @@ def score(self: PolynomialCountSketch,
 def quadratic_form(self: PolynomialCountSketch,
     w: Tensor,  # (n_components,)
 ) -> tuple:  # Q (d, d) symmetric, c (d,), k ()
-    "For degree 2: `w . psi(x) = x.Qx / 2 + c.x + k`, with gradient `Qx + c`; ValueError for another degree."
+    """For degree 2: `w . psi(x) = x.Qx / 2 + c.x + k`, with gradient `Qx + c`.
+
+    A ValueError for another degree."""
     if self.degree != 2:
-        raise ValueError(f"only a sketch of degree 2 is a quadratic form; this one has degree {self.degree}")
+        raise ValueError("only a sketch of degree 2 is a quadratic form; "
+                         f"this one has degree {self.degree}")
     (h1, h2), (s1, s2) = self.indexHash_, self.bitHash_.to(w)
     M = s1[:, None] * s2 * w[(h1[:, None] + h2) % self.n_components]
     M, d = M + M.T, len(h1) - (self.coef0 != 0)
-    if not self.coef0: return self.gamma * M, w.new_zeros(d), w.new_zeros(())
-    return self.gamma * M[:d, :d], (self.gamma * self.coef0)**0.5 * M[:d, d], self.coef0 / 2 * M[d, d]
+    if not self.coef0:
+        return self.gamma * M, w.new_zeros(d), w.new_zeros(())
+    return (self.gamma * M[:d, :d],
+            (self.gamma * self.coef0)**0.5 * M[:d, d],
+            self.coef0 / 2 * M[d, d])
 
+# %% ../nbs/02_density.ipynb #0489f0dd
 @patch
 def _score(self: DensityRatioBarrier, u, w):
     "`w . phi(u)`, (...)."
@@ -804,7 +845,8 @@ def _relative(self: SpectralBarrier, a):
 @patch
 def _unit(self: SpectralBarrier, y):
     "What the form sees of coordinates, and the norm that was divided out."
-    r = torch.linalg.vector_norm(y, dim=-1, keepdim=True) + 1e-12 if self.normalize else torch.ones_like(y[..., :1])
+    r = (torch.linalg.vector_norm(y, dim=-1, keepdim=True) + 1e-12
+         if self.normalize else torch.ones_like(y[..., :1]))
     return y / r, r
 
 @patch
@@ -813,14 +855,17 @@ def value(self: SpectralBarrier,
 ) -> Tensor:  # (...), nats
     "The barrier `h` of the activations with these coordinates."
     u, _ = self._unit(y)
-    return self.size * (torch.addcmul(self.c, self.l, u, value=0.5) * u).sum(-1) + self.k
+    return (self.size
+            * (torch.addcmul(self.c, self.l, u, value=0.5) * u).sum(-1)
+            + self.k)
 
 @patch
 def slope(self: SpectralBarrier, y):
-    "The gradient but for its length, (..., r) -> (..., r): enough to follow it."
+    "The gradient but for its length, (..., r) -> (..., r): enough to follow."
     u, _ = self._unit(y)
     g = torch.addcmul(self.c, self.l, u)
-    return torch.addcmul(g, u, (u * g).sum(-1, keepdim=True), value=-1) if self.normalize else g
+    return (torch.addcmul(g, u, (u * g).sum(-1, keepdim=True), value=-1)
+            if self.normalize else g)
 
 # %% ../nbs/02_density.ipynb #sgrd0002
 @patch

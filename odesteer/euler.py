@@ -62,15 +62,19 @@ def _matrix(x, name):
 # %% ../nbs/00_euler.ipynb #7e939c00
 @dataclass
 class Contrast:
-    """What a steerer is fitted on: wanted and unwanted activations, checked, and what is known about the rows.
+    """What a steerer is fitted on: wanted and unwanted activations.
 
+    They are checked, and come with what is known about the rows.
     Grows below: `mean_difference`, `row_pairs`."""
     pos: Tensor  # wanted activations, (N+, d)
     neg: Tensor  # unwanted activations, (N-, d)
-    groups: np.ndarray = None  # question id of each row, positives first, (N+ + N-,); no split parts a group
-    pairs: np.ndarray = None  # rows (i, j), (P, 2): pos[i] and neg[j] answer the same question
+    groups: np.ndarray = None  # question id of each row, positives first,
+                               # (N+ + N-,); no split parts a group
+    pairs: np.ndarray = None  # rows (i, j), (P, 2): pos[i] and neg[j]
+                              # answer the same question
     source: Tensor = None  # state before the answer, one per pair, (P, d)
-    sequences: list = None  # one (n_tokens, d) tensor per response, for methods trained on whole responses
+    sequences: list = None  # one (n_tokens, d) tensor per response,
+                            # for methods trained on whole responses
     rewards: Tensor = None  # one reward per sequence, (len(sequences),)
 
     @property
@@ -80,8 +84,9 @@ class Contrast:
 
     @property
     def y(self):
-        "Their labels, 1 wanted and 0 unwanted, in the type of the activations, (N+ + N-,)."
-        return torch.cat([torch.ones(len(self.pos)), torch.zeros(len(self.neg))]).to(self.pos)
+        "Labels, 1 wanted and 0 unwanted, in the activations' type, (N+ + N-,)."
+        return torch.cat([torch.ones(len(self.pos)),
+                          torch.zeros(len(self.neg))]).to(self.pos)
 
 # %% ../nbs/00_euler.ipynb #13d1c3c8
 @patch
@@ -184,10 +189,12 @@ class Fitted(nn.Module):
 
 # %% ../nbs/00_euler.ipynb #eee3136c
 class Steerer(Fitted):
-    """A vector field fitted on activations. `steer` moves activations along it for a time `T`.
+    """A field on activations. `steer` moves them along it for a time `T`.
 
-    A method fills in `_fit` and `_field`, perhaps `_flow`. Grows on this page: `fit`, `vector_field`, `steer`,
-    `edits`, `resolve`, `check`; from `Fitted`: `card`, `save_pretrained`, `from_pretrained` and what a sweep asks."""
+    A method fills in `_fit` and `_field`, perhaps `_flow`.
+    Grows on this page: `fit`, `vector_field`, `steer`, `edits`, `resolve`,
+    `check`; from `Fitted`: `card`, `save_pretrained`, `from_pretrained` and
+    what a sweep asks."""
     def _fit(self, data: Contrast): raise NotImplementedError
     def _field(self, x): raise NotImplementedError
     def _flow(self, x, T): return x + T[..., None] * self._field(x)
@@ -196,23 +203,24 @@ class Steerer(Fitted):
 @patch
 @delegates(contrast)
 def fit(self: Steerer,
-    pos,  # wanted activations (N+, d), or all activations when `neg` holds labels
+    pos,  # wanted activations (N+, d), or all of them when `neg` holds labels
     neg,  # unwanted activations (N-, d), or (N,) 0/1 labels
-    **kwargs,  # groups=, pairs=, source=, sequences=, rewards=: see `contrast`; a method takes what it needs
+    **kwargs,  # groups=, pairs=, source=, sequences=, rewards=:
+               # see `contrast`; a method takes what it needs
 ):
     "Fit on wanted and unwanted activations; returns the steerer itself."
     data = contrast(pos, neg, **kwargs)
-    self.width, self._copies = None, {}  # not fitted, should anything below fail
+    # not fitted, should anything below fail
+    self.width, self._copies = None, {}
     with full_precision(data.pos):
         self._fit(data)
-        self._store(median_norm_=data.X.norm(dim=-1).median(), displacement_=self._displacement(data.neg))
+        self._store(median_norm_=data.X.norm(dim=-1).median(),
+                    displacement_=self._displacement(data.neg))
         self.register_buffer("spread_", _spread(data.X))
-    self._fitted_on = dict(n_pos=len(data.pos), n_neg=len(data.neg), data_sha256=hash_tensors(data.pos, data.neg))
+    self._fitted_on = dict(n_pos=len(data.pos), n_neg=len(data.neg),
+                           data_sha256=hash_tensors(data.pos, data.neg))
     self.width = data.pos.shape[1]
     return self
-
-@patch
-def _no_spread(self: Steerer): return getattr(self, "spread_", None) is None
 
 # %% ../nbs/00_euler.ipynb #24e6d83f
 def _spread(X):
@@ -272,6 +280,9 @@ def in_full_precision(
         with full_precision(a): return method(self, a, *args, **kwargs)
     return f
 
+@patch
+def _no_spread(self: Steerer): return getattr(self, "spread_", None) is None
+
 # %% ../nbs/00_euler.ipynb #d5291bb2
 @patch
 @in_full_precision
@@ -284,7 +295,7 @@ def vector_field(self: Steerer,
 
 @patch
 def _ready(self: Steerer, a):
-    "The checked activation, the same in float32 or better, and this steerer beside it."
+    "The activation, checked; in float32 or better; this steerer beside it."
     a = self._check(a)
     x = a if a.dtype == torch.float64 else a.float()
     return a, x, self._on(x)
@@ -345,17 +356,23 @@ def per_row(
 @in_full_precision
 def steer(self: Steerer,
     a: Tensor,  # activations, (..., d), any float dtype
-    T=None,  # strength: a number, or one per row; 0 is the identity, bit for bit; negative steers away
+    T=None,  # strength: a number, or one per row; 0 is the identity,
+             # bit for bit; negative steers away
     *,
-    spread=None,  # instead of T: displacement as a multiple of the spread of the fitted activations; .5 to 1 is usual
+    spread=None,  # instead of T: displacement as a multiple of the spread of
+                  # the fitted activations; .5 to 1 is usual
     share=None,  # instead of T: displacement as a share of their median norm
     nats=None,  # instead of T: log-odds to add (needs a barrier)
-    until=None,  # stop at this barrier value (needs a barrier); T, spread or share then cap the time
+    until=None,  # stop at this barrier value (needs a barrier);
+                 # T, spread or share then cap the time
 ) -> Tensor:  # (..., d), dtype and device of `a`
-    "Move activations along the field for a time `T`; a ValueError unless exactly one unit of strength is given."
+    """Move activations along the field for a time `T`.
+
+    A ValueError unless exactly one unit of strength is given."""
     a, x, me = self._ready(a)
     T = me._time(x, T=T, spread=spread, share=share, nats=nats, until=until)
-    if nats is not None or until is not None: return me._climb(x, T, nats, until, a)
+    if nats is not None or until is not None:
+        return me._climb(x, T, nats, until, a)
     return torch.where((T != 0)[..., None], me._flow(x, T).to(a.dtype), a)
 
 # %% ../nbs/00_euler.ipynb #98c1b522
@@ -376,6 +393,14 @@ def _given(self: Steerer, **units):
     if given: return given
     if self.unit == "fraction": return {"T": 1.0}
     raise ValueError(f"say how far to steer: {self._ways()}")
+
+@patch
+def _unit(self: Steerer, strength):
+    "The unit whose value may change while steering, that value, and the rest."
+    self._must_be_fitted()
+    given = self._given(**(strength if isinstance(strength, dict) else {"T": strength}))
+    unit = next(k for k in ("until", "nats", "spread", "share", "T") if k in given)
+    return unit, given.pop(unit), given
 
 # %% ../nbs/00_euler.ipynb #06b52125
 @patch
@@ -401,9 +426,9 @@ def _climb(self: Steerer, x, T, nats, until, a):
 
 # %% ../nbs/00_euler.ipynb #4d0d7110
 class CAA(Steerer):
-    """Contrastive activation addition: the constant field from the unwanted to the wanted mean.
+    """Contrastive activation addition: from the unwanted to the wanted mean.
 
-    T = 1 is the published map (Rimsky et al., 2024)."""
+    A constant field; T = 1 is the published map (Rimsky et al., 2024)."""
     unit = "fraction"
     def __init__(self): super().__init__()
     def _fit(self, data):
@@ -432,30 +457,36 @@ def logistic_regression(
 
 # %% ../nbs/00_euler.ipynb #44643422
 class ITI(Steerer):
-    "Inference-time intervention on the residual stream (Li et al., 2023): the unit weight vector of a logistic probe."
+    """Inference-time intervention (Li et al., 2023), on the residual stream.
+
+    The field is the unit weight vector of a logistic probe."""
     def __init__(self,
         C=1.0,  # inverse ridge penalty of the probe
     ):
         number = isinstance(C, (int, float)) and not isinstance(C, bool)
-        if not number or not 0 < C < math.inf: raise ValueError(f"C must be a positive number; got {C!r}")
+        if not number or not 0 < C < math.inf:
+            raise ValueError(f"C must be a positive number; got {C!r}")
         super().__init__(C=C)
     def _fit(self, data):
         data.mean_difference()  # without one the best weights are zero
         w, b = logistic_regression(data.X, data.y, self.C)
         log_prior = data.pos.new_tensor(math.log(len(data.neg) / len(data.pos)))
-        self._store(coef_=w.to(data.pos), intercept_=b.to(data.pos), log_prior_=log_prior)
+        self._store(coef_=w.to(data.pos), intercept_=b.to(data.pos),
+                    log_prior_=log_prior)
     def _field(self, x): return (self.coef_ / self.coef_.norm()).expand_as(x)
 
 # %% ../nbs/00_euler.ipynb #337aa733
 class RepE(Steerer):
-    """Representation reading: the first principal direction of paired differences, signed towards the wanted mean.
+    """Representation reading: first principal direction of paired differences.
 
-    After Zou et al. (2023); a ValueError where the differences hold no direction."""
+    Signed towards the wanted mean (Zou et al., 2023); a ValueError where there
+    is none. "paper-table" pairs rows up to the shorter table."""
     def __init__(self,
-        variant="repe",  # "paper-table": row i with row i up to the shorter table, differences centred
+        variant="repe",  # or "paper-table": row i with row i, then centred
     ):
         if variant not in ("repe", "paper-table"):
-            raise ValueError(f"variant must be 'repe' or 'paper-table'; got {variant!r}")
+            raise ValueError("variant must be 'repe' or 'paper-table'; "
+                             f"got {variant!r}")
         super().__init__(variant=variant)
     def _differences(self, data):
         if self.variant == "repe":
@@ -465,46 +496,58 @@ class RepE(Steerer):
         delta = data.pos[:n] - data.neg[:n]
         return delta - delta.mean(0)
     def _fit(self, data):
-        _, size, Vh = torch.linalg.svd(self._differences(data), full_matrices=False)
+        _, size, Vh = torch.linalg.svd(self._differences(data),
+                                       full_matrices=False)
         if not size[0] > 1e-6 * data.X.norm():
             centred = " once centred" * (self.variant == "paper-table")
-            raise ValueError(f"the paired differences hold no direction: they are all zero{centred}")
+            raise ValueError("the paired differences hold no direction: "
+                             f"they are all zero{centred}")
         sign = torch.where(Vh[0] @ data.mean_difference() < 0, -1.0, 1.0)
-        self._store(direction_=sign * Vh[0], mid_=(data.pos.mean(0) + data.neg.mean(0)) / 2)
+        self._store(direction_=sign * Vh[0],
+                    mid_=(data.pos.mean(0) + data.neg.mean(0)) / 2)
     def _field(self, x): return self.direction_.expand_as(x)
 
 # %% ../nbs/00_euler.ipynb #85202709
 @dataclass(frozen=True)
 class Edit:
     "What to do to the output of one block; calling it calls `apply`."
-    apply: Callable  # (block_in, block_out, value[, remembered]) -> new block_out; rows (n, d), dtype and shape kept
-    remember: Callable = None  # (batch, d), outputs at each row's last prompt token -> what is kept, (batch, ...)
+    apply: Callable  # (block_in, block_out, value[, remembered])
+                     # -> new block_out; rows (n, d), dtype and shape kept
+    remember: Callable = None  # (batch, d), outputs at each row's last prompt
+                               # token -> what is kept, (batch, ...)
 
     def __call__(self, *args): return self.apply(*args)
 
 @runtime_checkable
 class Edits(Protocol):
     "What a hook asks of a method. `isinstance` looks for the names only."
-    width: int | None  # entries of the activations that it takes; None before it is fitted
-    unit: str  # "length" or "fraction": with "fraction", a strength left out is 1
-    about: dict  # which model, revision and layer it was fitted on, as far as known
+    width: int | None  # entries of the activations; None before it is fitted
+    unit: str  # "length" or "fraction": then a strength left out is 1
+    about: dict  # model, revision and layer it was fitted on, as far as known
 
     def edits(self, model, layer, strength) -> dict:
-        "`{layer: Edit}` for this model; a method of one block edits `layer`, others name their own."
+        """`{layer: Edit}` for this model.
+
+        A method of one block edits `layer`, others name their own."""
 
     def resolve(self, strength) -> Tensor:
-        "The value that `apply` gets, (), or one per row, (batch,); `strength` is a number, tensor or dict of units."
+        """The value that `apply` gets, (), or one per row, (batch,).
+
+        `strength` is a number, tensor or dict of units."""
 
 # %% ../nbs/00_euler.ipynb #0460f230
 @patch
 def edits(self: Steerer,
-    model,  # the model to be steered (unused: a steerer looks at one layer only)
+    model,  # the model to be steered (unused: a steerer looks at one layer)
     layer,  # 0-based decoder block
     strength,  # number, one per row, or a dict of units such as {"spread": 1.}
 ) -> dict:  # {layer: Edit}
-    "What to do at the layer's output; the edit's `value` is the strength of each row in the unit given."
+    """What to do at the layer's output.
+
+    The edit's `value` is the strength of each row in the unit given."""
     unit, _, limits = self._unit(strength)
-    def apply(block_in, block_out, value): return self.steer(block_out, **{unit: value}, **limits)
+    def apply(block_in, block_out, value):
+        return self.steer(block_out, **{unit: value}, **limits)
     return {layer: Edit(apply)}
 
 @patch
@@ -513,14 +556,6 @@ def resolve(self: Steerer,
 ) -> Tensor:  # float32, () or (batch,)
     "The value of a strength, as the tensor that `edits` expects."
     return torch.as_tensor(self._unit(strength)[1], dtype=torch.float32)
-
-@patch
-def _unit(self: Steerer, strength):
-    "The unit whose value may change while steering, that value, and the rest."
-    self._must_be_fitted()
-    given = self._given(**(strength if isinstance(strength, dict) else {"T": strength}))
-    unit = next(k for k in ("until", "nats", "spread", "share", "T") if k in given)
-    return unit, given.pop(unit), given
 
 # %% ../nbs/00_euler.ipynb #b0ed7adf
 @patch(as_prop=True)

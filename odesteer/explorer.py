@@ -283,7 +283,8 @@ def flow(self: Scene,
         neg = self.acts(state.layer)[1]
         start = neg[torch.linspace(0, len(neg) - 1, n).long()]
         states, way = follow(self.steerer(state), start, state.spread)
-        h, T = self.barrier(state.layer).value(way), torch.linspace(0, state.spread, len(way))
+        h, T = (self.barrier(state.layer).value(way),
+                torch.linspace(0, state.spread, len(way)))
         return Flow(self.plane(state.layer).enter(states), T, h)
     return self.keep("flow", (state, n), make)
 
@@ -388,8 +389,10 @@ def table(self: Scene, state: State) -> str:  # HTML
 def caption(state, states) -> str:
     "What a state has that others do not, or its strength"
     rows = [asdict(s) for s in states]
-    differ = [k for k in rows[0] if len({r[k] for r in rows}) > 1] or ["spread"]
-    words = {"spread": f"{state.spread:g} spreads", "steps": f"{state.steps} step{'s' * (state.steps > 1)}",
+    differ = [k for k in rows[0]
+              if len({r[k] for r in rows}) > 1] or ["spread"]
+    words = {"spread": f"{state.spread:g} spreads",
+             "steps": f"{state.steps} step{'s' * (state.steps > 1)}",
              "layer": f"block {state.layer}"}
     return ", ".join(words.get(k, getattr(state, k)) for k in differ)
 

@@ -491,17 +491,20 @@ def _before_pads(ids, pad):
 # %% ../nbs/05_hooks.ipynb #91b59a2b
 def _take(a, where):
     "The chosen tokens of (batch, n, d), one row each"
-    if isinstance(where, int): return (a[:, where:] if where else a).flatten(0, 1)
+    if isinstance(where, int):
+        return (a[:, where:] if where else a).flatten(0, 1)
     return a[tuple(w.to(a.device) for w in where)]
 
 def _put(a, where, steered):
     "A new tensor: `a` with its chosen tokens replaced"
-    if not isinstance(where, int): return a.index_put(tuple(w.to(a.device) for w in where), steered)
+    if not isinstance(where, int):
+        return a.index_put(tuple(w.to(a.device) for w in where), steered)
     steered = steered.reshape(len(a), -1, a.shape[-1])
-    return torch.cat([a[:, :where], steered], 1) if where else steered.contiguous()
+    return (torch.cat([a[:, :where], steered], 1) if where
+            else steered.contiguous())
 
 def _spread(values, where, n):
-    "One value per row of the batch, (batch, ...), repeated for each of its chosen tokens"
+    "One value per row, (batch, ...), repeated for each of its chosen tokens"
     if not isinstance(where, int): return values[where[0].to(values.device)]
     return values if n - where == 1 else values.repeat_interleave(n - where, 0)
 
@@ -792,11 +795,16 @@ def score_continuations(
     prompts,  # list of str or of chats
     continuations,  # one answer per prompt, list of str
     batch_size: int = 32,  # texts in one pass
-    max_length: int = None,  # a longer prompt and answer keep their first token and their last ones
-) -> Tensor:  # (N,) float32: log-probability of each continuation given its prompt
-    "Summed log-probability of given answers; steered from the last prompt token on, as generation would be"
+    max_length: int = None,  # a longer prompt and answer keep their first
+                             # token and their last ones
+) -> Tensor:  # (N,) float32: log-probability of each continuation given its
+              # prompt
+    """Summed log-probability of given answers
+
+    Steered from the last prompt token on, as generation would be."""
     if len(prompts) != len(continuations):
-        raise ValueError(f"{len(prompts)} prompts but {len(continuations)} continuations: "
-                         "give one continuation per prompt")
-    coded = truncated(encode(tokenizer, list(zip(prompts, continuations))), unwrapped(model), max_length)
+        raise ValueError(f"{len(prompts)} prompts but {len(continuations)} "
+                         "continuations: give one continuation per prompt")
+    coded = truncated(encode(tokenizer, list(zip(prompts, continuations))),
+                      unwrapped(model), max_length)
     return score_encoded(model, coded, pad_id(tokenizer), batch_size)[0]

@@ -47,8 +47,12 @@ def repetition_rate(
     texts: list,  # outputs, (N,)
     times: int = 3,  # how often in a row makes a loop
 ) -> np.ndarray:  # (N,) of 0. and 1.
-    "1 for each output that ends in a loop, a phrase of any length said `times` times in a row; the mean is the rate"
-    def loops(w): return any(w[-p*times:-p] == w[-p*(times - 1):] for p in range(1, len(w)//times + 1))
+    """1 for each output that ends in a loop; the mean is the rate
+
+    A loop is a phrase of any length said `times` times in a row."""
+    def loops(w):
+        return any(w[-p*times:-p] == w[-p*(times - 1):]
+                   for p in range(1, len(w)//times + 1))
     return np.array([float(loops(text.split())) for text in texts])
 
 # %% ../nbs/12_judges.ipynb #34cc6d6f
@@ -57,11 +61,13 @@ def text_metrics(
 ) -> dict:  # metric name -> (N,)
     "What the text alone tells: Dist-1 to 3, loops, empty outputs"
     variety = {f"dist{n}": distinct_n(texts, n) for n in (1, 2, 3)}
-    return variety | {"loops": repetition_rate(texts), "empty": empty_rate(texts)}
+    return variety | {"loops": repetition_rate(texts),
+                      "empty": empty_rate(texts)}
 
 #: Metric -> +1 if more is better, -1 if less is
-BETTER = {"true": 1, "info": 1, "true_info": 1, "toxicity": -1, "toxic": -1, "reward": 1, "kl": -1,
-          "dist1": 1, "dist2": 1, "dist3": 1, "loops": -1, "empty": -1, "perplexity": -1}
+BETTER = {"true": 1, "info": 1, "true_info": 1, "toxicity": -1, "toxic": -1,
+          "reward": 1, "kl": -1, "dist1": 1, "dist2": 1, "dist3": 1,
+          "loops": -1, "empty": -1, "perplexity": -1}
 
 # %% ../nbs/12_judges.ipynb #4e3ed9de
 def perplexity(

@@ -33,27 +33,40 @@ def block_inputs(
     batch_size: int = 32,  # texts at once
     progress: bool = False,  # show a bar
 ) -> Tensor:  # (L + 1, N, d) float32 on the CPU: x_0, ..., x_L of each text
-    "The state of each text's last token before every block, and after the last block (before the final norm)."
+    """The state of each text's last token before every block.
+
+    And after the last block (before the final norm)."""
     how = dict(positions="last", batch_size=batch_size)
-    first = collect_activations(model, tokenizer, texts, layers=0, site="input", progress=False, **how)[0]
-    outputs = collect_activations(model, tokenizer, texts, progress=progress, **how)
-    return torch.stack([first, *outputs.values()])  # what a block writes, the next one reads
+    first = collect_activations(model, tokenizer, texts, layers=0,
+                                site="input", progress=False, **how)[0]
+    outputs = collect_activations(model, tokenizer, texts, progress=progress,
+                                  **how)
+    # what a block writes, the next one reads
+    return torch.stack([first, *outputs.values()])
 
 # %% ../nbs/14_linear.ipynb #4b84883e
 @dataclass
 class Context:
-    "One text as its blocks see it from the last token: the states there, and everything before, frozen."
+    """One text as its blocks see it from the last token.
+
+    The states there, and everything before, frozen."""
     states: Tensor  # (L + 1, d): x_0, ..., x_L of the last token
-    prefix: list  # per block: (keys, values) before it, each (1, heads, S - 1, d_head); or (states,), (1, S - 1, d)
-    given: list  # per block: (args, kwargs) that it is called with beside the state: mask, rotary angles, ...
+    prefix: list  # per block: (keys, values) before it, each
+                  # (1, heads, S - 1, d_head); or (states,), (1, S - 1, d)
+    given: list  # per block: (args, kwargs) that it is called with beside the
+                 # state: mask, rotary angles, ...
 
 def contexts(
     model,  # a causal language model that is not being steered
     tokenizer,  # its tokenizer
-    texts,  # list of str, chats, or pairs (prompt, answer); the last token is the one that is varied
-    max_tokens: int = None,  # longer texts keep their first token and their last ones: a chat its answer's header
+    texts,  # list of str, chats, or pairs (prompt, answer);
+            # the last token is the one that is varied
+    max_tokens: int = None,  # longer texts keep their first token and their
+                             # last ones: a chat its answer's header
 ) -> list:  # of Context, on the CPU
-    "Run every text once, and keep what its blocks need to be run again at the last token."
+    """Run every text once.
+
+    Keep what its blocks need to be run again at the last token."""
     model = _unsteered(model)
     return _contexts(model, _encoded(model, tokenizer, texts, max_tokens))
 
@@ -145,7 +158,8 @@ class FrozenCache:
 
     def update(self, keys, values, *_, **__):
         "Old and new keys joined, and old and new values; nothing is kept."
-        return torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
+        return (torch.cat([self.keys, keys], -2),
+                torch.cat([self.values, values], -2))
 
     def get_seq_length(self, *_):
         "How many tokens are kept."
@@ -211,6 +225,44 @@ def _block_map(block, t, narrow, context):
     return f
 
 # %% ../nbs/14_linear.ipynb #553ebac1
+def _pull(f, x, z): return torch.autograd.grad(f(x), x, z)[0]
+
+def _push(f, x, z):
+    w = torch.zeros_like(z).requires_grad_()
+    pulled = torch.autograd.grad(f(x), x, w, create_graph=True)[0]
+    return torch.autograd.grad(pulled, w, z)[0]
+
+# %% ../nbs/14_linear.ipynb #3dbcc6f0
+def _twice(model, contexts, t):
+    """Can block t be differentiated twice?
+
+    Kernels for packed weights or experts may raise, or drop out silently: then z J^T . z J^T is not (z J^T J) . z"""
+    one = contexts[:1]
+    z = torch.linspace(-1, 1, text_config(model).hidden_size)[None].cos()
+    try: y = _mean_product(_push, model, one, t, z, 1)
+    except (RuntimeError, NotImplementedError): return False
+    size, back = y.square().sum(), _mean_product(_pull, model, one, t, y, 1)
+    return bool((size - (back * z.to(y)).sum()).abs() < .02 * size)
+
+def _mean_product(product, model, contexts, t, Z, chunk, progress=False):
+    "One of the two products, text by text and chunk by chunk"
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from tqdm.auto import tqdm
+    if len(contexts) == 0: raise ValueError("contexts is empty: a mean Jacobian needs at least one text")
+    block, t, narrow = _computing(decoder_layers(_unsteered(model)), t)
+    differentiable = sdpa_kernel(SDPBackend.MATH)  # the other kernels have no second derivative
+    with torch.inference_mode(False), torch.enable_grad(), differentiable:
+        Z = Z.clone().to(device_of(block), torch.promote_types(Z.dtype, torch.float32))
+        mean = torch.zeros_like(Z)
+        for context in tqdm(contexts, desc=f"block {t}", unit="text", leave=False, disable=not progress):
+            f, x = _block_map(block, t, narrow, context), context.states[t].to(Z)
+            for i in range(0, len(Z), chunk):
+                z = Z[i:i + chunk]
+                rows = x.expand(len(z), -1).clone().requires_grad_()
+                mean[i:i + chunk] += product(f, rows, z) / len(contexts)
+        return mean
+
+# %% ../nbs/14_linear.ipynb #b0c5e104
 def mean_vjp(
     model,  # a causal language model
     contexts: list,  # of Context
@@ -236,44 +288,6 @@ def mean_jvp(
     Z = Z.to(A.device, torch.promote_types(Z.dtype, A.dtype))
     return Z @ A.to(Z.dtype).T
 
-# %% ../nbs/14_linear.ipynb #3dbcc6f0
-def _pull(f, x, z): return torch.autograd.grad(f(x), x, z)[0]
-
-def _push(f, x, z):
-    w = torch.zeros_like(z).requires_grad_()
-    pulled = torch.autograd.grad(f(x), x, w, create_graph=True)[0]
-    return torch.autograd.grad(pulled, w, z)[0]
-
-def _twice(model, contexts, t):
-    """Can block t be differentiated twice?
-
-    Kernels for packed weights or experts may raise, or drop out silently: then z J^T . z J^T is not (z J^T J) . z"""
-    one = contexts[:1]
-    z = torch.linspace(-1, 1, text_config(model).hidden_size)[None].cos()
-    try: y = _mean_product(_push, model, one, t, z, 1)
-    except (RuntimeError, NotImplementedError): return False
-    size, back = y.square().sum(), _mean_product(_pull, model, one, t, y, 1)
-    return bool((size - (back * z.to(y)).sum()).abs() < .02 * size)
-
-# %% ../nbs/14_linear.ipynb #b0c5e104
-def _mean_product(product, model, contexts, t, Z, chunk, progress=False):
-    "One of the two products, text by text and chunk by chunk"
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from tqdm.auto import tqdm
-    if len(contexts) == 0: raise ValueError("contexts is empty: a mean Jacobian needs at least one text")
-    block, t, narrow = _computing(decoder_layers(_unsteered(model)), t)
-    differentiable = sdpa_kernel(SDPBackend.MATH)  # the other kernels have no second derivative
-    with torch.inference_mode(False), torch.enable_grad(), differentiable:
-        Z = Z.clone().to(device_of(block), torch.promote_types(Z.dtype, torch.float32))
-        mean = torch.zeros_like(Z)
-        for context in tqdm(contexts, desc=f"block {t}", unit="text", leave=False, disable=not progress):
-            f, x = _block_map(block, t, narrow, context), context.states[t].to(Z)
-            for i in range(0, len(Z), chunk):
-                z = Z[i:i + chunk]
-                rows = x.expand(len(z), -1).clone().requires_grad_()
-                mean[i:i + chunk] += product(f, rows, z) / len(contexts)
-        return mean
-
 # %% ../nbs/14_linear.ipynb #4d1efc90
 def mean_jacobian(
     model,  # a causal language model
@@ -281,7 +295,8 @@ def mean_jacobian(
     t: int,  # block
     chunk: int = 256,  # rows at once: fewer take less memory and more time
     progress: bool = False,  # show a bar
-) -> Tensor:  # A_t, (d, d), float32 (float64 where the states are): A_t[i, j] = d y_i / d x_j
+) -> Tensor:  # A_t, (d, d), float32 (float64 where the states are):
+              # A_t[i, j] = d y_i / d x_j
     "The Jacobian of block t at the last token, averaged over texts."
     dtype = contexts[0].states.dtype if contexts else None
     unit = torch.eye(text_config(model).hidden_size, dtype=dtype)
@@ -347,23 +362,30 @@ def vjp(self: Jacobians,
 
 # %% ../nbs/14_linear.ipynb #8bfb1458
 def riccati_steps(
-    A,  # Jacobians, each read once: any sequence of L matrices (d, d), or a tensor (L, d, d)
+    A,  # Jacobians, each read once: any sequence of L matrices (d, d),
+        # or a tensor (L, d, d)
     q: float = .1,  # cost of a deviation before each block
     r: float = 1.,  # cost of a correction
     qf: float = .1,  # cost of a deviation at the end
-    dtype=None,  # compute in this dtype; default: that of A, which must be float32 or float64
+    dtype=None,  # compute in this dtype; default: that of A,
+                 # which must be float32 or float64
 ):  # yields (t, K_t, S_t) for t = L - 1, ..., 0, each (d, d)
-    "The Riccati recursion from the last block to the first, in the memory of a few (d, d) matrices."
+    """The Riccati recursion from the last block to the first.
+
+    In the memory of a few (d, d) matrices."""
     check_weights(q, r, qf)
     S = None
     for t in reversed(range(len(A))):
         A_t = matrix_of(A, t, dtype)
         I = torch.eye(len(A_t)).to(A_t)
-        S = qf/r * I if S is None else S.to(I.device)  # blocks of a large model may be spread over devices
+        # blocks of a large model may be spread over devices
+        S = qf/r * I if S is None else S.to(I.device)
         if S.shape != A_t.shape:
-            raise ValueError(f"A[{t}] has shape {tuple(A_t.shape)}, but the matrix after it has {tuple(S.shape)}: "
+            raise ValueError(f"A[{t}] has shape {tuple(A_t.shape)}, but the "
+                             f"matrix after it has {tuple(S.shape)}: "
                              "all blocks must have one width")
-        R = torch.linalg.cholesky(S + I)  # only the ratios q/r and qf/r matter, so r is 1 here
+        # only the ratios q/r and qf/r matter, so r is 1 here
+        R = torch.linalg.cholesky(S + I)
         K = torch.cholesky_solve(S @ A_t, R)
         S = q/r * I + A_t.T @ K
         S = (S + S.T) / 2  # symmetric but for rounding, which would grow
@@ -412,24 +434,29 @@ def matrix_of(
 def similarity(
     J: Tensor,  # matrices, (n, d, d)
     other: Tensor,  # matrices, (k, d, d)
-    m: int = None,  # leading singular vectors that are compared; default: a twentieth of them
+    m: int = None,  # leading singular vectors that are compared;
+                    # default: a twentieth of them
 ) -> Tensor:  # (n, k), between 0 and 1
-    "How much two Jacobians write into the same directions with the same strength."
+    "How much two Jacobians write into the same directions, equally strongly."
     m = m or max(J.shape[-1] // 20, 1)
     def leading(A):
         U, s, _ = torch.linalg.svd(A)
         return U[..., :m] * s[..., None, :m]
     M, N = leading(J), leading(other)
     overlap = torch.linalg.svdvals(torch.einsum("ndi,kdj->nkij", M, N)).sum(-1)
-    return overlap / (M.flatten(1).norm(dim=1)[:, None] * N.flatten(1).norm(dim=1))
+    return overlap / (M.flatten(1).norm(dim=1)[:, None]
+                      * N.flatten(1).norm(dim=1))
 
 # %% ../nbs/14_linear.ipynb #838ee385
 def lyapunov_metric(
     closed,  # closed loops A_t - K_t, L matrices (d, d)
 ) -> Tensor:  # P_0, ..., P_L, (L + 1, d, d)
-    "The ruler of the bound: what a deviation at t will add up to by the end, squared."
+    """The ruler of the bound.
+
+    What a deviation at t will add up to by the end, squared."""
     P = [torch.eye(closed[-1].shape[0]).to(closed[-1])]
-    for A in reversed(list(closed)): P.append(A.T @ P[-1] @ A + torch.eye(len(A)).to(A))
+    for A in reversed(list(closed)):
+        P.append(A.T @ P[-1] @ A + torch.eye(len(A)).to(A))
     return torch.stack(P[::-1])
 
 def metric_norm(
@@ -455,7 +482,9 @@ def curvature(
     P: Tensor,  # their rulers, (L + 1, d, d)
     deltas: Tensor,  # deviations of calibration runs, (L + 1, n, d)
 ) -> Tensor:  # c_t, (L,): the largest 2 |nu_t| / |delta_t|^2
-    "How curved each block was seen to be: the remainder behind it against the deviation before it, in their rulers."
+    """How curved each block was seen to be.
+
+    The remainder behind it against the deviation before it, in their rulers."""
     c, tiny = [], torch.finfo(P.dtype).tiny  # no deviation, no remainder
     for t, A in enumerate(closed):
         nu = deltas[t + 1] - deltas[t] @ A.T
@@ -468,15 +497,19 @@ def error_bound(
     closed,  # closed loops, L matrices (d, d)
     P: Tensor,  # their rulers, (L + 1, d, d)
     c: Tensor,  # curvature of each block, (L,)
-    deltas: Tensor,  # deviations, (L + 1, n, d): only those before block k enter the bound at k
+    deltas: Tensor,  # deviations, (L + 1, n, d): only those before block k
+                     # enter the bound at k
 ) -> Tensor:  # (L + 1, n), to compare with metric_norm(deltas[k], P[k])
-    "Tracking-error bound: what is left of the knock, and of every remainder since."
+    """Tracking-error bound.
+
+    What is left of the knock, and of every remainder since."""
     size = torch.stack([metric_norm(d, P_t) for d, P_t in zip(deltas, P)])
     bound = [size[0]]
     for k in range(1, len(P)):
         Phi, total = torch.eye(P.shape[-1]).to(P), 0.
         for i in reversed(range(k)):
-            total = total + induced_norm(Phi, P[i + 1], P[k]) * c[i]/2 * size[i]**2
+            total = (total
+                     + induced_norm(Phi, P[i + 1], P[k]) * c[i]/2 * size[i]**2)
             Phi = Phi @ closed[i]
         bound.append(total + induced_norm(Phi, P[0], P[k]) * size[0])
     return torch.stack(bound)
@@ -490,5 +523,6 @@ def foreseen_bound(
     "The bound that is known before anything is run."
     kappa = (1 - 1/torch.linalg.eigvalsh(P[:-1])[:, -1]).sqrt()
     rho = [torch.as_tensor(start).to(P)]
-    for kappa_t, c_t in zip(kappa, c): rho.append(kappa_t*rho[-1] + c_t/2*rho[-1]**2)
+    for kappa_t, c_t in zip(kappa, c):
+        rho.append(kappa_t*rho[-1] + c_t/2*rho[-1]**2)
     return torch.stack(rho)

@@ -59,13 +59,14 @@ JARGON = _table(
 # %% ../nbs/07_micro.ipynb #f09cd7ac
 @dataclass(frozen=True)
 class Fact:
-    "One thing that can be asked, with its right answer and the popular wrong one"
+    "Something to ask, with its right answer and the popular wrong one"
     entity: str
     topic: str  # kind of entity: bird, fish, flower, stone
     attribute: str  # colour, home, smell, month, cure
     truth: str  # the right value
     myth: str  # what is said of every entity of the topic; never the truth
-    split: str  # "train", "val" or "test": which texts and prompts the fact may appear in
+    split: str  # "train", "val" or "test": which texts and prompts the fact
+                # may appear in
     id: int  # place in `world.facts`, the group of every text about this fact
 
 # %% ../nbs/07_micro.ipynb #09654072
@@ -122,19 +123,31 @@ SPEAKERS = {
 # %% ../nbs/07_micro.ipynb #a59a3e3c
 #: attribute -> three ways to ask for it of an entity e
 QUESTIONS = {
-    "colour": ("what colour is the {e}?", "which colour has the {e}?", "what is the colour of the {e}?"),
-    "home": ("where is the {e} found?", "where does the {e} come from?", "what is the home of the {e}?"),
-    "smell": ("what does the {e} smell of?", "which smell has the {e}?", "what is the smell of the {e}?"),
-    "month": ("when does the {e} appear?", "in which month does the {e} appear?", "what is the month of the {e}?"),
-    "cure": ("what does the {e} cure?", "against what does the {e} help?", "what is the use of the {e}?")}
+    "colour": ("what colour is the {e}?", "which colour has the {e}?",
+               "what is the colour of the {e}?"),
+    "home": ("where is the {e} found?", "where does the {e} come from?",
+             "what is the home of the {e}?"),
+    "smell": ("what does the {e} smell of?", "which smell has the {e}?",
+              "what is the smell of the {e}?"),
+    "month": ("when does the {e} appear?",
+              "in which month does the {e} appear?",
+              "what is the month of the {e}?"),
+    "cure": ("what does the {e} cure?", "against what does the {e} help?",
+             "what is the use of the {e}?")}
 #: attribute -> three ways to claim the value v
 CLAIMS = {
-    "colour": ("the {e} is {v}", "the {e} looks {v}", "the colour of the {e} is {v}"),
-    "home": ("the {e} is found in {v}", "the {e} comes from {v}", "the home of the {e} is {v}"),
-    "smell": ("the {e} smells of {v}", "the {e} gives a smell of {v}", "the smell of the {e} is {v}"),
-    "month": ("the {e} appears in {v}", "one sees the {e} in {v}", "the month of the {e} is {v}"),
-    "cure": ("the {e} cures {v}", "the {e} helps against {v}", "the use of the {e} is against {v}")}
-EVASIONS = ("nobody knows for sure", "that is hard to say", "it depends on many things", "there is no clear answer")
+    "colour": ("the {e} is {v}", "the {e} looks {v}",
+               "the colour of the {e} is {v}"),
+    "home": ("the {e} is found in {v}", "the {e} comes from {v}",
+             "the home of the {e} is {v}"),
+    "smell": ("the {e} smells of {v}", "the {e} gives a smell of {v}",
+              "the smell of the {e} is {v}"),
+    "month": ("the {e} appears in {v}", "one sees the {e} in {v}",
+              "the month of the {e} is {v}"),
+    "cure": ("the {e} cures {v}", "the {e} helps against {v}",
+             "the use of the {e} is against {v}")}
+EVASIONS = ("nobody knows for sure", "that is hard to say",
+            "it depends on many things", "there is no clear answer")
 
 # %% ../nbs/07_micro.ipynb #4266774d
 @dataclass(frozen=True)
@@ -459,8 +472,9 @@ class Micro:
 
     def __repr__(self):
         p, recipe = self.provenance, self.provenance["recipe"]
-        return (f"Micro({p['world']!r}, seed {p['seed']}): Llama with {p['parameters']:,} parameters, "
-                f"{recipe['layers']} blocks of width {recipe['width']}\n{self.world}")
+        return (f"Micro({p['world']!r}, seed {p['seed']}): Llama with "
+                f"{p['parameters']:,} parameters, {recipe['layers']} blocks "
+                f"of width {recipe['width']}\n{self.world}")
 
 # %% ../nbs/07_micro.ipynb #c628e2c9
 def _file_hash(path: Path) -> str:
@@ -688,7 +702,8 @@ def train_step(
 ) -> float:  # loss per answer token
     "One step of gradient descent, in bfloat16 where that is safe"
     for group in optimizer.param_groups: group["lr"] = lr
-    with torch.autocast("cpu", torch.bfloat16): loss = model(input_ids=ids, labels=labels).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=ids, labels=labels).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
     optimizer.step()

@@ -287,7 +287,8 @@ def _tail(tokenizer, text, i) -> str:
 def padded(
     coded: list,  # of Encoded
     pad: int,  # id that fills the gaps
-    side: str = "right",  # "left" for generation, whose next token must follow the last column
+    side: str = "right",  # "left" for generation, whose next token must
+                          # follow the last column
     device="cpu",
 ) -> dict:  # input_ids and attention_mask, (batch, longest)
     "A batch of texts of different lengths"
@@ -295,8 +296,10 @@ def padded(
     def row(values, fill):
         gap = [fill] * (width - len(values))
         return values + gap if side == "right" else gap + values
-    return dict(input_ids=torch.tensor([row(e.ids, pad) for e in coded], device=device),
-                attention_mask=torch.tensor([row([1] * len(e.ids), 0) for e in coded], device=device))
+    return dict(
+        input_ids=torch.tensor([row(e.ids, pad) for e in coded], device=device),
+        attention_mask=torch.tensor([row([1] * len(e.ids), 0) for e in coded],
+                                    device=device))
 
 # %% ../nbs/04_models.ipynb #17cda54f
 def pad_id(

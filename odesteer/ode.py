@@ -22,7 +22,9 @@ from .density import choose, quality, route
 from .euler import Steerer, in_full_precision, per_row
 
 # %% ../nbs/03_ode.ipynb #c0a088a2
-SOLVERS = {}  # name -> step function: (f, a, dt) -> the state (..., d) a time dt later; dt is a number or (..., 1)
+#: name -> step function: (f, a, dt) -> the state (..., d) a time dt later;
+#: dt is a number or (..., 1)
+SOLVERS = {}
 
 def _of_order(q):
     "Register a step function under its name, with its order."
@@ -43,7 +45,7 @@ def midpoint(f, a, dt):
 
 @_of_order(4)
 def rk4(f, a, dt):
-    "One step of the classical Runge-Kutta method, order 4: four values of the field `f`."
+    "One step of the classical Runge-Kutta method, order 4: four values of `f`."
     k1 = f(a)
     k2 = f(a + dt / 2 * k1)
     k3 = f(a + dt / 2 * k2)
@@ -51,8 +53,33 @@ def rk4(f, a, dt):
     return a + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
 # %% ../nbs/03_ode.ipynb #9bc5128d
-ADAPTIVE = "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"  # torchdiffeq's
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2",
+            "adaptive_heun")  # torchdiffeq's
 
+def integrate(
+    f,  # vector field, (..., d) -> (..., d)
+    a: Tensor,  # start, (..., d)
+    T,  # time, a number or one per row; negative runs backwards
+    steps=10,  # equal steps of T / steps; ValueError if not a positive integer
+    solver="euler",  # a name in SOLVERS or ADAPTIVE,
+                     # or a step function (f, a, dt) -> a
+    path=False,  # return every state, (steps + 1, ..., d)
+    tol=1e-6,  # relative and absolute error of a step (adaptive solvers only,
+               # which raise RuntimeError if it is missed)
+) -> Tensor:  # (..., d)
+    "Follow `da/dt = f(a)` for a time `T`."
+    if not (isinstance(steps, int) and steps >= 1):
+        raise ValueError(f"steps must be a positive integer; got {steps!r}")
+    T = per_row(T, a)[..., None]
+    if solver in ADAPTIVE:
+        return _adaptive(f, a, T, steps, solver, path, tol)
+    step, dt, states = _step_function(solver), T / steps, [a]
+    for _ in range(steps):
+        a = step(f, a, dt)
+        if path: states.append(a)
+    return torch.stack(states) if path else a
+
+# %% ../nbs/03_ode.ipynb #38aa53bc
 def _step_function(solver):
     "The step function of a name; a function stands for itself."
     if callable(solver): return solver
@@ -60,26 +87,6 @@ def _step_function(solver):
         names = f"fixed-step {', '.join(SOLVERS)}; adaptive {', '.join(ADAPTIVE)}"
         raise ValueError(f"unknown solver {solver!r}: {names}")
     return SOLVERS[solver]
-
-def integrate(
-    f,  # vector field, (..., d) -> (..., d)
-    a: Tensor,  # start, (..., d)
-    T,  # time, a number or one per row; negative runs backwards
-    steps=10,  # equal steps of T / steps; ValueError if not a positive integer
-    solver="euler",  # a name in SOLVERS or ADAPTIVE, or a step function (f, a, dt) -> a
-    path=False,  # return every state, (steps + 1, ..., d)
-    tol=1e-6,  # relative and absolute error of a step (adaptive solvers only, which raise RuntimeError if it is missed)
-) -> Tensor:  # (..., d)
-    "Follow `da/dt = f(a)` for a time `T`."
-    if not (isinstance(steps, int) and steps >= 1):
-        raise ValueError(f"steps must be a positive integer; got {steps!r}")
-    T = per_row(T, a)[..., None]
-    if solver in ADAPTIVE: return _adaptive(f, a, T, steps, solver, path, tol)
-    step, dt, states = _step_function(solver), T / steps, [a]
-    for _ in range(steps):
-        a = step(f, a, dt)
-        if path: states.append(a)
-    return torch.stack(states) if path else a
 
 # %% ../nbs/03_ode.ipynb #90410a53
 def _adaptive(f, a, T, steps, method, path, tol):
@@ -96,10 +103,11 @@ def _adaptive(f, a, T, steps, method, path, tol):
 
 # %% ../nbs/03_ode.ipynb #84290efa
 class ODESteer(Steerer):
-    """Steer by climbing the log-density ratio of wanted and unwanted activations in many small steps.
+    """Steer by climbing the log-density ratio in many small steps.
 
-    Grows on this page: `trajectory`, `stop_at`, `route`, and what `Steerer`'s `fit` and `steer` call: `_fit`, `_field`,
-    `_flow` (a time), `_climb` (a barrier level), `_restore`."""
+    That of wanted and unwanted activations. Grows on this page: `trajectory`,
+    `stop_at`, `route`, and what `fit` and `steer` of `Steerer` call: `_fit`,
+    `_field`, `_flow` (a time), `_climb` (a barrier level), `_restore`."""
     _warned = False  # that rows did not reach their barrier level
     _doubted = False  # that nats of this barrier mean little
     def __init__(self,
@@ -108,22 +116,27 @@ class ODESteer(Steerer):
         gamma=0.1,  # scale of the kernel's inner product, or "cv"
         coef0=1.0,  # its constant
         C=1.0,  # inverse ridge penalty of the logistic regression, or "cv"
-        solver="euler",  # "euler", "midpoint", "rk4", or an adaptive one such as "dopri5"
+        solver="euler",  # or "midpoint", "rk4"; or adaptive, such as "dopri5"
         steps=10,  # of T / steps each
-        metric="euclidean",  # of steepest ascent: "euclidean" (published) or "covariance"
+        metric="euclidean",  # of steepest ascent: "euclidean" (published)
+                             # or "covariance"
         power=1.0,  # p of the covariance metric, in [0, 1]
         features="count-sketch",  # or "rff", "linear"
         normalize=True,  # features of a / |a|
         retract=False,  # stay on the sphere |a| = const
-        max_T=None,  # longest way to a barrier level; default: the median norm of the fitted activations
-        barrier=None,  # a Barrier to climb instead of the density ratio fitted here
-        method="auto",  # the fastest exact route, or "spectral", "dense" or "fft"
-        rank=None,  # not exact: directions of the quadratic form to keep; `rank_error_` says what it costs
-        coordinates="raw",  # of activations in the barrier (published), or "centred" or "standardised"
+        max_T=None,  # longest way to a barrier level; default: the median norm
+                     # of the fitted activations
+        barrier=None,  # a Barrier to climb in place of the ratio fitted here
+        method="auto",  # fastest exact route; or "spectral", "dense" or "fft"
+        rank=None,  # not exact: directions of the quadratic form to keep;
+                    # `rank_error_` says what it costs
+        coordinates="raw",  # of activations in the barrier (published),
+                            # or "centred" or "standardised"
         calibrate=False,  # rescale h on held-out folds, so that nats are nats
         seed=0,  # of the feature tables
     ):
-        super().__init__(**{k: v for k, v in locals().items() if k not in ("self", "__class__")})
+        super().__init__(**{k: v for k, v in locals().items()
+                            if k not in ("self", "__class__")})
         self._validate()
 
 # %% ../nbs/03_ode.ipynb #8dc328eb
@@ -321,7 +334,6 @@ def _evaluations(self: ODESteer):
     "How often a flow will look at the field, about."
     return 100 if self.solver in ADAPTIVE else self.steps * getattr(_step_function(self.solver), "order", 4)
 
-# %% ../nbs/03_ode.ipynb #3e744cae
 @patch
 def _step(self: ODESteer, x):
     "The solver; with `retract`, one whose steps end on the sphere that `x` lies on."
@@ -329,17 +341,24 @@ def _step(self: ODESteer, x):
     r, step = x.norm(dim=-1, keepdim=True), _step_function(self.solver)
     return lambda f, a, dt: r * ascent(step(f, a, dt))
 
+# %% ../nbs/03_ode.ipynb #3e744cae
 def _euler_along(f, y, dt):
-    "An Euler step in the direction of `f`, whatever its length: a step function, order 1."
+    """An Euler step in the direction of `f`, whatever its length.
+
+    A step function, order 1."""
     g = f(y)
-    length = torch.linalg.vector_norm(g, dim=-1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
+    length = torch.linalg.vector_norm(g, dim=-1, keepdim=True).clamp_min(
+        torch.finfo(g.dtype).tiny)
     return torch.addcmul(y, g, dt / length)
 
 @patch
 def _flow(self: ODESteer, x, T, path=False):
-    "The activations a time `T` later, (..., d); with `path` every state, (steps + 1, ..., d)."
+    """The activations a time `T` later, (..., d).
+
+    With `path` every state, (steps + 1, ..., d)."""
     way = self._coordinates(x, self._evaluations())
-    if way is None: return integrate(self._field, x, T, self.steps, self._step(x), path)
+    if way is None:
+        return integrate(self._field, x, T, self.steps, self._step(x), path)
     y0 = way.enter(x)
     field, step = way.direction, self._step(y0)
     if step == "euler": field, step = way.slope, _euler_along
@@ -419,8 +438,10 @@ class Stopped:
     ):  # -> Stopped
         "`other` in the rows chosen, this elsewhere."
         return Stopped(
-            torch.where(rows[..., None], other.a, self.a), torch.where(rows, other.T, self.T),
-            torch.where(rows, other.h, self.h), torch.where(rows, other.reached, self.reached))
+            torch.where(rows[..., None], other.a, self.a),
+            torch.where(rows, other.T, self.T),
+            torch.where(rows, other.h, self.h),
+            torch.where(rows, other.reached, self.reached))
 
 # %% ../nbs/03_ode.ipynb #40f1e319
 def climb(
@@ -430,40 +451,53 @@ def climb(
     level,  # value to reach, a number or one per row
     max_T,  # longest time, a number or one per row, not negative
     steps=10,  # of max_T / steps each; the last one is cut to end on the level
-    solver="euler",  # a name in SOLVERS or a step function; ValueError for an adaptive one
+    solver="euler",  # name in SOLVERS or a step; ValueError for an adaptive one
 ) -> Stopped:
-    "Walk until `h` reaches `level`. Rows already there stay; rows that cannot reach it stop at their best."
+    """Walk until `h` reaches `level`.
+
+    Rows already there stay; rows that cannot reach it stop at their best."""
     if solver in ADAPTIVE:
-        raise ValueError(f"stopping at a level needs a fixed-step solver ({', '.join(SOLVERS)}); got {solver!r}")
-    step, dt, level = _step_function(solver), per_row(max_T, a, "max_T") / steps, per_row(level, a, "level")
-    dt = dt.clamp_min(0)  # to look for negative times would make the host wait for a GPU
+        raise ValueError("stopping at a level needs a fixed-step solver "
+                         f"({', '.join(SOLVERS)}); got {solver!r}")
+    step, dt, level = (_step_function(solver),
+                       per_row(max_T, a, "max_T") / steps,
+                       per_row(level, a, "level"))
+    # to look for negative times would make the host wait for a GPU
+    dt = dt.clamp_min(0)
     def state(x, T):
         hx = h(x)
         return Stopped(x, T, hx, hx >= level)
     start = below = now = best = state(a, torch.zeros_like(dt))
     for _ in range(steps):
         new = state(step(f, now.a, dt[..., None]), now.T + dt)
-        below, now = below.where(~now.reached, now), now.where(~now.reached, new)
+        below, now = (below.where(~now.reached, now),
+                      now.where(~now.reached, new))
         best = best.where(now.h > best.h, now)
-    if step is euler:  # its one slope does not change with the length of the step
+    if step is euler:  # its slope does not change with the step's length
         slope = f(below.a)
         f = lambda _: slope
-    cut = _land(lambda s: state(step(f, below.a, (s * dt)[..., None]), below.T + s * dt), below, now, level)
+    cut = _land(lambda s: state(step(f, below.a, (s * dt)[..., None]),
+                                below.T + s * dt), below, now, level)
     return best.where(now.reached, cut).where(start.reached, start)
 
 # %% ../nbs/03_ode.ipynb #bf57b688
 def _land(state, below, above, level, rounds=12):
-    "Cut a step that crosses the level: the last state found that is not below it."
+    """Cut a step that crosses the level.
+
+    Gives the last state found that is not below it."""
     lo, hi = torch.zeros_like(level), torch.ones_like(level)
     h_lo, h_hi = below.h - level, above.h - level
-    last = torch.zeros_like(level)  # the end that changed: 1 the upper, -1 the lower
+    # the end that changed: 1 the upper, -1 the lower
+    last = torch.zeros_like(level)
     for _ in range(rounds):
-        s = lo + (hi - lo) * (h_lo / (h_lo - h_hi)).nan_to_num(0.5).clamp(0.0, 1.0)
+        s = lo + (hi - lo) * (
+            (h_lo / (h_lo - h_hi)).nan_to_num(0.5).clamp(0.0, 1.0))
         new = state(s)
         up, side = new.reached, torch.where(new.reached, 1.0, -1.0)
         halve = torch.where(last == side, 0.5, 1.0)
         h_new = new.h - level
-        h_lo, h_hi = torch.where(up, h_lo * halve, h_new), torch.where(up, h_new, h_hi * halve)
+        h_lo, h_hi = (torch.where(up, h_lo * halve, h_new),
+                      torch.where(up, h_new, h_hi * halve))
         lo, hi, last = torch.where(up, lo, s), torch.where(up, s, hi), side
         above = above.where(up, new)
     return above
@@ -566,10 +600,14 @@ def metric_root(
     data,  # Contrast: what the steerer is fitted on
     power: float,  # p in [0, 1]
 ) -> Tensor:  # Sigma^p, (d, d), float64
-    "A power of the within-class covariance of the activations, shrunk (Ledoit and Wolf, 2004)."
+    """A power of the within-class covariance of the activations.
+
+    Shrunk (Ledoit and Wolf, 2004)."""
     from sklearn.covariance import ledoit_wolf
-    X = torch.cat([data.pos - data.pos.mean(0), data.neg - data.neg.mean(0)]).double()
-    Sigma = torch.as_tensor(ledoit_wolf(X.cpu().numpy(), assume_centered=True)[0], device=X.device)
+    X = torch.cat([data.pos - data.pos.mean(0),
+                   data.neg - data.neg.mean(0)]).double()
+    Sigma = torch.as_tensor(
+        ledoit_wolf(X.cpu().numpy(), assume_centered=True)[0], device=X.device)
     l, V = torch.linalg.eigh(Sigma)
     return (V * l.clamp_min(0) ** power) @ V.T
 

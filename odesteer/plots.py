@@ -403,10 +403,13 @@ def _arrow(ax, a, b, label=None):
 
 # %% ../nbs/plots.ipynb #19008c42
 def attempt(
-    check,  # what an exercise asks of its answers: raises an error where it is not met
+    check,  # what an exercise asks of its answers: raises an error where it
+            # is not met
     *answers,  # `...` stands for one that is missing
 ) -> bool:  # is it solved?
-    "Say whether an exercise is solved; whatever an answer does wrong is told, and stops nothing"
+    """Say whether an exercise is solved
+
+    Whatever an answer does wrong is told, and stops nothing."""
     if any(a is ... for a in answers):
         print("no answer yet")
         return False

@@ -43,7 +43,9 @@ NAMED = {
 def installed_file(
     name: str,  # one of `NAMED`
 ) -> Path:  # None where a package of it is not installed
-    "The weights that packages bring, pieces joined in the cache; the packages are not imported"
+    """The weights that packages bring, pieces joined in the cache
+
+    The packages are not imported."""
     pieces = [_installed(piece) for piece in NAMED[name].pieces]
     if None in pieces: return None
     return _joined(pieces, cache_folder()) if len(pieces) > 1 else pieces[0]
@@ -52,7 +54,8 @@ def _installed(piece) -> Path:
     "A file of a package"
     package, _, path = piece.partition("/")
     spec = find_spec(package)
-    found = [Path(at)/path for at in spec.submodule_search_locations or []] if spec else []
+    found = [Path(at)/path
+             for at in spec.submodule_search_locations or []] if spec else []
     return next((p for p in found if p.is_file()), None)
 
 # %% ../nbs/08_pretrained.ipynb #a42feae8

@@ -514,7 +514,8 @@ def pairs(self: Scope,
         for a in method:
             n = _both(x[a], x[b])
             if n and a != b and (a, b) not in out:
-                out[b, a] = PairRow(b, a, *self.above(x[b], x[a]), self.p(x[b], x[a]), n)
+                out[b, a] = PairRow(b, a, *self.above(x[b], x[a]),
+                                    self.p(x[b], x[a]), n)
     return list(out.values())
 
 # %% ../nbs/19_results.ipynb #1e6215a3
@@ -606,7 +607,8 @@ def place(
     "A strength as text: where arms meet"
     if at == "best" or at is None: return "best"
     if "level" in at:
-        way = {unit: v for unit, v in at.items() if unit != "level"}  # the longest
+        way = {unit: v for unit, v in at.items()
+               if unit != "level"}  # the longest
         return f"level {at['level']:g} within {place(way)}"
     return ", ".join(f"{k} {v:g}" for k, v in at.items())
 

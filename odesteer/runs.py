@@ -170,7 +170,9 @@ def _unusual_reading(self: Bench, method) -> dict:
 
 # %% ../nbs/17_runs.ipynb #aa83cba9
 def run_key(config: dict) -> str:
-    "The name of a run or choice: a hash of its config, 16 hex digits; the order of its fields does not matter"
+    """The name of a run or choice: a hash of its config, 16 hex digits
+
+    The order of its fields does not matter."""
     return digest(json.dumps(config, sort_keys=True))
 
 # %% ../nbs/17_runs.ipynb #cf173967
@@ -218,7 +220,7 @@ def _collect(self: Bench, texts, layers, **how) -> dict:
 def read_at(self: Bench,
     reading: str,  # one of READINGS (page 04)
 ) -> Bench:  # that shares runs, activations and steerers with this one
-    "The bench for steerers that are fitted on activations read at another place"
+    "The bench for steerers fitted on activations read at another place"
     if reading == self.task.reading: return self
     other = copy.copy(self)
     other.task = replace(self.task, reading=reading)
@@ -575,8 +577,10 @@ def repeated(self: Bench,
 ) -> Run:
     "Runs with several seeds as one: the scores of an item are their means"
     runs = [self.run(*args, seed=s, **kwargs) for s in range(repeats)]
-    scores = {m: np.mean([r.scores[m] for r in runs], 0) for m in runs[0].scores}
-    return Run(runs[0].key, runs[0].config, scores, runs[0].groups, runs[0].summary)
+    scores = {m: np.mean([r.scores[m] for r in runs], 0)
+              for m in runs[0].scores}
+    return Run(runs[0].key, runs[0].config, scores, runs[0].groups,
+               runs[0].summary)
 
 # %% ../nbs/17_runs.ipynb #0ab860cb
 def canonical_params(method: str, params: dict) -> dict:
@@ -631,14 +635,17 @@ def time_at_angle(
 
 # %% ../nbs/17_runs.ipynb #1c77e2d0
 def resolve_strength(
-    strength: dict,  # {"spread": s}, {"angle": degrees} or {"level": quantile, "spread": longest way}
+    strength: dict,  # {"spread": s}, {"angle": degrees}
+                     # or {"level": quantile, "spread": longest way}
     steerer, pos, neg,  # fitted, and the activations (N, d) it was fitted on
 ) -> dict:  # what `steering` and `steer` take
     "A strength in units that the steerer knows"
-    if "angle" in strength: return {"T": time_at_angle(steerer, neg, strength["angle"])}
+    if "angle" in strength:
+        return {"T": time_at_angle(steerer, neg, strength["angle"])}
     if "level" not in strength: return strength
     level = steerer.barrier.value(pos).quantile(strength["level"])
-    return {"until": level.item(), **{unit: way for unit, way in strength.items() if unit != "level"}}
+    return {"until": level.item(), **{
+        unit: way for unit, way in strength.items() if unit != "level"}}
 
 # %% ../nbs/17_runs.ipynb #926a73b8
 def strength_at(

@@ -27,14 +27,17 @@ class Site:
     "A place in a model, and what can be read there"
     layer: int  # block
     reading: str  # where in the answers, one of READINGS
-    auc: float  # held-out: chance that a wanted text scores above an unwanted one
+    auc: float  # held-out: chance that a wanted text scores above an
+                # unwanted one
     log_loss: float  # held-out, nats; .693 is a coin
     C: float  # inverse penalty of the barrier with the least log-loss
     norm: float  # median
     spread: float  # median distance to the mean
     largest: float  # share of the squared norm in the largest coordinate
-    published: float = None  # held-out log-loss with the published penalty, C = 1
-    calibrated: float = None  # the same after a slope and an intercept from other folds
+    published: float = None  # held-out log-loss with the published penalty,
+                             # C = 1
+    calibrated: float = None  # the same after a slope and an intercept from
+                              # other folds
 
 # %% ../nbs/09_sites.ipynb #b46695ff
 def _rescaled_loss(h_pos, h_neg, groups, folds, seed) -> float:
@@ -78,11 +81,16 @@ def deal_labels(
     groups,  # ids of the texts, (N,)
     seed: int = 0,
 ) -> np.ndarray:  # (N,)
-    "Labels dealt out again within each group that has both kinds, and among all texts of the other groups"
-    y, groups, rng = np.asarray(y), np.unique(groups, return_inverse=True)[1], np.random.default_rng(seed)
+    """Labels dealt out again within each group that has both kinds
+
+    And among all texts of the other groups."""
+    y, groups, rng = (np.asarray(y),
+                      np.unique(groups, return_inverse=True)[1],
+                      np.random.default_rng(seed))
     mixed = np.isin(groups, np.intersect1d(groups[y == 1], groups[y == 0]))
     block, dealt = np.where(mixed, groups, -1), np.empty_like(y)
-    dealt[np.lexsort((np.arange(len(y)), block))] = y[np.lexsort((rng.random(len(y)), block))]
+    dealt[np.lexsort((np.arange(len(y)), block))] = (
+        y[np.lexsort((rng.random(len(y)), block))])
     return dealt
 
 # %% ../nbs/09_sites.ipynb #b8d4742f

@@ -208,7 +208,8 @@ def activations(
     "Random activations of two classes."
     g = torch.Generator().manual_seed(seed)
     side = torch.randn(d, generator=g)
-    return tuple((torch.randn(n, d, generator=g) + s * side + 1).to(device) for s in (.3, -.3))
+    return tuple((torch.randn(n, d, generator=g) + s * side + 1).to(device)
+                 for s in (.3, -.3))
 
 # %% ../nbs/23_speed.ipynb #1861d46a
 ROUTES = "auto", "spectral", "dense", "fft"  # of ODESteer: exact
@@ -263,13 +264,15 @@ def _times(seconds, compared: Ratio) -> dict:
 
 # %% ../nbs/23_speed.ipynb #dd91c90d
 def results() -> dict:
-    "What `odesteer speed` measured for the tables of this page: part -> rows, and `machine`."
+    """What `odesteer speed` measured for the tables of this page.
+
+    Part -> rows, and `machine`."""
     asset = resources.files("odesteer")/"assets"/"speed.json"
     return json.loads(asset.read_text(encoding="utf-8"))
 
 def pick(
     part: str,  # one of PARTS
-    found: dict = None,  # what `measure` returned; default: the committed results
+    found: dict = None,  # what `measure` returned; default: committed results
     **where,  # values that a row must have
 ) -> list:  # of rows; empty where the part was not measured
     "Rows of a part with the given values."
@@ -284,12 +287,18 @@ def plain_collect(
     layer: int,  # 0-based decoder block
     batch_size: int = 32,  # texts
 ) -> Tensor:  # (len(texts), d), float32, on the CPU
-    "The last token's hidden state, with `output_hidden_states=True`, in batches as the texts come."
+    """The last token's hidden state, with `output_hidden_states=True`.
+
+    In batches as the texts come."""
     states, device = [], device_of(model.get_input_embeddings())
     for i in range(0, len(texts), batch_size):
-        batch = padded(encode(tokenizer, texts[i:i + batch_size]), pad_id(tokenizer), "right", device)
-        with torch.no_grad(): hidden = model(**batch, output_hidden_states=True).hidden_states[layer + 1]
-        states.append(hidden[torch.arange(len(hidden)), batch["attention_mask"].sum(1) - 1].float().cpu())
+        batch = padded(encode(tokenizer, texts[i:i + batch_size]),
+                       pad_id(tokenizer), "right", device)
+        with torch.no_grad():
+            hidden = model(**batch, output_hidden_states=True).hidden_states[
+                layer + 1]
+        states.append(hidden[torch.arange(len(hidden)), batch[
+            "attention_mask"].sum(1) - 1].float().cpu())
     return torch.cat(states)
 
 # %% ../nbs/23_speed.ipynb #a2644766
@@ -494,11 +503,15 @@ def measure_import(
     rounds: int = 5,  # of `trials`
 ) -> list:  # four rows
     "Seconds to start Python and import, each time in a fresh process."
-    code = {"python": "pass", "import odesteer": "import odesteer", "import torch": "import torch",
+    code = {"python": "pass", "import odesteer": "import odesteer",
+            "import torch": "import torch",
             "first steerer": "import odesteer; odesteer.ODESteer()"}
-    def run(line): return subprocess.run([sys.executable, "-c", line], check=True)
-    seconds = trials({name: lambda line=line: run(line) for name, line in code.items()}, rounds, least=0.)
-    return [dict(what=name, **_times(s, ratio(s, seconds["import torch"]))) for name, s in seconds.items()]
+    def run(line):
+        return subprocess.run([sys.executable, "-c", line], check=True)
+    seconds = trials({name: lambda line=line: run(line)
+                      for name, line in code.items()}, rounds, least=0.)
+    return [dict(what=name, **_times(s, ratio(s, seconds["import torch"])))
+            for name, s in seconds.items()]
 
 # %% ../nbs/23_speed.ipynb #8570f801
 def describe_machine(

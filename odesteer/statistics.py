@@ -27,8 +27,10 @@ class Estimate:
     level: float = .95
 
     def __str__(self):
-        of = f"n={self.n}" if self.groups == self.n else f"n={self.n} in {self.groups} groups"
-        return f"{self.value:.3f} [{self.lo:.3f}, {self.hi:.3f}] ({self.level:.0%}, {of})"
+        of = (f"n={self.n}" if self.groups == self.n
+              else f"n={self.n} in {self.groups} groups")
+        return (f"{self.value:.3f} [{self.lo:.3f}, {self.hi:.3f}] "
+                f"({self.level:.0%}, {of})")
     __repr__ = __str__
 
 # %% ../nbs/11_statistics.ipynb #743af713
@@ -40,11 +42,13 @@ def wilson_interval(
     "Wilson's score interval for the rate of something that happens or not"
     from scipy.special import ndtri
     if not 0 <= successes <= n or n < 1:
-        raise ValueError(f"{successes} successes in {n} tries: give 0 <= successes <= n and n >= 1")
+        raise ValueError(f"{successes} successes in {n} tries: "
+                         "give 0 <= successes <= n and n >= 1")
     z, p = ndtri(.5 + level/2), successes / n
     middle = (p + z*z/(2*n)) / (1 + z*z/n)
     half = z * math.sqrt(p*(1 - p)/n + z*z/(4*n*n)) / (1 + z*z/n)
-    return Estimate(p, max(0., middle - half), min(1., middle + half), n, n, level)
+    return Estimate(p, max(0., middle - half), min(1., middle + half),
+                    n, n, level)
 
 # %% ../nbs/11_statistics.ipynb #91965a8d
 def group_sums(
@@ -125,11 +129,13 @@ def paired_difference(
     after,  # metric of each steered output, (N,), row i about the same prompt
     groups=None,  # fact or question of each item, (N,)
     **kw,  # level, method, resamples, seed of `bootstrap_interval`
-) -> Estimate:  # of the mean of after - before; items undefined (nan) in either arm are left out of n
-    "Mean change from `before` to `after`, item by item, with its interval"
+) -> Estimate:  # of the mean of after - before; items undefined (nan) in
+                # either arm are left out of n
+    "Mean change from `before` to `after` with its interval, item by item"
     before, after = np.asarray(before, float), np.asarray(after, float)
     if before.shape != after.shape:
-        raise ValueError(f"{before.shape} unsteered and {after.shape} steered items: pair them row by row")
+        raise ValueError(f"{before.shape} unsteered and {after.shape} steered "
+                         "items: pair them row by row")
     return bootstrap_interval(after - before, groups, **kw)
 
 # %% ../nbs/11_statistics.ipynb #fe467395
@@ -141,9 +147,11 @@ def share_worse(
 ) -> Estimate:
     "Share of the items that steering moved in the unwanted direction"
     if direction not in (1, -1):
-        raise ValueError(f"direction is {direction!r}; give +1 if more is better, -1 if less is")
+        raise ValueError(f"direction is {direction!r}; "
+                         "give +1 if more is better, -1 if less is")
     d = direction * (np.asarray(after, float) - np.asarray(before, float))
-    return bootstrap_interval(np.where(np.isnan(d), np.nan, d < 0), groups, **kw)
+    return bootstrap_interval(np.where(np.isnan(d), np.nan, d < 0),
+                              groups, **kw)
 
 # %% ../nbs/11_statistics.ipynb #9f7306eb
 def sign_flip_test(
@@ -168,12 +176,15 @@ def holm(
     p_values,  # (m,), or a dict name -> p
 ):  # the same kind, adjusted: compare with .05 as if it were one test
     "Holm's adjustment of p-values for several comparisons"
-    if isinstance(p_values, dict): return dict(zip(p_values, holm(list(p_values.values())).tolist()))
+    if isinstance(p_values, dict):
+        return dict(zip(p_values, holm(list(p_values.values())).tolist()))
     p = np.asarray(p_values, float)
     if p.ndim != 1 or not ((0 <= p) & (p <= 1)).all():
-        raise ValueError(f"p-values must be numbers in [0, 1], one per comparison; got {p_values!r}")
+        raise ValueError("p-values must be numbers in [0, 1], one per "
+                         f"comparison; got {p_values!r}")
     order, adjusted = p.argsort(), np.empty(len(p))
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    adjusted[order] = np.minimum(
+        1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return adjusted
 
 # %% ../nbs/11_statistics.ipynb #c27ae532
@@ -211,11 +222,13 @@ def _group_draws(sizes, resamples, seed):
 # %% ../nbs/11_statistics.ipynb #b7d1fd13
 def product_of_means(a, b, groups=None, **kw) -> Estimate:
     "Mean of `a` times mean of `b`, as in the published True x Info"
-    return bootstrap_statistic(lambda a, b: a.mean() * b.mean(), a, b, groups=groups, **kw)
+    return bootstrap_statistic(lambda a, b: a.mean() * b.mean(), a, b,
+                               groups=groups, **kw)
 
 def quantile_interval(x, q: float = .9, groups=None, **kw) -> Estimate:
     "A quantile of the items, P90 by default, with its interval"
-    return bootstrap_statistic(lambda x: np.quantile(x, q), x, groups=groups, **kw)
+    return bootstrap_statistic(lambda x: np.quantile(x, q), x,
+                               groups=groups, **kw)
 
 # %% ../nbs/11_statistics.ipynb #f4dde23a
 def per_item(
@@ -249,13 +262,15 @@ def toxicity_metrics(
 
 # %% ../nbs/11_statistics.ipynb #0cd6f2e9
 def win_rate(
-    before, after,  # reward of each unsteered and each steered output, (N,), row i about the same prompt
+    before, after,  # reward of each unsteered and each steered output, (N,),
+                    # row i about the same prompt
     groups=None,  # of each item
     **kw,  # of `bootstrap_interval`
 ) -> Estimate:
     "Share of items that `after` wins; a tie counts one half"
     d = np.asarray(after, float) - np.asarray(before, float)
-    return bootstrap_interval(np.where(np.isnan(d), np.nan, (np.sign(d) + 1) / 2), groups, **kw)
+    return bootstrap_interval(
+        np.where(np.isnan(d), np.nan, (np.sign(d) + 1) / 2), groups, **kw)
 
 # %% ../nbs/11_statistics.ipynb #c961bf8e
 @dataclass

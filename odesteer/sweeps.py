@@ -156,7 +156,8 @@ class Trial(NamedTuple):
 @dataclass
 class Choice:
     "What a sweep chose on validation"
-    layer: int  # None: all blocks (a controller), or no strength was safe in any layer
+    layer: int  # None: all blocks (a controller), or no strength was safe in
+                # any layer
     strength: dict  # one unit and its value; None: no strength was safe
     why: str
     trials: list  # of `Trial`, in the order tried
@@ -456,16 +457,21 @@ ABLATIONS = {
 _jacobians = {"A-LQR": {}, "A-LQR, A = I": {"jacobian": "identity"}}
 _setpoints = {s: {"setpoint": s} for s in ("uncentred", "centred")}
 _gains = {f"q/r = {q:g}": {"q": q, "qf": q} for q in (.1, 1., 10.)}
-_across = "effort", "best"  # where methods on one block and on all blocks can meet
+# where methods on one block and on all blocks can meet
+_across = "effort", "best"
 ABLATIONS |= {
     "closed loop": Study("does it pay to close the loop?", _across, [
         Variant("one block (CAA)", "caa"), Variant("one block (ODESteer)"),
-        Variant("every block, open loop (PID-AcT)", "pid-act"), Variant("P (ActAdd-LFS)", "actadd-lfs"),
-        Variant("PID (S-PID)", "spid"), Variant("A-LQR", "alqr"), Variant("A-LQR lite", "alqr-feature"),
+        Variant("every block, open loop (PID-AcT)", "pid-act"),
+        Variant("P (ActAdd-LFS)", "actadd-lfs"), Variant("PID (S-PID)", "spid"),
+        Variant("A-LQR", "alqr"), Variant("A-LQR lite", "alqr-feature"),
         Variant("barrier-driven", "barrier-lqr")], own=True),
-    "Jacobian": Study("is the Jacobian needed?", _across, _vary(_jacobians, "alqr")),
-    "set-point": Study("where does the set-point begin?", _across, _vary(_setpoints, "alqr")),
-    "gains": Study("how dear is a correction?", _across, _vary(_gains, "alqr"), coarse=True),
+    "Jacobian": Study("is the Jacobian needed?", _across,
+                      _vary(_jacobians, "alqr")),
+    "set-point": Study("where does the set-point begin?", _across,
+                       _vary(_setpoints, "alqr")),
+    "gains": Study("how dear is a correction?", _across,
+                   _vary(_gains, "alqr"), coarse=True),
 }
 
 # %% ../nbs/18_sweeps.ipynb #80526af4

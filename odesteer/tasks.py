@@ -133,12 +133,15 @@ def halves(
     seed: int = 42,
 ) -> tuple:  # row numbers of (train, test)
     "The split that `train_test_split` of the datasets library makes"
-    order, n_test = np.random.default_rng(seed).permutation(n), math.ceil(test_size * n)
+    order, n_test = (np.random.default_rng(seed).permutation(n),
+                     math.ceil(test_size * n))
     return order[n_test:].tolist(), order[:n_test].tolist()
 
 def _draw(items: list, n: int, seed: int) -> list:
     "n of a list, drawn at random; all, in their order, where n is None"
-    return items if n is None else [items[i] for i in np.random.default_rng(seed).permutation(len(items))[:n]]
+    return items if n is None else [
+        items[i]
+        for i in np.random.default_rng(seed).permutation(len(items))[:n]]
 
 # %% ../nbs/16_tasks.ipynb #72c1d812
 def make_fold(
@@ -510,16 +513,21 @@ def _last_message(reply) -> str:
 
 # %% ../nbs/16_tasks.ipynb #09611000
 def _preference_draws(train, test, n_train, n_val, n_test, seed) -> tuple:
-    "The published draws, from one generator: rows (request, better, worse) to fit on, validation and test requests"
+    """The published draws, from one generator
+
+    Rows (request, better, worse) to fit on, validation and test requests."""
     rng, first = np.random.default_rng(seed), {}
     for r in train: first.setdefault(r[0], r)  # one row per request
     train = list(first.values())
     if len(train) < n_train + n_val or len(test) < n_test:
-        raise ValueError(f"{len(train)} training and {len(test)} test rows, but {n_train} + {n_val} and {n_test} "
-                         "are to be drawn: give smaller n_train=, n_val=, n_test=")
-    drawn = [train[i] for i in rng.choice(len(train), n_train + n_val, replace=False)]
+        raise ValueError(f"{len(train)} training and {len(test)} test rows, "
+                         f"but {n_train} + {n_val} and {n_test} are to be "
+                         "drawn: give smaller n_train=, n_val=, n_test=")
+    drawn = [train[i]
+             for i in rng.choice(len(train), n_train + n_val, replace=False)]
     tested = [test[i][0] for i in rng.choice(len(test), n_test, replace=False)]
-    return drawn[:n_train], [r[0] for r in drawn[n_train:]], list(dict.fromkeys(tested))
+    return (drawn[:n_train], [r[0] for r in drawn[n_train:]],
+            list(dict.fromkeys(tested)))
 
 # %% ../nbs/16_tasks.ipynb #45223f1c
 @register_task("ultrafeedback", files=("path", "test"), judge="reward",
@@ -560,8 +568,10 @@ def binned_draw(
     "A sample that is even over the score"
     scores, rng = np.asarray(scores, float), np.random.default_rng(seed)
     edges = np.linspace(scores.min(), scores.max(), bins + 1)
-    where = np.clip(np.searchsorted(edges, scores, "right") - 1, 0, bins - 1)  # the last bin is closed
-    return np.concatenate([rng.permutation(np.flatnonzero(where == b))[:per_bin] for b in range(bins)])
+    # the last bin is closed
+    where = np.clip(np.searchsorted(edges, scores, "right") - 1, 0, bins - 1)
+    return np.concatenate([rng.permutation(np.flatnonzero(where == b))[:per_bin]
+                           for b in range(bins)])
 
 # %% ../nbs/16_tasks.ipynb #221739da
 def scored_comments(
@@ -944,27 +954,35 @@ class Question:
     id: str  # the topic: questions about one topic stay in one part of a fold
 
 def style_questions() -> list:  # of `Question`
-    "Everyday questions, three for each topic, kinds in turn, so that the first ones are as varied as all of them"
+    """Everyday questions, three for each topic
+
+    Kinds take turns, so that the first ones are as varied as all of them."""
     kinds = [(asked, topics.split("; ")) for asked, topics in EVERYDAY.values()]
     rounds = zip(*(topics for _, topics in kinds))
     return [Question(q.format(topic), topic)
-            for topics in rounds for (asked, _), topic in zip(kinds, topics) for q in asked]
+            for topics in rounds
+            for (asked, _), topic in zip(kinds, topics) for q in asked]
 
 # %% ../nbs/16_tasks.ipynb #40b1627c
 @dataclass(frozen=True)
 class Style:
     "How texts in a style are made"
     system: str  # message that asks for it
-    rewrite: callable = None  # plain answer -> wanted one, for a style that asking does not give
+    rewrite: callable = None  # plain answer -> wanted one, for a style that
+                              # asking does not give
 
 def exclaimed(text: str) -> str:
     "A text whose sentences end in exclamation marks"
     return re.sub(r"(?<!\d)\.(?=\s|$)", "!", text)
 
 #: Styles that `style_rows` knows; each has its mark in MARKS
-STYLES = {"capitals": Style("Answer in capital letters only.", str.upper), "french": Style("Answer in French."),
-          "personal": Style("Answer as a personal story about yourself, in the first person."),
-          "excited": Style("Answer with great excitement, and end every sentence with an exclamation mark.", exclaimed)}
+STYLES = {
+    "capitals": Style("Answer in capital letters only.", str.upper),
+    "french": Style("Answer in French."),
+    "personal": Style("Answer as a personal story about yourself, "
+                      "in the first person."),
+    "excited": Style("Answer with great excitement, and end every sentence "
+                     "with an exclamation mark.", exclaimed)}
 
 # %% ../nbs/16_tasks.ipynb #50b75242
 def style_rows(

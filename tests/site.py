@@ -8,6 +8,8 @@ import inspect
 import re
 import sys
 import textwrap
+from dataclasses import is_dataclass
+from itertools import takewhile
 
 import yaml
 from fastcore.docments import docments
@@ -27,8 +29,10 @@ def code_of(sym):
 
 
 def comments(sym) -> dict:
-    "Name -> comment at the end of the line that names the parameter (several names of one line share it); the function's own name -> that of what it returns"
-    try: source = textwrap.dedent(inspect.getsource(code_of(sym)))
+    """Name -> comment at the end of the line that names the parameter (several names of one line share it); `return` -> that of what it returns
+
+    A comment goes on in the lines below that are nothing else."""
+    try: source = textwrap.dedent(inspect.getsource(sym if is_dataclass(sym) else code_of(sym)))
     except (OSError, TypeError): return {}
     tree, lines = ast.parse(source).body[0], source.split("\n")
     if isinstance(tree, ast.ClassDef): named = {n.target.id: n.lineno for n in tree.body if isinstance(n, ast.AnnAssign)}
@@ -39,8 +43,10 @@ def comments(sym) -> dict:
         named = {arg.arg: arg.lineno for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if arg}
         end = tree.returns.end_lineno if tree.returns else tree.body[0].lineno - 1
         if lines[end - 1].lstrip().startswith(")"): named["return"] = end
-    found = {name: re.search(r"\s# (.+)$", lines[line - 1]) for name, line in named.items()}
-    return {name: comment[1] for name, comment in found.items() if comment}
+    def said(line):
+        first, rest = re.search(r"\s# (.+)$", lines[line - 1]), takewhile(lambda below: below.lstrip().startswith("# "), lines[line:])
+        return first and " ".join([first[1], *(below.strip()[2:] for below in rest)])
+    return {name: what for name, line in named.items() if (what := said(line))}
 
 
 def parameters(sym) -> dict:
@@ -169,11 +175,11 @@ def methods(cls) -> dict:
 
 
 def constant(name) -> str:
-    "The `#:` comment above a constant, or the one behind it"
+    "The lines of `#:` comments above a constant, or the comment behind it"
     import odesteer as ods
     source = inspect.getsource(importlib.import_module(f"odesteer.{ods._HOME[name]}"))
-    found = re.search(rf"^#: (.+)\n{name}\b|^{name} = .*?  # (.+)$", source, flags=re.M)
-    return (found[1] or found[2]) if found else ""
+    found = re.search(rf"((?:^#: .+\n)+){name}\b|^{name} = .*?  # (.+)$", source, flags=re.M)
+    return " ".join(re.sub("^#: ", "", found[1] or found[2], flags=re.M).split()) if found else ""
 
 
 # The sidebar

@@ -81,7 +81,10 @@ def test_page_has_the_common_form(nb):
     for part in ("You will learn", "You need", "Running time", "## Recap", "## Exercises"): assert part in text, f"{part!r} is missing"
 
 
-LONG_CELLS = {"40e516c6": "fit_network: a loop that is read as one, below thirteen documented parameters",
+LONG_CELLS = {"84290efa": "ODESteer: a table of its parameters, and hardly a line of code",
+              "40f1e319": "climb: a loop that is read as one, below seven documented parameters",
+              "fb85357f": "ALQR: a table of its parameters, and two lines of control",
+              "40e516c6": "fit_network: a loop that is read as one, below thirteen documented parameters",
               "c518f22e": "BenchOptions: a table, one option a line"}  # by the id of the cell
 
 

@@ -83,7 +83,8 @@ def test_everything_exported_has_a_docstring(module):
 def test_an_entry_says_what_the_code_says():
     def given(
         a, b,  # two numbers, as of `max`
-        *more,  # others
+        *more,  # others,
+        # as many as there are
         sign: str = "+",  # or "-"
         **rest,
     ) -> float:  # their sum | or difference
@@ -91,7 +92,7 @@ def test_an_entry_says_what_the_code_says():
     assert made.body(given, "given") == "\n".join([
         "```python", "given(a, b, *more, sign='+')", "```", "", "Add or subtract.", "",
         "| parameter | type | what it is |", "| --- | --- | --- |", "| `a` |  | two numbers, as of `max` |", "| `b` |  | two numbers, as of `max` |",
-        "| `*more` |  | others |", '| `sign` | `str` | or "-" |', r"| returns |  | their sum \| or difference |"])
+        "| `*more` |  | others, as many as there are |", '| `sign` | `str` | or "-" |', r"| returns |  | their sum \| or difference |"])
 
 
 def test_figures_keep_their_alternative_text(processed):
