@@ -21,7 +21,7 @@ def processed(tmp_path_factory) -> dict:
     "Page -> its cells as Quarto gets them; nbdev runs export, import and show_doc cells again on the way, but here no opening pictures"
     folder = tmp_path_factory.mktemp("site")
     run(sys.executable, "-W", "ignore", "-c", """
-import sys
+import os, sys
 from pathlib import Path
 from execnb.nbio import read_nb, write_nb
 from nbdev.processors import FilterDefaults
@@ -31,7 +31,8 @@ for nb in sorted(Path("nbs").resolve().rglob("*.ipynb")):
         if "#| fig-alt: " in cell.source: cell.source = "#| eval: false\\n" + cell.source
     page = FilterDefaults().nb_proc(read)
     page.process()
-    write_nb(page.nb, Path(sys.argv[1])/nb.name)""", folder, cwd=copy_of_sources(folder/"odesteer"))
+    write_nb(page.nb, Path(sys.argv[1])/nb.name)
+os._exit(0)  # dozens of shells would tidy up for as long again""", folder, cwd=copy_of_sources(folder/"odesteer"))
     def cells(file): return [dict(c, source="".join(c["source"])) for c in json.loads(file.read_text(encoding="utf-8"))["cells"]]
     return {nb: cells(folder/nb.name) for nb in NOTEBOOKS}
 
