@@ -56,6 +56,8 @@ _METHODS = {
     "random": ("baselines", "RandomDirection", "placebo"),
     "shuffled": ("baselines", "ShuffledLabels", "placebo"),
     "vector": ("compose", "SteeringVector", "made"),
+    "ablation": ("compose", "Ablation", "made"),
+    "gate": ("compose", "Gate", "made"),
 }
 REGISTRY = {name: (cls, kind) for name, (_, cls, kind) in _METHODS.items()}
 
