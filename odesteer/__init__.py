@@ -30,7 +30,7 @@ _MODULES = {
     "explorer": "explore",
     "costs": "",
     "plans": "",
-    "compose": "as_vectors",
+    "compose": "as_vectors strength_for_kl",
     "cli": "",
     "plots": "",
 }
