@@ -30,6 +30,7 @@ _MODULES = {
     "explorer": "explore",
     "costs": "",
     "plans": "",
+    "compose": "as_vectors strength_for_kl",
     "cli": "",
     "plots": "",
 }
@@ -54,6 +55,9 @@ _METHODS = {
     "barrier-lqr": ("control", "BarrierLQR", "controller"),
     "random": ("baselines", "RandomDirection", "placebo"),
     "shuffled": ("baselines", "ShuffledLabels", "placebo"),
+    "vector": ("compose", "SteeringVector", "made"),
+    "ablation": ("compose", "Ablation", "made"),
+    "gate": ("compose", "Gate", "made"),
 }
 REGISTRY = {name: (cls, kind) for name, (_, cls, kind) in _METHODS.items()}
 
