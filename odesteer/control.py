@@ -85,6 +85,7 @@ class FeatureController(Controller):
     def _alpha(self, t, x, value):
         "Set-points minus features: (n,), or (n, m) for m of them"
         V, mu, offset = self.V_[t], self.mu_[t], self.offset_[t]
+        value = value.to(mu.dtype)
         if V.ndim == 1:
             return torch.addmv(offset + value*mu, x, V, alpha=-1)
         return torch.addmm(offset + value[..., None]*mu, x, V.T, alpha=-1)
@@ -285,14 +286,16 @@ def edits(self: Controller,
                          "is it the same model?")
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     def here(block): return self._on(torch.empty(0, device=device_of(block), dtype=dtype))
-    return {t: Edit(partial(here(stack[t])._act, t, state)) for t in self._blocks()}
+    return {t: Edit(here(stack[t])._acting(t, state)) for t in self._blocks()}
 
 @patch
-def _act(self: Controller, t, state, x, y, value):
-    "One block: the correction, computed in float32 or better, added to the output"
-    wide = y if y.dtype == torch.float64 else y.float()
-    u = self._on(wide)._control(t, x.to(wide.dtype), wide, value, state)
-    return (wide - (0 - u)).to(y.dtype)  # wide + u, but -0. + 0. would be 0.
+def _acting(self: Controller, t, state):
+    "What is done to the output of block t: the correction, computed in float32 or better, is added"
+    def act(x, y, value):
+        wide = y if y.dtype == torch.float64 else y.float()
+        u = self._on(wide)._control(t, x.to(wide.dtype), wide, value, state)
+        return (wide - (0 - u)).to(y.dtype)  # wide + u, but -0. + 0. would be 0.
+    return act
 
 # %% ../nbs/15_control.ipynb #8d0f5a21
 @patch
@@ -322,6 +325,31 @@ def _try(self: Controller):
     "Does every block have what it needs?"
     x, state = torch.ones(1, self.width), {}
     for t in self._blocks(): self._control(t, x, x, torch.ones(()), state)
+
+# %% ../nbs/15_control.ipynb #a121c710
+@patch
+def _acting(self: ALQR, t, state):
+    "For one set-point, with all looked up before the first token: a product with the feature, one with the correction"
+    V, W, mu, offset, general = self.V_[t], self.W_[t], self.mu_[t], self.offset_[t], Controller._acting(self, t, state)
+    if V.ndim > 1: return general
+    none, place, type_ = torch.zeros_like(mu), V.device, V.dtype
+    def act(x, y, value):
+        if y.dtype is not type_ or x.dtype is not type_ or y.device != place: return general(x, y, value)
+        goal = offset + value.to(type_)*mu if value.ndim else self._goals(value, state)[t]
+        alpha = torch.addmv(goal, x, V, alpha=-1)
+        return y - torch.addr(none, alpha, W, alpha=-1)  # not y + alpha W, where -0. + 0. would be 0.
+    return act
+
+@patch
+def _goals(self: FeatureController, value, state):
+    "The set-points of all blocks for one strength, made again when it changes"
+    plain = torch.compiler.is_compiling() or value.requires_grad or value.is_inference()
+    if plain: return self.offset_ + value*self.mu_
+    known = state.get(value.device)
+    if known is None or known[0] is not value or known[1] != value._version:
+        goals = (self.offset_ + value*self.mu_).unbind()
+        known = state[value.device] = value, value._version, goals
+    return known[2]
 
 # %% ../nbs/15_control.ipynb #bf0f153a
 @patch
