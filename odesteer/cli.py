@@ -463,8 +463,8 @@ def _strength_for(o, steerer) -> dict:
     "The strength that was given, in a unit that the steerer knows, or its default"
     strength = _strength_of(o) or steerer.default_strength
     if set(strength) <= set(steerer.strength_units): return strength
+    if steerer.needs_layer and {"spread", "share"} & set(strength): steerer.resolve(strength)  # says why it knows none
     _refuse_set_point(steerer, steerer.card["method"], "give --T")
-    if "spread" in strength: steerer.resolve(strength)  # says why it knows no spread
     raise ValueError(f"{type(steerer).__name__} has no barrier to stop at: give --spread or --T")
 
 def _refuse_set_point(steerer, method, advice):
@@ -508,6 +508,7 @@ def _layer_for(o, steerer, name, revision):
     "The layer that was given, or the one the steerer was fitted at; None: all blocks"
     if o.layer is None and not steerer.needs_layer: return None
     layer = steerer.about.get("layer") if o.layer is None else o.layer
+    if layer is None: raise ValueError(f"the card of {o.steerer} names no block: give --layer")
     return check_layer(layer, count_layers(name, revision), steerer.card["method"])
 
 def _check_folder_of(path):

@@ -218,7 +218,7 @@ def _must_add(part):
         raise TypeError(
             f"the field of {type(part).__name__} depends on the activation, so it is no vector to add or scale: steer "
             "with one after the other, {layer: [a, b]}; climb several barriers at once, ODESteer(barrier=AllOf(...)); "
-            "scale its strength, negative for the opposite; or take it at one place, as_vectors(steerer, at=activations)")
+            "scale its strength, negative for the opposite; or take it at one place, as_vectors(a, at=activations)")
 
 def _common(parts, one_block=True) -> dict:
     "What the cards agree on; a ValueError where they are of other spaces."
