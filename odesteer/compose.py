@@ -137,7 +137,7 @@ def _constant_or_none(steerer):
 
 # %% ../nbs/27_compose.ipynb #c2700017
 def as_vectors(
-    obj,  # fitted steerer, {layer: steerer}, or a controller that adds constant vectors (PID-AcT)
+    obj,  # fitted steerer, {layer: one or a list}, or a controller that adds constant vectors (PID-AcT)
     layer: int = None,  # 0-based block of a steerer; default: the one on its card
     at=None,  # activations, (d,) or (n, d), or {layer: activations}: for fields that depend on the state
 ) -> dict:  # {layer: SteeringVector}
@@ -158,7 +158,8 @@ def as_vectors(
     return {_block(layer): _vector_of(obj, layer, at)}
 
 def _vector_of(part, layer, at):
-    "One steerer as one vector"
+    "What acts on one block as one vector"
+    if isinstance(part, (list, tuple)) and part: return sum(_vector_of(one, layer, at) for one in part)
     v = _constant_or_none(_one_block(part))
     if v is not None or at is None: return SteeringVector(part, layer=layer)
     return SteeringVector(_mean_field(part, at[layer] if isinstance(at, dict) else at), part, layer)
@@ -314,9 +315,9 @@ class Gate(Steerer):
         super().__init__(steerer=_part_of_gate(steerer), when=_part_of_gate(when, Barrier), threshold=threshold)
         self.unit, self.strengths, self.width = self.steerer.unit, self.steerer.strengths, self.steerer.width
         if isinstance(steerer, dict): return  # of a card: tensors follow
-        self.about |= self.steerer.about
         self._refer()
         if not isinstance(when, Barrier): _barrier_of(self.when)
+        self.about |= _one_site(self.steerer.about, getattr(self.when, "about", {}))
         if getattr(self.when, "width", self.width) != self.width:
             raise ValueError(f"the steerer has width {self.width}, the barrier {self.when.width}: of one block?")
 
@@ -347,6 +348,16 @@ def _part_of_gate(part, *also):
                         f"got {type(part).__name__}")
     if isinstance(part, Steerer): part._must_be_fitted()
     return copy.deepcopy(part)
+
+def _one_site(steerer, barrier) -> dict:
+    "The steerer's card, and the barrier's where that says less; a ValueError where they are of two places."
+    for k in ("model", "layer"):
+        here, there = steerer.get(k), barrier.get(k)
+        if None not in (here, there) and here != there:
+            raise ValueError(f"the steerer was fitted on {k} {here!r}, the barrier on {there!r}, but a gate is asked at "
+                             "the block that it steers: fit both there")
+    known = {k: barrier[k] for k in ("model", "revision", "layer") if barrier.get(k) is not None}
+    return known | {k: v for k, v in steerer.items() if v is not None or k not in known}
 
 def _barrier_of(steerer) -> Barrier:
     "The barrier that a steerer climbs; of a vector, the projection on it."
@@ -588,7 +599,7 @@ def _largest_within(f, f0, budget, tol, start, most, rounds=20):
         if f_low >= (1 - tol) * budget: return low, f_low
         if high >= most:
             raise ValueError(f"even at {f.unit} {high:g} the divergence is only {f_high:.3g} nats a token: "
-                             f"ask for less than {budget:g}, or allow more than most={most:g}")
+                             f"ask for less than {budget:g} (the largest strength tried is {most:g})")
         high = min(2 * high, most)
     for _ in range(rounds):
         if f0 > budget or low and (f_low >= (1 - tol) * budget or high - low < 1e-3 * high): break

@@ -72,6 +72,9 @@ def test_a_field_that_depends_on_the_state_is_no_vector_without_a_place(made, na
 def test_vectors_of_many_blocks(made):
     found = as_vectors({0: made["caa"], 3: made["odesteer"]}, at={3: NEG})
     assert list(found) == [0, 3] and [v.about["layer"] for v in found.values()] == [0, 3]
+    both = as_vectors({2: [made["caa"], made["iti"]]})[2]
+    close(both.vector_field(NEG), made["caa"].vector_field(NEG) + made["iti"].vector_field(NEG))
+    with pytest.raises(TypeError, match="got list"): as_vectors({2: []})
     for bad, match in (({}, "at least one layer"), ({-1: made["caa"]}, "from 0 on; got -1"), ({True: made["caa"]}, "from 0 on")):
         with pytest.raises(ValueError, match=match): as_vectors(bad)
     with pytest.raises(ValueError, match="no layer= beside it"): as_vectors({0: made["caa"]}, layer=1)
@@ -302,7 +305,7 @@ def test_ablation_as_a_steerer(made, tmp_path):
     far = fit("caa")
     far.about.update(layer=1, model="me/this")
     assert Ablation(of=far).about == {"model": "me/this"} and Ablation(of=far, layer=3).about == {"model": "me/this", "layer": 3}  # a direction of one block, for all
-    for bad, error, match in ((made["odesteer"], ValueError, "depends on the activation"), ([], ValueError, "at least one"), (torch.zeros(D), ValueError, "zero"), ([torch.ones(3), torch.ones(4)], ValueError, "widths"), ("x", TypeError, "")):
+    for bad, error, match in ((made["odesteer"], ValueError, "depends on the activation"), ([], ValueError, "at least one"), (torch.zeros(D), ValueError, "zero"), ([torch.ones(3), torch.ones(4)], ValueError, "widths"), ("x", TypeError, "str")):
         with pytest.raises(error, match=match): Ablation(of=bad)
     with pytest.raises(ValueError, match="give T=, or fit it"): Ablation(of=torch.ones(D)).steer(NEG, spread=1.)
     with pytest.raises(RuntimeError, match="not fitted"): Ablation().steer(NEG, T=1.)
@@ -454,6 +457,30 @@ def test_what_makes_no_gate(made):
     assert torch.equal(other.steer(NEG, T=1.), before)
 
 
+def test_a_gate_belongs_to_one_place(made):
+    def at(name="caa", **about):
+        s = copy.deepcopy(made[name])
+        s.about.update(about)
+        return s
+    for k, one, other in (("layer", 1, 2), ("model", "a/b", "a/c")):
+        with pytest.raises(ValueError, match=f"steerer was fitted on {k} {one!r}, the barrier on {other!r}"): Gate(at(**{k: one}), at("iti", **{k: other}))
+    assert Gate(at(layer=1, note="x"), at("iti", layer=1, note="y")).about == {"layer": 1, "note": "x"}
+    assert Gate(at(), at("iti", layer=2, model="m", note="y")).about == {"layer": 2, "model": "m"} == Gate(at(layer=2), at("iti", model="m")).about
+
+
+@pytest.mark.parametrize("backend", ["eager"])
+def test_compiled_code_keeps_to_the_gate(made, llama, ends, backend):
+    gate = gate_for(ends, made["caa"])
+    plain = logits(llama)
+    with ods.steering(llama, [gate, made["iti"]], layer=1, T=3.) as h:
+        steered, n = logits(llama), h.applied
+        torch._dynamo.reset()
+        compiled = torch.compile(llama, backend=backend)
+        with torch.no_grad(): close(compiled(IDS, attention_mask=LEFT).logits, steered)
+        assert h.applied == 2 * n
+    assert torch.equal(logits(llama), plain)
+
+
 def test_bare_barriers_steer_but_are_not_saved(made, tmp_path):
     w = made["iti"].coef_
     for barrier in (LinearBarrier(w, -.5), ScoreBarrier(lambda a: a @ w.to(a), .5)):
@@ -562,7 +589,7 @@ def test_the_first_crossing_from_below_is_halved(f, found):
 def test_budgets_out_of_reach_and_other_mistakes(made, llama):
     caa, long = made["caa"], [" yes it is", " nobody at all", " x", " two"]
     def ask(obj=caa, prompts=PROMPTS, **kw): return strength_for_kl(llama, TOK, obj, prompts, **{**dict(layer=1, answers=long if len(prompts) == 4 else None), **kw})
-    for match, kw in {"ask for less than 1e\\+06, or allow more than most=2": dict(kl=1e6, most=2.), "kl must be a positive number; got 0": dict(kl=0), "got nan": dict(kl=math.nan), "got True": dict(kl=True), "tol must lie": dict(tol=1.), "start= must not be more": dict(start=2., most=1.),
+    for match, kw in {"ask for less than 1e\\+06 .the largest strength tried is 2": dict(kl=1e6, most=2.), "kl must be a positive number; got 0": dict(kl=0), "got nan": dict(kl=math.nan), "got True": dict(kl=True), "tol must lie": dict(tol=1.), "start= must not be more": dict(start=2., most=1.),
                       "at least one validation prompt": dict(prompts=[]), "4 prompts but 1 answers": dict(answers=["x"]), "every answer is empty": dict(answers=["", " ", "", ""]), "unit must be 'spread' or 'share' or 'T' here; got 'until'": dict(unit="until"),
                       "unit must be 'T' here; got 'spread'": dict(obj=SteeringVector(torch.ones(D)), unit="spread"), "already at T": dict(obj=SteeringVector(1e12 * torch.ones(D)), kl=1e-7)}.items():
         with pytest.raises(ValueError, match=match): ask(**kw)
