@@ -484,7 +484,7 @@ class RepE(Steerer):
 class Edit:
     "What to do to the output of one block; calling it calls `apply`."
     apply: Callable  # (block_in, block_out, value[, remembered]) -> new block_out; rows (n, d), dtype and shape kept
-    remember: Callable = None  # (batch, d), outputs at each row's last prompt token -> what is kept, (batch, ...)
+    remember: Callable = None  # (batch, d), outputs at the rows' last prompt tokens -> what is kept, (batch, ...) each
 
     def __call__(self, *args): return self.apply(*args)
 

@@ -468,6 +468,19 @@ def test_a_gate_belongs_to_one_place(made):
     assert Gate(at(), at("iti", layer=2, model="m", note="y")).about == {"layer": 2, "model": "m"} == Gate(at(layer=2), at("iti", model="m")).about
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_gate_follows_the_models_precision(made, dtype):
+    model, seen = tiny_model("llama").to(dtype), []
+    handle = ods.decoder_layers(model)[1].register_forward_hook(lambda m, a, out: seen.append(out))
+    plain = logits(model)
+    handle.remove()
+    for inner in ("caa", "odesteer", "truthflow"):
+        gate = gate_for(seen[0][:, -1].detach(), made[inner])
+        with ods.steering(model, gate, layer=1, T=5.): gated = logits(model)
+        with torch.inference_mode(), ods.steering(model, made[inner], layer=1, T=5.): steered = logits(model)
+        assert gated.dtype == dtype and torch.equal(gated[1], plain[1]) and torch.equal(gated[0], steered[0]) and not torch.equal(gated[0], plain[0])
+
+
 @pytest.mark.parametrize("backend", ["eager"])
 def test_compiled_code_keeps_to_the_gate(made, llama, ends, backend):
     gate = gate_for(ends, made["caa"])
