@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
-import io, json, math, os, time, uuid
+import io, json, math, os, socket, time, uuid
 import odesteer as ods
 from .euler import alone
 from .plans import BenchOptions, bench_plan, own_threads, run_here, threads
@@ -178,11 +178,18 @@ def _connect(address) -> tuple:
                          ) from None
     if ray.is_initialized(): return ray, False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that begins here reports to nobody
-    try: ray.init(address=None if address == "auto" else address, logging_level="WARNING")
-    except (ConnectionError, ValueError, RuntimeError) as e:
+    try:
+        if ":" in address: _knock(address)
+        ray.init(address=None if address == "auto" else address, logging_level="WARNING")
+    except (OSError, ValueError, RuntimeError) as e:
         raise ValueError(f"no Ray cluster answers at {address} ({str(e).splitlines()[0]}): begin one with ray start "
                          "--head, or write --ray without an address") from None
     return ray, True
+
+def _knock(address, seconds=10):
+    "An OSError where nobody listens: Ray itself would go on asking for many minutes"
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    socket.create_connection((host, int(port)), seconds).close()
 
 def _needs(ray, o: BenchOptions, make) -> dict:
     "What a task takes of its machine"
