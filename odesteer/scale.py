@@ -23,8 +23,8 @@ __all__ = ['RETRIES', 'plan_graph', 'Attempt', 'Attempted', 'read_attempts', 'do
 def plan_graph(
     plan: Plan,
 ) -> list:  # of (Step, numbers of the steps that must be done before)
-    "The steps of a plan, and what each has to wait for"
-    steps = plan_steps(plan)
+    "The steps of a plan, each behind those that it has to wait for"
+    steps = sorted(plan_steps(plan), key=lambda s: s.kind == "speed")
     def done(*kinds, of=None):
         return [i for i, s in enumerate(steps)
                 if s.kind in kinds and of in (None, s.unit)]
@@ -33,7 +33,7 @@ def plan_graph(
         if step.kind == "method": return done("unsteered", of=step.unit)
         if step.kind == "study":
             return done("unsteered", "method", of=step.unit)
-        # a stopwatch needs a machine to itself
+        # a stopwatch needs the machines to itself
         others = done("unsteered", "method", "study")
         return others + [j for j in done("speed") if j < i]
     return [(s, before(i, s)) for i, s in enumerate(steps)]
@@ -88,7 +88,8 @@ def _attempted(notes) -> Attempted:
     first, last = notes[0], notes[-1]
     unit, *rest = first["step"]
     begun = {n["begin"]: n["at"] for n in notes if "begin" in n}
-    ended = {n["run"]: n["at"] for n in notes if "run" in n and n["run"] in begun}
+    # whoever made a run may read it again later: the first time counts
+    ended = {n["run"]: n["at"] for n in reversed(notes) if n.get("run") in begun}
     runs = [(key, at, ended.get(key)) for key, at in begun.items()]
     return Attempted(first["worker"], Step(tuple(unit), *rest), first["at"], last["at"], last.get("end"), runs)
 

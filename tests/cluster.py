@@ -32,11 +32,12 @@ def two_raylets():
 
 
 def kill_in_a_run(cluster, node, out, killed, wait=600):
-    "Once the node is within a run that is not its first, kill its raylet and with it its workers"
+    "Once the node has been at a run of a method for a while, kill its raylet and with it its workers"
     end = time.time() + wait
     while time.time() < end:
         at_work = [a for a in read_attempts(out) if a.worker == node.node_id[:8] and a.end is None]
-        if at_work and at_work[-1].runs and at_work[-1].runs[-1][2] is None and len(at_work[-1].runs) > 1:
+        run = at_work[-1].runs[-1] if at_work and at_work[-1].step.kind == "method" and at_work[-1].runs else None
+        if run and run[2] is None and time.time() - run[1] > .5:
             cluster.remove_node(node, allow_graceful=False)
             killed.append((node.node_id[:8], time.time()))
             return

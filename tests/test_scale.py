@@ -31,7 +31,7 @@ def test_a_step_waits_for_what_it_reads():
     graph = plan_graph(Plan(UNITS, ["caa", "odesteer"], studies=["steps", "closed loop"], rounds=2))
     kinds = [s.kind for s, _ in graph]
     for i, (step, before) in enumerate(graph):
-        assert all(j < i or step.kind == "speed" for j in before) and i not in before
+        assert all(j < i for j in before)
         named = {(graph[j][0].unit, graph[j][0].kind) for j in before}
         if step.kind == "unsteered": assert named == set()
         if step.kind == "method": assert named == {(step.unit, "unsteered")}
@@ -94,6 +94,9 @@ def test_notes_that_were_cut_off_are_read_up_to_there(tmp_path):
     whole, = read_attempts(tmp_path)
     with open(attempt.path, "a") as f: f.write('{"at": 1, "ru')
     assert read_attempts(tmp_path) == [whole] and whole.end is None and whole.runs[0][::2] == ("k", None)
+    attempt.path.write_text("".join(json.dumps({"at": i} | what) + "\n" for i, what in enumerate([{"worker": "w", "step": [["u"], "method", "caa"]}, {"begin": "k"}, {"run": "k"}, {"run": "k"}, {"run": "read"}, {"end": "done"}])))
+    whole, = read_attempts(tmp_path)
+    assert whole.runs == [("k", 1, 2)] and (whole.begun, whole.last, whole.end) == (0, 5, "done"), "a run that is read again was made once"
     (attempt.path.parent/"empty.jsonl").write_text("")
     (attempt.path.parent/"torn.jsonl").write_text('{"at"')
     assert read_attempts(tmp_path) == [whole] and read_attempts(tmp_path/"nowhere") == []
