@@ -137,7 +137,7 @@ def check_store(
                          "all machines share, at the same path")
     if not _is_locked(path):
         raise ValueError(f"locks in {out} do not hold between processes, so that two workers could make the same run: "
-                         "give --out on a file system with locks (NFS has them from version 4 on)")
+                         "give --out on a file system with locks (NFS version 4 has them)")
 
 _LOCK = "ray.lock"
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from odesteer.plans import BenchOptions, run_bench
 from odesteer.scale import read_attempts, run_anywhere
 
+from .benches import contents
+
 ASSET = Path(__file__).parent.parent/"odesteer"/"assets"/"ray.json"
 
 
@@ -56,15 +58,25 @@ def disturbed(out):
     return killed[0]
 
 
+def compared(alone, shared):
+    "How much is the same to the letter in two folders; an AssertionError where something is not"
+    def choices(out): return {p.name: p.read_text(encoding="utf-8") for p in (out/"choices").glob("*.json")}
+    runs = contents(alone)
+    assert runs == contents(shared) and choices(alone) == choices(shared)
+    return dict(runs=len(runs), answers=sum(len(answers) for _, answers in runs.values()), choices=len(choices(alone)))
+
+
 def main():
     with tempfile.TemporaryDirectory() as folder:
-        name, when = disturbed(folder)
-        attempts = read_attempts(folder)
+        name, when = disturbed(Path(folder)/"shared")
+        attempts = read_attempts(Path(folder)/"shared")
+        run_bench(options(Path(folder)/"alone"))
+        same = compared(Path(folder)/"alone", Path(folder)/"shared")
     zero = attempts[0].begun
     def since(t): return None if t is None else round(t - zero, 2)
     rows = [dict(worker=a.worker, step=[*a.step.unit, a.step.kind, a.step.name], begun=since(a.begun), last=since(a.last), end=a.end,
                  runs=[[key, since(x), since(y)] for key, x, y in a.runs]) for a in attempts]
-    ASSET.write_text(json.dumps(dict(killed=dict(worker=name, at=since(when)), attempts=rows), indent=1) + "\n", encoding="utf-8")
+    ASSET.write_text(json.dumps(dict(killed=dict(worker=name, at=since(when)), same=same, attempts=rows), indent=1) + "\n", encoding="utf-8")
     print(f"{len(rows)} attempts in {ASSET}", file=sys.stderr)
 
 

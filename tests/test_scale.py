@@ -147,9 +147,8 @@ def test_a_killed_raylet_changes_nothing(tmp_path):
     alone, shared = tmp_path/"alone", tmp_path/"shared"
     run_bench(cluster.options(alone))
     name, when = cluster.disturbed(shared)
-    assert contents(alone) == contents(shared) and len(contents(alone)) > 8
-    def choices(out): return {p.name: p.read_text() for p in (out/"choices").glob("*.json")}
-    assert choices(alone) == choices(shared)
+    same = cluster.compared(alone, shared)
+    assert same["runs"] > 8 and same["choices"] == 6
     attempts = read_attempts(shared)
     begun = [(key, end) for a in attempts for key, _, end in a.runs]
     made = [key for key, end in begun if end is not None]
@@ -215,6 +214,8 @@ def test_weights_on_the_disk(lm, tmp_path):
 @pytest.mark.parametrize("arch", ["llama", pytest.param("qwen3_moe", marks=pytest.mark.skipif("ODESTEER_RANKS" not in os.environ, reason="set ODESTEER_RANKS=1 for more architectures")), pytest.param("gemma2", marks=pytest.mark.skipif("ODESTEER_RANKS" not in os.environ, reason="set ODESTEER_RANKS=1"))])
 def test_two_processes_share_a_model(arch, tmp_path):
     "A tensor-parallel plan of transformers gives what one process gives; what is split otherwise is refused"
+    plans = getattr(pytest.importorskip("transformers.distributed"), "DistributedConfig", None)
+    if "pp_size" not in getattr(plans, "__dataclass_fields__", {}): pytest.skip("an older transformers, which splits models in another way")
     tiny_model(arch).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(Path(__file__).with_name("ranks.py")), str(tmp_path), arch]
