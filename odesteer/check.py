@@ -431,7 +431,8 @@ class InspectModel:
         chat = [{"role": m.role, "content": m.text} for m in messages]
         if any(m["role"] == "tool" for m in chat): raise NotImplementedError("tools are not supported")
         if getattr(self.tokenizer, "chat_template", None): return chat
-        if [m["role"] for m in chat if m["role"] != "system"] == ["user"]: return "\n\n".join(m["content"] for m in chat)
+        asked = [m["role"] for m in chat if m["role"] != "system"]
+        if asked == ["user"]: return "\n\n".join(m["content"] for m in chat)
         raise ValueError("a conversation of several turns needs a chat template, and this tokenizer has none")
 
 def _named(name, revision, device, dtype) -> tuple:
@@ -483,8 +484,8 @@ def _inspect_class():
     import anyio
     from inspect_ai.model import GenerateConfig, ModelAPI, ModelOutput
     class OdesteerModel(ModelAPI):
-        def __init__(self, model_name, base_url=None, api_key=None, config=GenerateConfig(), **given):
-            super().__init__(model_name, base_url, api_key, [], config)
+        def __init__(self, model_name, base_url=None, api_key=None, config=None, **given):
+            super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
             self.inner, self.waiting, self.free = InspectModel(model_name, **given), [], anyio.Lock()
 
         async def generate(self, input, tools, tool_choice, config):

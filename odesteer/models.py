@@ -144,9 +144,9 @@ def refuse_split(
     kinds = {c.__name__ for m in model.modules() for c in type(m).__mro__}
     found = kinds & {"PipelineIdentityLayer", "FSDPModule", "FullyShardedDataParallel"}
     if found:
-        raise ValueError(f"this model is split over processes by blocks or by FSDP ({min(found)}), where a block cannot "
-                         "be read or steered from outside: split it by a tensor-parallel plan (tp_plan='auto'), or "
-                         "spread it over the devices of one process (device_map='auto')")
+        raise ValueError(f"this model is split over processes by blocks or by FSDP ({min(found)}), where a block "
+                         "cannot be read or steered from outside: split it by a tensor-parallel plan "
+                         "(tp_plan='auto'), or spread it over the devices of one process (device_map='auto')")
 
 # %% ../nbs/04_models.ipynb #bc3594ef
 def layer_index(

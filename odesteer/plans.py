@@ -137,11 +137,6 @@ def _part(value) -> tuple:
     if 1 <= i <= n: return i, n
     raise ValueError(f"--part {_text(value)}: write it as i/n, such as 1/2 on one machine and 2/2 on the other")
 
-def _address(value) -> str:
-    "`HOST:PORT`, or a word"
-    if isinstance(value, str) and (value in ("auto", "local") or ":" in value): return value
-    raise ValueError(f"--ray {_text(value)}: an address is HOST:PORT, auto or local; tasks stand before --ray")
-
 def check_names(names, table, what):
     "A ValueError that lists what there is, where a name is not in the table"
     for name in names:
@@ -168,6 +163,11 @@ def _decoding(value) -> dict:
     if isinstance(value, dict): return value
     texts = value if isinstance(value, list) else [value]
     return assignments(texts, "--decoding", "NAME=VALUE, such as max_new_tokens=20")
+
+def _address(value) -> str:
+    "`HOST:PORT`, or a word"
+    if isinstance(value, str) and (value in ("auto", "local") or ":" in value): return value
+    raise ValueError(f"--ray {_text(value)}: an address is HOST:PORT, auto or local; tasks stand before --ray")
 
 def _option(read, default=None): return field(default=default, metadata={"read": read})
 

@@ -130,9 +130,6 @@ class Bench:
         if task.data is None:
             raise ValueError(f"the task {task.name!r} is a demonstration: its parts were not checked for leaks; "
                              "give it data=, the identity of its data")
-        if is_split(model):
-            raise ValueError("several processes share this model, and runs are made by one: load it without a "
-                             "tensor-parallel plan; device_map='auto' spreads it over the devices of one process")
         self.model, self.tokenizer, self.task, self.out = model, tokenizer, task, Path(out)
         self.batch_size = max(1, batch_size // task.samples) * task.samples  # answers to a prompt are judged together
         self.deadline, self.on_run, self.on_begin = deadline, on_run, on_begin
@@ -141,14 +138,18 @@ class Bench:
         self._ahead = {}  # (key, batch) -> rows of a run that is not begun yet, see `_answers`
         self._readings = {task.reading: self._acts}  # place of reading -> what was read there
 
-# %% ../nbs/17_runs.ipynb #be555e63
+# %% ../nbs/17_runs.ipynb #5e1f0a17
 def _about(model, name, world, hub, revision) -> dict:
     "What identifies a model: the bytes of its weights, and where they came from"
+    if is_split(model):
+        raise ValueError("several processes share this model, and runs are made by one: load it without a "
+                         "tensor-parallel plan; device_map='auto' spreads it over the devices of one process")
     name = name or Path(getattr(model.config, "_name_or_path", "") or "model").name
     known = {k: v for k, v in (("world", world), ("hub", hub)) if v}
     dtype = str(model.dtype).removeprefix("torch.")
     return dict(name=name, **known, revision=revision, dtype=dtype, sha256=fingerprint(model)[:16])
 
+# %% ../nbs/17_runs.ipynb #be555e63
 #: fields of a config that may differ between runs that are compared
 VARIES = "arm", "method", "params", "layer", "reading", "strength", "split", "seed"
 #: fields of a task that a config names only where they are not so

@@ -243,9 +243,9 @@ def _gather(ray, refs: dict, out):
             except ray.exceptions.RayError as e:
                 cause = getattr(e, "cause", None)
                 if isinstance(cause, Exception) and not isinstance(cause, ray.exceptions.RayError): raise cause from None
-                raise ValueError(f"{step}: its worker died {RETRIES + 1} times ({type(e).__name__}); what is done is kept "
-                                 f"in {out}, and the same command goes on: give a task more of a machine (--threads), "
-                                 "or machines with more memory") from None
+                raise ValueError(f"{step}: its worker died {RETRIES + 1} times ({type(e).__name__}); what is done is "
+                                 f"kept in {out}, and the same command goes on: give a task more of a machine "
+                                 "(--threads), or machines with more memory") from None
             bar.set_description_str(step)
             bar.update()
     if paused: raise Paused("the time given is used up: the same command goes on from here")
