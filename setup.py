@@ -66,6 +66,7 @@ setup(
     extras_require=extras(),
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
+        "inspect_ai": ["odesteer=odesteer.check:inspect_providers.odesteer"],
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
     },
     cmdclass={"sdist": sdist},

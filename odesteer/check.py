@@ -7,7 +7,7 @@ from __future__ import annotations  # models appear in signatures, transformers 
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 import csv, json, math
 import numpy as np
@@ -23,8 +23,8 @@ from .models import Encoded, collect_activations, device_of, encode, evaluating,
 from .statistics import bootstrap_interval, paired_difference, per_item
 
 # %% auto #0
-__all__ = ['ProbeOdds', 'ModelOdds', 'placebo_test', 'SteererReport', 'check_steerer', 'HarnessModel', 'lm_eval_scores',
-           'write_choice_task']
+__all__ = ['inspect_providers', 'ProbeOdds', 'ModelOdds', 'placebo_test', 'SteererReport', 'check_steerer', 'HarnessModel',
+           'lm_eval_scores', 'InspectModel', 'InspectProviders', 'write_choice_task']
 
 # %% ../nbs/13_check.ipynb #1f990b0d
 class ProbeOdds:
@@ -408,6 +408,118 @@ def _known_tasks(tasks, include_path):
     from lm_eval.tasks import TaskManager
     own = include_path and TaskManager(include_path=include_path, include_defaults=False)
     return own if own and set(tasks) <= set(own.all_tasks) else TaskManager(include_path=include_path)
+
+# %% ../nbs/13_check.ipynb #5ca1e132
+class InspectModel:
+    "A model as Inspect asks it, steered or not. Grows below: `settings`, `answers`."
+    def __init__(self,
+        name,  # what `load_model` loads, or micro
+        steerer=None, layer: int = None,  # a fitted steerer or its folder, and where it acts; None: unsteered
+        batch_size: int = 32,  # questions in one pass
+        model=None, tokenizer=None,  # instead of loading one
+        device: str = None, dtype: str = "auto", revision: str = None,  # of `load_model`
+        **strength,  # T=, spread=, ... of `steering`
+    ):
+        if model is None: model, tokenizer = _named(name, revision, device, dtype)
+        if strength and steerer is None: raise ValueError(f"{', '.join(strength)} without steerer=: give its folder")
+        if isinstance(steerer, (str, Path)): steerer = ods.load_steerer(steerer)
+        self.name, self.model, self.tokenizer, self.batch_size = name, model, tokenizer, batch_size
+        self.how = None if steerer is None else dict(obj=steerer, layer=layer, **strength)
+        if self.how: steering(model, **self.how).remove()  # a mistake shows at once
+
+    def prompt(self, messages):
+        "A conversation as `generate_text` takes it; without a chat template, what the system and the user say"
+        chat = [{"role": m.role, "content": m.text} for m in messages]
+        if any(m["role"] == "tool" for m in chat): raise NotImplementedError("tools are not supported")
+        if getattr(self.tokenizer, "chat_template", None): return chat
+        asked = [m["role"] for m in chat if m["role"] != "system"]
+        if asked == ["user"]: return "\n\n".join(m["content"] for m in chat)
+        raise ValueError("a conversation of several turns needs a chat template, and this tokenizer has none")
+
+def _named(name, revision, device, dtype) -> tuple:
+    if name != "micro": return ods.load_model(name, revision, device, dtype)
+    lm = ods.load_micro()
+    return lm.model, lm.tokenizer
+
+# %% ../nbs/13_check.ipynb #5ca1e133
+@patch
+def settings(self: InspectModel,
+    config,  # a GenerateConfig of Inspect
+) -> dict:  # of `HarnessModel.generate_until`, and the seed
+    "How answers are to be made; a NotImplementedError for what only a server has"
+    only_one = getattr(config, "num_choices", None) in (None, 1)
+    refused = ["logprobs", "response_schema", "logit_bias", "frequency_penalty", "presence_penalty"]
+    for name in refused if only_one else ["num_choices"]:
+        if getattr(config, name, None):
+            raise NotImplementedError(f"{name} is not supported: leave it out")
+    given = dict(until=config.stop_seqs, max_new_tokens=config.max_tokens, temperature=config.temperature,
+                 top_p=config.top_p, top_k=config.top_k, seed=config.seed)
+    return {k: v for k, v in given.items() if v is not None}
+
+@patch
+def answers(self: InspectModel,
+    prompts: list,  # as `prompt` gives them
+    settings: dict = {},
+) -> list:  # of str
+    "What the model says, steered, cut before the first stop string"
+    settings = dict(settings)
+    seed = settings.pop("seed", None)
+    stops, new, kw = HarnessModel(self.model, self.tokenizer)._generation(settings)
+    with steering(self.model, **self.how) if self.how else nullcontext():
+        said = ods.generate_text(self.model, self.tokenizer, prompts, self.batch_size, seed, max_new_tokens=new, **kw)
+    return [min((answer.split(s)[0] for s in stops), key=len, default=answer) for answer in said]
+
+# %% ../nbs/13_check.ipynb #5ca1e136
+class InspectProviders:
+    "What Inspect finds through the package's entry point: its class is made when Inspect asks for it"
+    @cached_property
+    def odesteer(self):
+        "The provider `odesteer`, registered"
+        from inspect_ai.model import modelapi
+        return modelapi(name="odesteer")(_inspect_class)
+
+inspect_providers = InspectProviders()
+
+def _inspect_class():
+    "A model of Inspect, which must be installed: an `InspectModel` that is asked by many at once"
+    import anyio
+    from inspect_ai.model import GenerateConfig, ModelAPI, ModelOutput
+    class OdesteerModel(ModelAPI):
+        def __init__(self, model_name, base_url=None, api_key=None, config=None, **given):
+            super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
+            self.inner, self.waiting, self.free = InspectModel(model_name, **given), [], anyio.Lock()
+
+        async def generate(self, input, tools, tool_choice, config):
+            if tools: raise NotImplementedError("tools are not supported: ask without them")
+            asked = _Asked(self.inner.prompt(input), self.inner.settings(config))
+            self.waiting.append(asked)
+            async with self.free:
+                if asked in self.waiting: await anyio.to_thread.run_sync(self.inner._take, self.waiting, asked)
+            if asked.error: raise asked.error
+            return ModelOutput.from_content(self.model_name, asked.answer)
+
+        def max_connections(self): return self.inner.batch_size
+    return OdesteerModel
+
+# %% ../nbs/13_check.ipynb #5ca1e137
+@dataclass(eq=False)
+class _Asked:
+    "A question, until it is answered"
+    prompt: object
+    settings: dict
+    answer: str = None
+    error: Exception = None
+
+@patch
+def _take(self: InspectModel, waiting: list, first: _Asked):
+    "Answer a question, and with it those that wait and can share its batch"
+    alike = [a for a in waiting if a.settings == first.settings] if "seed" not in first.settings else [first]
+    batch = [first, *(a for a in alike if a is not first)][:self.batch_size]
+    for a in batch: waiting.remove(a)
+    try:
+        for a, answer in zip(batch, self.answers([a.prompt for a in batch], first.settings)): a.answer = answer
+    except Exception as e:
+        for a in batch: a.error = e
 
 # %% ../nbs/13_check.ipynb #866f531b
 def write_choice_task(

@@ -25,6 +25,7 @@ from .pretrained import NAMED, count_layers, installed_file, load_model
 from .report import report
 from .results import committed, same_rows
 from .runs import Bench, Run, canonical_params, log, write_batches
+from .scale import run_anywhere
 from .sites import add_ranking, rank_sites, ranking
 from .speed import PARTS, goals, measure, show
 from .statistics import bootstrap_interval, paired_difference, summary_table, wilson_interval
@@ -611,7 +612,7 @@ def _read_pairs(o):
                       **labels, **source)
 
 # %% ../nbs/31_cli.ipynb #aa7f5706
-def _bench(o): return run_bench(bench_options(vars(o)))
+def _bench(o): return run_bench(bench_options(vars(o)), run_anywhere)
 
 def _report(o):
     "Tables, figures and verdicts of finished runs"
@@ -925,6 +926,8 @@ _BENCH_HELP |= {  # where it comes from, how it is judged, where it goes
     "plan_only": ("", "say what would be run and how long it would take, after ten seconds of work; run nothing"),
     "minutes": ("X", "stop after this time; the same command goes on"),
     "part": ("I/N", "this machine's share of the work"),
+    "ray": ("ADDRESS", "share the work over a Ray cluster (needs odesteer[ray]): HOST:PORT; auto (default), the one "
+                       "that this machine belongs to, or else its own processors; local"),
     "batch_size": ("N", None),
     "threads": ("N", "of PyTorch on the processor, on which the last bits of an answer depend (default: its own)"),
 }
@@ -935,6 +938,7 @@ def _bench_arguments(c):
     for name, (metavar, help) in _BENCH_HELP.items():
         if metavar == "": how = dict(action="store_true")
         else: how = dict(metavar=metavar, action="append" if name in ("option", "decoding") else None)
+        if name == "ray": how |= dict(nargs="?", const="auto")
         c.add_argument(f"--{name.replace('_', '-')}", default=getattr(BenchOptions, name), help=help, **how)
     _model_options(c)
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from .euler import Edit, Edits, Fitted, Steerer, full_precision
 from .models import (
     Watch, answer_starts, check_batch_size, check_streams, decoder_layers, device_of, encode, evaluating,
-    layer_index, length_batches, owner_of, pad_id, padded, refuse_virtual, text_config, text_tokenizer, truncated,
-    unwrapped, watch_of, watches)
+    in_processes, layer_index, length_batches, owner_of, pad_id, padded, refuse_virtual, text_config, text_tokenizer,
+    truncated, unwrapped, watch_of, watches)
 
 # %% ../nbs/05_hooks.ipynb #71963d4e
 def steered_positions(
@@ -268,7 +268,7 @@ class Steering:
 # %% ../nbs/05_hooks.ipynb #d5b8236e
 class _Where(threading.local):
     "Which tokens of this thread's pass are steered: None, the first of the last columns, or indices (rows, columns)"
-    def __init__(self): self.where = "never asked"
+    def __init__(self): self.where, self.tokens = "never asked", None
 
 # %% ../nbs/05_hooks.ipynb #e7eee3e7
 @patch
@@ -377,6 +377,7 @@ def _look(self: Steering, given):
         raise NotImplementedError("continuous batching packs several requests into one row, "
                                   "where their prompts cannot be told apart: use generate")
     batch, n = tokens.shape[:2]
+    if in_processes(): self.here.tokens = n
     positions, answer, prompt = self.positions, here.answer, here.prompt
     if isinstance(positions, Tensor): positions = self._per_row(positions.to(tokens.device), batch, "positions")
     elif positions == "last" and answer is not None: positions = answer.to(tokens.device)
@@ -518,7 +519,7 @@ def _steer(self: Steering, layer, args, kwargs, output):
     where, y = self.here.where, output if isinstance(output, Tensor) else output[0]
     if isinstance(where, str): where = self.last  # autograd computes a block again in a thread of its own
     if where is None or layer not in self._at: return output
-    check_streams(self.model, y)
+    check_streams(self.model, y, self.here.tokens)
     x = (args[0] if args else kwargs["hidden_states"]).to(y.device)
     n = len(y) * (y.shape[1] - where) if isinstance(where, int) else len(where[0])
     if n == 0: return output

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .models import (
-    ActivationCache, collect_activations, decoder_layers, device_of, encode, evaluating, is_steered,
+    ActivationCache, collect_activations, decoder_layers, device_of, encode, evaluating, is_split, is_steered,
     layer_index, text_config, truncated, unwrapped)
 
 # %% auto #0
@@ -236,7 +236,9 @@ def _push(f, x, z):
 def _twice(model, contexts, t):
     """Can block t be differentiated twice?
 
-    Kernels for packed weights or experts may raise, or drop out silently: then z J^T . z J^T is not (z J^T J) . z"""
+    Kernels for packed weights or experts may raise, or drop out silently: then z J^T . z J^T is not (z J^T J) . z.
+    Processes that share the weights would not meet in the second derivative"""
+    if is_split(model): return False
     one = contexts[:1]
     z = torch.linspace(-1, 1, text_config(model).hidden_size)[None].cos()
     try: y = _mean_product(_push, model, one, t, z, 1)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['READINGS', 'no_progress_bars', 'load_pretrained', 'decoder_layers', 'unwrapped', 'text_config', 'decoder_of',
-           'refuse_virtual', 'layer_index', 'device_of', 'Encoded', 'encode', 'text_tokenizer', 'token_ids', 'padded',
-           'pad_id', 'truncated', 'owner_of', 'check_streams', 'evaluating', 'length_batches', 'check_batch_size',
-           'fingerprint', 'Watch', 'watch_of', 'watches', 'is_steered', 'answer_starts', 'ActivationCache',
-           'collect_activations', 'describe_site']
+           'refuse_virtual', 'in_processes', 'is_split', 'refuse_split', 'layer_index', 'device_of', 'Encoded',
+           'encode', 'text_tokenizer', 'token_ids', 'padded', 'pad_id', 'truncated', 'owner_of', 'check_streams',
+           'evaluating', 'length_batches', 'check_batch_size', 'fingerprint', 'Watch', 'watch_of', 'watches',
+           'is_steered', 'answer_starts', 'ActivationCache', 'collect_activations', 'describe_site']
 
 # %% ../nbs/04_models.ipynb #72de7520
 import copy
@@ -66,6 +66,7 @@ def decoder_layers(
         hint = _SWAPPED if hasattr(model, "decode") else ""
         raise TypeError(f"the model must be a transformers model; got {type(model).__name__}{hint}")
     refuse_virtual(model)
+    refuse_split(model)
     if name is not None: return _named_blocks(model, name)
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} has an encoder and a decoder; "
@@ -123,6 +124,29 @@ def refuse_virtual(
         raise ValueError("this model's adapter puts trained vectors before every prompt (prompt, prefix or p-tuning), "
                          "which shifts all positions: read and steer its base model (model.get_base_model()), "
                          "or use an adapter that changes weights, such as LoRA")
+
+# %% ../nbs/04_models.ipynb #5e1f0a04
+def in_processes() -> bool:
+    "Is this one of several processes that `torchrun` started?"
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+def is_split(
+    model,  # a module
+) -> bool:
+    "Do several processes share its weights, each of them with a part?"
+    return (getattr(model, "_tp_size", None) or 1) > 1 or any(hasattr(p, "full_tensor") for p in model.parameters())
+
+def refuse_split(
+    model,  # a causal language model
+):
+    "Blocks that only some of the processes have, and weights that no process has while it is not computing"
+    if not in_processes(): return
+    kinds = {c.__name__ for m in model.modules() for c in type(m).__mro__}
+    found = kinds & {"PipelineIdentityLayer", "FSDPModule", "FullyShardedDataParallel"}
+    if found:
+        raise ValueError(f"this model is split over processes by blocks or by FSDP ({min(found)}), where a block "
+                         "cannot be read or steered from outside: split it by a tensor-parallel plan "
+                         "(tp_plan='auto'), or spread it over the devices of one process (device_map='auto')")
 
 # %% ../nbs/04_models.ipynb #bc3594ef
 def layer_index(
@@ -348,8 +372,13 @@ def owner_of(
 def check_streams(
     model,  # a causal language model
     a: Tensor,  # output of one of its blocks
+    n: int = None,  # tokens in a row of the pass, where that is known
 ):
-    "Refuse blocks that give several streams of activations"
+    "Refuse blocks that give several streams of activations, or to each process another part of them"
+    if hasattr(a, "full_tensor") or (in_processes() and a.ndim == 3 and n not in (None, a.shape[1])):
+        raise ValueError(f"the blocks of {type(model).__name__} give each process a part of the activations, where all "
+                         "of them are needed: load it with a plan that splits weights and no sequences, such as "
+                         "tp_plan='auto'")
     if a.ndim == 3: return
     raise ValueError(f"the blocks of {type(model).__name__} give {tuple(a.shape)}, several streams of activations for "
                      "each token, where (batch, tokens, d) is needed: such models (Gemma 3n) can be neither read nor "
@@ -361,16 +390,18 @@ class _Reached(Exception): "The top layer asked for has been computed"
 @contextmanager
 def _reading(model, layers, blocks, site="output"):
     "Inside, `run(**inputs)` returns {layer: block output or input} and computes nothing above it"
-    seen, owner, me = {}, owner_of(model, blocks), threading.get_ident()
+    seen, owner, me, n = {}, owner_of(model, blocks), threading.get_ident(), 0
     def before(layer, module, args, kwargs): note(layer, args[0] if args else kwargs["hidden_states"])
     def after(layer, module, args, output): note(layer, output if isinstance(output, Tensor) else output[0])
     def note(layer, a):
         # a pass of another thread is none of ours; compiled code cannot ask
         if not torch.compiler.is_compiling() and threading.get_ident() != me: return
-        check_streams(model, a)
+        check_streams(model, a, n)
         seen[layer] = a
         if layer == max(layers): raise _Reached
     def run(**inputs):
+        nonlocal n
+        n = inputs["input_ids"].shape[1]
         try: owner(**inputs, use_cache=False)
         except _Reached: pass
         return seen
@@ -441,7 +472,7 @@ def fingerprint(
     "A hash of a model's configuration and of all its weights, from exact integer sums over rows and columns of bits"
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     sha = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, w in model.state_dict().items(): _add_bits(sha, name, w)
+    for name, w in model.state_dict().items(): _add_bits(sha, name, _whole(model, name, w))
     return sha.hexdigest()
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a weight
@@ -459,6 +490,16 @@ def _add_bits(sha, name, w):
         if w.device.type == "meta" or w.numel() == 0: return
         bits = w.view(_INTEGERS[w.element_size()]).reshape(len(w) if w.ndim else 1, -1)
         for dim in (0, 1): sha.update(bits.sum(dim, dtype=torch.int64).cpu().numpy().tobytes())
+
+# %% ../nbs/04_models.ipynb #5e1f0a05
+def _whole(model, name, w):
+    "A weight as one tensor on this machine, where accelerate keeps it elsewhere or several processes share it"
+    if hasattr(w, "full_tensor"): return w.full_tensor()
+    if getattr(getattr(w, "device", None), "type", None) != "meta": return w
+    module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    if not hasattr(module, "_hf_hook"): return w
+    from accelerate.utils import align_module_device
+    with align_module_device(module): return module.state_dict()[leaf].clone()
 
 # %% ../nbs/04_models.ipynb #a37135a1
 class _Here(threading.local):
@@ -526,7 +567,7 @@ class ActivationCache:
         positions,  # which tokens are read
         site: str,  # what is read; with the weights, tokens and positions, the key
     ):
-        self.folder = None
+        self.folder, self.split = None, is_split(model)
         if folder is None: return
         if is_steered(model):
             raise ValueError("the cache cannot know how this model is being steered: "
@@ -543,13 +584,24 @@ def load(self: ActivationCache,
     layer: int,  # 0-based block
 ) -> Tensor:  # None where there is nothing, or (with a warning) where the file is damaged
     "The activations of a layer"
+    if self.folder is None: return None
+    a = self._read(layer) if self._file(layer).exists() else None
+    return a if not self.split or _by_all(a is not None) else None
+
+def _by_all(found) -> bool:
+    "Have all processes found it? Those that share a model must read together, or one waits for the others forever"
+    theirs = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(theirs, found)
+    return all(theirs)
+
+@patch
+def _read(self: ActivationCache, layer) -> Tensor:
     from safetensors import SafetensorError, safe_open
-    if self.folder is None or not self._file(layer).exists(): return None
     try:
         with safe_open(self._file(layer), "pt") as f: a, kept = f.get_tensor("activations"), f.metadata()
         if kept["sha256"] == self._sha(a): return a
     except (SafetensorError, OSError, KeyError, TypeError): pass  # whatever is wrong, what follows is the remedy
-    warnings.warn(f"{self._file(layer)} is damaged: computing it again", stacklevel=3)
+    warnings.warn(f"{self._file(layer)} is damaged: computing it again", stacklevel=4)
 
 @patch
 def save(self: ActivationCache,

@@ -29,7 +29,7 @@ from .tasks import REAL_TASKS
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'check_layer', 'threads', 'assignments', 'whole_number', 'positive_number', 'comma_list', 'check_names',
-           'BenchOptions', 'bench_options', 'bench_plan', 'named_plans', 'run_bench']
+           'BenchOptions', 'bench_options', 'bench_plan', 'named_plans', 'own_threads', 'run_here', 'run_bench']
 
 # %% ../nbs/26_plans.ipynb #25469e38
 def check_layer(layer, n: int, method=None) -> int:
@@ -164,6 +164,11 @@ def _decoding(value) -> dict:
     texts = value if isinstance(value, list) else [value]
     return assignments(texts, "--decoding", "NAME=VALUE, such as max_new_tokens=20")
 
+def _address(value) -> str:
+    "`HOST:PORT`, or a word"
+    if isinstance(value, str) and (value in ("auto", "local") or ":" in value): return value
+    raise ValueError(f"--ray {_text(value)}: an address is HOST:PORT, auto or local; tasks stand before --ray")
+
 def _option(read, default=None): return field(default=default, metadata={"read": read})
 
 # %% ../nbs/26_plans.ipynb #c518f22e
@@ -201,6 +206,7 @@ class BenchOptions:
     plan_only: bool = _option(_flag, False)  # count and time what is asked for, and run nothing
     minutes: float = _option(positive_number, float("inf"))  # no run is begun later
     part: tuple = _option(_part, (1, 1))  # this machine's share of the work
+    ray: str = _option(_address)  # address of a Ray cluster whose machines do the work, or "auto"; None: this one does
     batch_size: int = _option(whole_number, 64)
     model: str = _option(_text)
     revision: str = _option(_text)
@@ -413,7 +419,7 @@ def named_plans(
     name = next(t for t in o.tasks if t in BENCHMARKS)
     if len(o.tasks) > 1: raise ValueError(f"{name} is a whole benchmark: run it apart from other tasks")
     said = {k: v for k, v in _changed(o).items() if k not in ("tasks", "quick", "methods", "out", "part")}
-    fixed = said.keys() - {"plan_only", "minutes", "limit", "device", "dtype", "threads"}
+    fixed = said.keys() - {"plan_only", "minutes", "limit", "device", "dtype", "threads", "ray"}
     if fixed:
         raise ValueError(f"{name} fixes what --{min(fixed).replace('_', '-')} would change: "
                          f"write a plan file, or name a task, such as odesteer bench style --model {name}")
@@ -450,27 +456,43 @@ def _with_files(plan: BenchOptions, out) -> BenchOptions:
         return replace(plan, lm_eval=None)
     return replace(plan, lm_eval_path=str(Path(out)/"questions"))
 
+# %% ../nbs/26_plans.ipynb #5e1f0a26
+def own_threads(
+    o: BenchOptions,
+    make,  # how a unit of the plan becomes a `Bench`
+) -> int:  # None: PyTorch's own
+    "How many threads a plan computes with"
+    return o.threads or (1 if make is micro_bench else None)
+
+def run_here(
+    o: BenchOptions,
+    plan: Plan, make,  # as `bench_plan` gives them
+):
+    "Run a plan in this process; `Paused` if its time is used up"
+    if o.ray: raise ValueError("a plan with ray= is run by odesteer.scale: call run_bench(options, run_anywhere)")
+    with threads(own_threads(o, make)): run_plan(plan, make, o.out, o.minutes)
+
 # %% ../nbs/26_plans.ipynb #811c1748
-def _bench_named(o: BenchOptions):
+def _bench_named(o: BenchOptions, run=run_here):
     plans, start = named_plans(o), time.monotonic()
     if o.plan_only: return _print_costs(*plans)
     for plan in plans:
         left = o.minutes - (time.monotonic() - start) / 60
         if name := plan.lm_eval: write_choice_task(_in_data(name), plan.lm_eval_path, name, "text", limit=200)
-        if run_bench(replace(plan, minutes=max(left, 1e-9))): return 3
+        if run_bench(replace(plan, minutes=max(left, 1e-9)), run): return 3
 
 # %% ../nbs/26_plans.ipynb #981ff942
-def _own_threads(make): return 1 if make is micro_bench else None
-
-def run_bench(o: BenchOptions):  # exit code 3: the time is used up
+def run_bench(
+    o: BenchOptions,
+    run=run_here,  # (options, plan, make): what runs a plan
+):  # exit code 3: the time is used up
     "Every method on every task: choose on validation, report on test; interrupted or stopped, the same command goes on"
     files = [t for t in o.tasks if t.endswith(".json") or (Path(t)/"config.json").is_file()]
-    if files: return _bench_files(o, files)
-    if any(t in BENCHMARKS for t in o.tasks): return _bench_named(o)
+    if files: return _bench_files(o, files, run)
+    if any(t in BENCHMARKS for t in o.tasks): return _bench_named(o, run)
     if o.plan_only: return _print_costs(o)
     plan, make = bench_plan(o)
-    try:
-        with threads(o.threads or _own_threads(make)): run_plan(plan, make, o.out, o.minutes)
+    try: run(o, plan, make)
     except Paused as e:
         log(f"odesteer: {e}")
         return 3
@@ -494,10 +516,10 @@ def _print_costs(*several: BenchOptions):
     for o in several:
         with tempfile.TemporaryDirectory() as cache:  # of judges
             plan, make = bench_plan(replace(o, out=cache))
-            with threads(o.threads or _own_threads(make)): costs += plan_costs(plan, make, o.out)
+            with threads(own_threads(o, make)): costs += plan_costs(plan, make, o.out)
     if len(costs) > 1: print(total_cost(costs))
 
-def _bench_files(o: BenchOptions, files):
+def _bench_files(o: BenchOptions, files, run):
     "Runs from their configs, or the comparison that a plan describes"
     if len(files) < len(o.tasks):
         other = next(t for t in o.tasks if t not in files)
@@ -507,7 +529,7 @@ def _bench_files(o: BenchOptions, files):
     changed = {k: v for k, v in _changed(o).items() if k != "tasks"}
     if not all(isinstance(x, dict) and "task" in x for x in found):
         if len(files) > 1: raise ValueError("give one plan at a time")
-        return run_bench(replace(_plan_options(files[0], found[0]), **changed))
+        return run_bench(replace(_plan_options(files[0], found[0]), **changed), run)
     fixed = changed.keys() - {"out", "data", "option", "judge", "model", "revision", "device", "dtype", "threads"}
     if fixed: raise ValueError(f"{files[0]} fixes what --{min(fixed)} would change: edit a copy of the file")
     for f in files: print(_run_again(f, o))

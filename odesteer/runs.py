@@ -18,7 +18,7 @@ from .data import SAMPLING, digest, fit_on, group_of, sample_batch, texts_to_rea
 from .euler import Damaged, alone, load_class, read_json, set_aside, write_atomic
 from .judges import kl_to_unsteered
 from .micro import AXES
-from .models import fingerprint
+from .models import fingerprint, is_split
 from .tasks import REAL_TASKS, Task, micro_task
 
 # %% auto #0
@@ -125,26 +125,31 @@ class Bench:
         revision: str = None, hub: str = None,  # commit of the weights and owner/name, if they came from a hub
         deadline: float = math.inf,  # no run is begun when `time.monotonic()` is past it
         on_run=lambda run: None,  # called with each `Run` that was made or read
+        on_begin=lambda key: None,  # called with the key of a run that is about to be made, or finished
     ):
         if task.data is None:
             raise ValueError(f"the task {task.name!r} is a demonstration: its parts were not checked for leaks; "
                              "give it data=, the identity of its data")
         self.model, self.tokenizer, self.task, self.out = model, tokenizer, task, Path(out)
         self.batch_size = max(1, batch_size // task.samples) * task.samples  # answers to a prompt are judged together
-        self.deadline, self.on_run = deadline, on_run
+        self.deadline, self.on_run, self.on_begin = deadline, on_run, on_begin
         self.about = _about(model, name, world, hub, revision)
         self._acts, self._steerers = {}, {}
         self._ahead = {}  # (key, batch) -> rows of a run that is not begun yet, see `_answers`
         self._readings = {task.reading: self._acts}  # place of reading -> what was read there
 
-# %% ../nbs/17_runs.ipynb #be555e63
+# %% ../nbs/17_runs.ipynb #5e1f0a17
 def _about(model, name, world, hub, revision) -> dict:
     "What identifies a model: the bytes of its weights, and where they came from"
+    if is_split(model):
+        raise ValueError("several processes share this model, and runs are made by one: load it without a "
+                         "tensor-parallel plan; device_map='auto' spreads it over the devices of one process")
     name = name or Path(getattr(model.config, "_name_or_path", "") or "model").name
     known = {k: v for k, v in (("world", world), ("hub", hub)) if v}
     dtype = str(model.dtype).removeprefix("torch.")
     return dict(name=name, **known, revision=revision, dtype=dtype, sha256=fingerprint(model)[:16])
 
+# %% ../nbs/17_runs.ipynb #be555e63
 #: fields of a config that may differ between runs that are compared
 VARIES = "arm", "method", "params", "layer", "reading", "strength", "split", "seed"
 #: fields of a task that a config names only where they are not so
@@ -386,7 +391,9 @@ def run(self: Bench,
         path.mkdir(parents=True, exist_ok=True)
         with alone(path/"lock"):
             run = self._found(path, config)  # meanwhile made by another process?
-            if run is None: run = self._run(path, config, self._batched_with(config, beside))
+            if run is None:
+                self.on_begin(path.name)
+                run = self._run(path, config, self._batched_with(config, beside))
     self.on_run(run)
     return run
 

@@ -25,7 +25,7 @@ from .tasks import REAL_TASKS, Task, micro_task
 __all__ = ['ABLATIONS', 'MICRO_PARAMS', 'QUICK', 'FULL', 'PRESETS', 'Stop', 'stop_rule', 'Search', 'strength_grid', 'Trial',
            'Choice', 'sweep', 'ranked_sites', 'auto_layers', 'variant', 'benchmark', 'Setting', 'chosen', 'guardrails',
            'Variant', 'Study', 'Arm', 'ablation_arms', 'ablate', 'compare_speed', 'Plan', 'Step', 'plan_steps',
-           'micro_bench', 'run_plan', 'show_preset', 'preset_params', 'preset_plan']
+           'micro_bench', 'run_plan', 'take_step', 'show_preset', 'preset_params', 'preset_plan']
 
 # %% ../nbs/18_sweeps.ipynb #a8512fb2
 @dataclass
@@ -678,10 +678,15 @@ def run_plan(
         if step.unit != unit:
             unit, bench = step.unit, None  # one model at a time
             bench = make(*unit, out=out, deadline=deadline, on_run=lambda run: bar.set_postfix_str(run.key))
-        _take_step(bench, step, plan)
+        take_step(bench, step, plan)
 
 # %% ../nbs/18_sweeps.ipynb #a31e4761
-def _take_step(bench, step: Step, plan: Plan):
+def take_step(
+    bench: Bench,
+    step: Step,
+    plan: Plan,  # that has the step
+):
+    "Do one step of a plan; what is finished is not repeated"
     search, params = plan.search, plan.params_of(step.unit)
     if step.kind == "speed": compare_speed(bench, chosen(bench, plan.methods, search, params), plan.rounds)
     elif step.kind == "study": ablate(bench, step.name, search, params)
