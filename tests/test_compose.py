@@ -204,8 +204,7 @@ def test_without(made):
 def logits(model, mask=LEFT): return model(IDS, attention_mask=mask).logits
 
 
-@pytest.mark.parametrize("arch", ["llama", "falcon", "mamba", "gemma2", "gpt2"])
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("arch, cache", [("llama", True), ("llama", False), ("falcon", True), ("mamba", True), ("gemma2", False), ("gpt2", True)])
 def test_a_list_is_nested_blocks(made, arch, cache):
     model, three = tiny_model(arch), [made["caa"], made["odesteer"], made["linact"]]
     strength = dict(spread=torch.tensor([.5, 0., 1.]))
@@ -481,19 +480,6 @@ def test_a_gate_follows_the_models_precision(made, dtype):
         assert gated.dtype == dtype and torch.equal(gated[1], plain[1]) and torch.equal(gated[0], steered[0]) and not torch.equal(gated[0], plain[0])
 
 
-@pytest.mark.parametrize("backend", ["eager"])
-def test_compiled_code_keeps_to_the_gate(made, llama, ends, backend):
-    gate = gate_for(ends, made["caa"])
-    plain = logits(llama)
-    with ods.steering(llama, [gate, made["iti"]], layer=1, T=3.) as h:
-        steered, n = logits(llama), h.applied
-        torch._dynamo.reset()
-        compiled = torch.compile(llama, backend=backend)
-        with torch.no_grad(): close(compiled(IDS, attention_mask=LEFT).logits, steered)
-        assert h.applied == 2 * n
-    assert torch.equal(logits(llama), plain)
-
-
 def test_bare_barriers_steer_but_are_not_saved(made, tmp_path):
     w = made["iti"].coef_
     for barrier in (LinearBarrier(w, -.5), ScoreBarrier(lambda a: a @ w.to(a), .5)):
@@ -552,7 +538,7 @@ def test_gates_are_checked_like_steerers(made):
 # Budgets of divergence
 
 TOK = tiny_tokenizer()
-PROMPTS = ["what is it?", "who", "where is the fish?", "a bird."]
+PROMPTS, ANSWERS = ["what is it?", "who", "where is the fish?", "a bird."], [" yes it is", " nobody at all", " x", " two"]
 
 
 def kl_at(model, obj, strength, layer=1, answers=None, **kw):
@@ -564,7 +550,7 @@ def kl_at(model, obj, strength, layer=1, answers=None, **kw):
 
 @pytest.mark.parametrize("name", ["caa", "odesteer", "ablation", "vector"])
 def test_a_budget_is_kept_and_nearly_spent(made, llama, name):
-    s, answers = made[name], [" yes it is", " nobody at all", " x", " two"]
+    s, answers = made[name], ANSWERS
     for unit in (None, "T"):
         found = strength_for_kl(llama, TOK, s, PROMPTS, kl=.05, layer=1, unit=unit, answers=answers)
         assert isinstance(found, Calibrated) and list(found) == [unit or "spread"] and json.loads(json.dumps(found)) == found
@@ -579,9 +565,9 @@ def test_a_budget_is_kept_and_nearly_spent(made, llama, name):
 def test_a_budget_along_the_steered_models_own_answers(made, llama):
     found = strength_for_kl(llama, TOK, made["caa"], PROMPTS, kl=.1, layer=1)
     assert found.kl <= .1 and found.kl == pytest.approx(kl_at(llama, made["caa"], dict(found)), rel=1e-3)
-    both = strength_for_kl(llama, TOK, {1: [made["caa"], made["iti"]]}, PROMPTS, kl=.1)
+    both = strength_for_kl(llama, TOK, {1: [made["caa"], made["iti"]]}, PROMPTS, kl=.1, answers=ANSWERS)
     assert list(both) == ["spread"] and both["spread"] < 10
-    bare = strength_for_kl(llama, TOK, [made["caa"], SteeringVector(torch.ones(D))], PROMPTS, kl=.1, layer=1)
+    bare = strength_for_kl(llama, TOK, [made["caa"], SteeringVector(torch.ones(D))], PROMPTS, kl=.1, layer=1, answers=ANSWERS)
     assert list(bare) == ["T"]  # the one unit that both know
     assert not ods.models.is_steered(llama)
 
@@ -600,7 +586,7 @@ def test_the_first_crossing_from_below_is_halved(f, found):
 
 
 def test_budgets_out_of_reach_and_other_mistakes(made, llama):
-    caa, long = made["caa"], [" yes it is", " nobody at all", " x", " two"]
+    caa, long = made["caa"], ANSWERS
     def ask(obj=caa, prompts=PROMPTS, **kw): return strength_for_kl(llama, TOK, obj, prompts, **{**dict(layer=1, answers=long if len(prompts) == 4 else None), **kw})
     for match, kw in {"ask for less than 1e\\+06 .the largest strength tried is 2": dict(kl=1e6, most=2.), "kl must be a positive number; got 0": dict(kl=0), "got nan": dict(kl=math.nan), "got True": dict(kl=True), "tol must lie": dict(tol=1.), "start= must not be more": dict(start=2., most=1.),
                       "at least one validation prompt": dict(prompts=[]), "4 prompts but 1 answers": dict(answers=["x"]), "every answer is empty": dict(answers=["", " ", "", ""]), "unit must be 'spread' or 'share' or 'T' here; got 'until'": dict(unit="until"),
@@ -613,7 +599,7 @@ def test_budgets_out_of_reach_and_other_mistakes(made, llama):
 
 def test_a_controllers_zero_is_a_set_point(llama):
     spid = ods.SPID(n_texts=4).fit(llama, TOK, ["yes", "a yes", "oh yes"], ["no", "a no", "oh no"], progress=False)
-    answers = [" yes it is", " nobody at all", " x", " two"]
+    answers = ANSWERS
     at_zero = kl_at(llama, spid, 0., layer=None, answers=answers)
     with pytest.raises(ValueError, match="already at T 0 the divergence"): strength_for_kl(llama, TOK, spid, PROMPTS, kl=at_zero / 2, answers=answers)
     found = strength_for_kl(llama, TOK, spid, PROMPTS, kl=2 * at_zero, answers=answers)
