@@ -603,6 +603,7 @@ def _read(self: ActivationCache, layer) -> Tensor:
     except (SafetensorError, OSError, KeyError, TypeError): pass  # whatever is wrong, what follows is the remedy
     warnings.warn(f"{self._file(layer)} is damaged: computing it again", stacklevel=4)
 
+# %% ../nbs/04_models.ipynb #5e1f0a06
 @patch
 def save(self: ActivationCache,
     layer: int,  # 0-based block

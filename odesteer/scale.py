@@ -241,8 +241,9 @@ def _gather(ray, refs: dict, out):
             step = " ".join(map(str, (*refs[ref].unit, *refs[ref][1:])))
             try: paused |= not ray.get(ref)
             except ray.exceptions.RayError as e:
-                cause = getattr(e, "cause", None)
-                if isinstance(cause, Exception) and not isinstance(cause, ray.exceptions.RayError): raise cause from None
+                cause = getattr(e, "cause", None)  # what the step itself raised
+                if isinstance(cause, Exception) and not isinstance(cause, ray.exceptions.RayError):
+                    raise cause from None
                 raise ValueError(f"{step}: its worker died {RETRIES + 1} times ({type(e).__name__}); what is done is "
                                  f"kept in {out}, and the same command goes on: give a task more of a machine "
                                  "(--threads), or machines with more memory") from None

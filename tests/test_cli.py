@@ -944,7 +944,7 @@ def test_a_named_benchmark_asks_its_guardrail_questions_where_it_can(files, caps
     for name in ("realtoxicityprompts/val.jsonl", "truthfulqa/TruthfulQA.csv", "mmlu/validation.jsonl"): Path("d", name).parent.mkdir(parents=True); Path("d", name).write_text("")
     Path("d/mmlu/validation.jsonl").write_text("".join(json.dumps(dict(question=f"which {i}?", choices=["a", "b"], answer=i % 2)) + "\n" for i in range(300)))
     asked = []
-    monkeypatch.setattr(plans, "run_bench", asked.append)
+    monkeypatch.setattr(plans, "run_bench", lambda o, run: asked.append(o))
     def first():
         asked.clear()
         plans._bench_named(plans.BenchOptions(["smollm2"], out="o"))
