@@ -30,6 +30,7 @@ _MODULES = {
     "explorer": "explore",
     "costs": "",
     "plans": "",
+    "serving": "",
     "cli": "",
     "plots": "",
 }
