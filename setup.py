@@ -67,6 +67,7 @@ setup(
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
+        "vllm.general_plugins": cfg["vllm_plugins"].split(),
     },
     cmdclass={"sdist": sdist},
     zip_safe=False,

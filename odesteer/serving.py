@@ -15,7 +15,8 @@ import odesteer as ods
 
 # %% auto #0
 __all__ = ['WORDS', 'steerer_table', 'steerer_id', 'Ask', 'requested', 'steered_rows', 'Work', 'plan', 'edit_rows', 'Served',
-           'cache_key', 'Request', 'Miniature']
+           'cache_key', 'Request', 'Miniature', 'refuse_engine', 'prepare_engine', 'asked', 'admitted', 'refuse_beams',
+           'blocks_of', 'attach', 'Extension', 'register', 'collect_served']
 
 # %% ../nbs/29_serving.ipynb #29sv0012
 def steerer_table(
@@ -358,3 +359,289 @@ def run(self: Miniature) -> Miniature:
     "Go on until all requests are answered"
     while self.running: self.step()
     return self
+
+# %% ../nbs/29_serving.ipynb #29sv0042
+_REFUSED = [  # (is it so?, why not and what to do instead)
+    (lambda c, device: device not in ("cpu", "cuda", "rocm"), "runs on CPU, CUDA and ROCm only"),
+    (lambda c, device: c.use_v2_model_runner,
+     "works with vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0 (as `odesteer serve` does)"),
+    (lambda c, device: c.compilation_config.cudagraph_mode.name != "NONE",
+     "needs Python in each pass, which CUDA graphs leave out: start with --enforce-eager"),
+    (lambda c, device: c.model_config.runner_type != "generate", "steers models that generate text"),
+    (lambda c, device: c.model_config.is_encoder_decoder, "steers models with a decoder only"),
+    (lambda c, device: c.parallel_config.pipeline_parallel_size > 1,
+     "does not work with pipeline parallelism: use --tensor-parallel-size"),
+    (lambda c, device: c.parallel_config.prefill_context_parallel_size > 1,
+     "does not work with context parallel prefill: leave it out"),
+    (lambda c, device: c.parallel_config.use_ubatching, "does not work with micro-batches: leave out --enable-dbo"),
+    (lambda c, device: c.parallel_config.distributed_executor_backend == "ray",
+     "does not work with Ray: use --distributed-executor-backend mp"),
+    (lambda c, device: c.cache_config.kv_sharing_fast_prefill,
+     "needs all tokens at all blocks: leave out --kv-sharing-fast-prefill"),
+    (lambda c, device: c.speculative_config is not None and c.speculative_config.method != "ngram",
+     "works with n-gram speculation only, since draft models are not steered: use method ngram"),
+]
+
+def refuse_engine(
+    config,  # vLLM's `VllmConfig`
+    device: str,  # cpu, cuda, ...
+):
+    "A ValueError with the way out, where an engine could not steer"
+    for is_so, why in _REFUSED:
+        if is_so(config, device): raise ValueError(f"odesteer {why}")
+
+# %% ../nbs/29_serving.ipynb #29sv0043
+def _given(config, key="odesteer"):
+    "What an engine was told about steerers; None: nothing"
+    extra = getattr(config, "additional_config", None)
+    return extra.get(key) if isinstance(extra, dict) else None
+
+def prepare_engine(
+    config,  # vLLM's `VllmConfig`; its `additional_config` gets the table
+    device: str,  # cpu, cuda, ...
+):
+    "Check an engine and its steerers before it starts; without steerers nothing is done"
+    named, collect = _given(config), _given(config, "odesteer_collect")
+    if named is None and collect is None: return
+    refuse_engine(config, device)
+    depth = config.model_config.get_total_num_hidden_layers()
+    if not all(type(i) is int and -depth <= i < depth for i in collect or ()):
+        raise ValueError(f"odesteer_collect must list blocks from 0 to {depth - 1}; got {collect!r}")
+    table = steerer_table(named or {}, config.model_config.get_hidden_size(), depth)
+    parallel = config.parallel_config
+    ours = f"{__name__}.Extension"
+    if parallel.worker_extension_cls not in ("", None, ours):
+        raise ValueError(f"odesteer needs worker_extension_cls for itself; it is {parallel.worker_extension_cls!r}")
+    parallel.worker_extension_cls = ours
+    config.additional_config = {**config.additional_config, "odesteer": table,
+                                "odesteer_collect": sorted(i % depth for i in collect or ())}
+
+# %% ../nbs/29_serving.ipynb #29sv0046
+_FORM, _READ = "odesteer_ask", "odesteer_read"  # what the front end writes into a request
+
+def asked(
+    extra: dict,  # `extra_args` of a request that the front end has let in, or None
+) -> tuple:  # `Ask` or None; (row name, blocks) to read or None
+    "What a request asks, in any process behind the front end"
+    extra = extra or {}
+    return Ask(*extra[_FORM]) if _FORM in extra else None, extra.get(_READ)
+
+def admitted(
+    extra: dict,  # what came with a request, or None
+    table: dict,  # from `steerer_table`
+    collect=(),  # blocks that may be read
+) -> dict:  # its extras, with what it asks in one form; the same object where it asks nothing
+    "Check a request; a ValueError is the answer to it"
+    if not any(str(k).startswith("odesteer") for k in extra or {}): return extra
+    mine, read = dict(extra), None
+    if "odesteer_collect" in mine:
+        what = mine.pop("odesteer_collect")
+        if not collect: raise ValueError("this server does not read activations: see odesteer.serving.collect_served")
+        if not isinstance(what, (list, tuple)) or len(what) != 2 or not {*what[1]} <= {*collect}:
+            raise ValueError(f"odesteer_collect must be [name, blocks] with some of the blocks {[*collect]}; got {what!r}")
+        read = {_READ: [what[0], list(what[1])]}
+    ask = requested(mine, table)
+    mine = {k: v for k, v in mine.items() if not str(k).startswith("odesteer")}
+    return mine | ({_FORM: list(ask)} if ask else {}) | (read or {})
+
+def refuse_beams(
+    extra: dict,  # `vllm_xargs` of a request for beam search, or None
+):
+    "Beam search drops what a request asks of steerers"
+    if any(str(k).startswith("odesteer") for k in extra or {}):
+        raise ValueError("beam search is not steered: leave out use_beam_search, "
+                         "or use odesteer.steering with num_beams on a model of transformers")
+
+# %% ../nbs/29_serving.ipynb #29sv0049
+_SERVED = []  # of this worker: one `Served`, once its model is loaded
+
+def blocks_of(
+    model,  # of vLLM
+    depth: int,  # number of its blocks
+):  # the list of them
+    "The decoder's blocks; a ValueError where they cannot be told"
+    found = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth}
+    if len(found) > 1: found = {n: m for n, m in found.items() if not {"vision", "visual", "audio"} & {*n.split(".")}}
+    inner = [n for n in found if not any(n.startswith(f"{o}.") for o in found)]
+    if len(inner) != 1:
+        raise ValueError(f"odesteer does not know where the {depth} blocks of {type(model).__name__} are: "
+                         f"found {list(found)}")
+    return found[inner[0]]
+
+def attach(
+    model,  # of vLLM
+    served: Served,
+    depth: int,  # number of its blocks
+):
+    "Hooks on the blocks that are steered or read"
+    def hook(layer, module, args, out):
+        pair = isinstance(out, tuple)
+        hidden, residual = (out[0], out[1]) if pair else (out, None)
+        if not torch.compiler.is_compiling(): new = served.apply(hidden, residual, layer)
+        elif residual is None: new = torch.ops.odesteer.edit(hidden, torch.zeros_like(hidden), layer)
+        else: new = torch.ops.odesteer.edit(hidden, residual, layer)
+        return (*new, *out[2:]) if pair else new[0]
+    stack = blocks_of(model, depth)
+    for layer in sorted(served.layers): stack[layer].register_forward_hook(partial(hook, layer))
+
+def _define_op():
+    "For code that torch.compile makes: one operation that it does not look into"
+    if hasattr(torch.ops.odesteer, "edit"): return
+    def edit(hidden: torch.Tensor, residual: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        new = _SERVED[0].apply(hidden, residual, layer)
+        return tuple(b.clone() if a is b else b for a, b in zip((hidden, residual), new))
+    edit.__annotations__ = dict(hidden=torch.Tensor, residual=torch.Tensor, layer=int,
+                                **{"return": tuple[torch.Tensor, torch.Tensor]})
+    op = torch.library.custom_op("odesteer::edit", edit, mutates_args=())
+    op.register_fake(lambda hidden, residual, layer: (torch.empty_like(hidden), torch.empty_like(residual)))
+
+# %% ../nbs/29_serving.ipynb #29sv0050
+def _wrap(owner, name, make):
+    "Put a function around one of vLLM's, once; a RuntimeError where vLLM has no such function"
+    old = vars(owner).get(name)
+    if old is None: raise RuntimeError(f"odesteer does not know this version of vLLM: no {owner.__name__}.{name}")
+    if getattr(old, "_odesteer", False): return
+    new = wraps(old)(make(old))
+    new._odesteer = True
+    setattr(owner, name, new)
+    for module in [m for m in sys.modules.values() if vars(owner) is not getattr(m, "__dict__", None)]:
+        if getattr(module, "__name__", "").startswith("vllm.") and vars(module).get(name) is old:
+            setattr(module, name, new)
+
+def _on_worker(runners):
+    "4 and 5. After a model is loaded: hooks. Before a pass: a plan. After it: the count"
+    def load(old):
+        def load_model(self, *args, **kwargs):
+            old(self, *args, **kwargs)
+            if _given(self.vllm_config) is None: return
+            _SERVED[:] = [Served(_given(self.vllm_config), _given(self.vllm_config, "odesteer_collect"))]
+            _define_op()
+            attach(self.get_model(), _SERVED[0], self.model_config.get_total_num_hidden_layers())
+        return load_model
+    def prepare(old):
+        def _prepare_inputs(self, scheduler_output, num_scheduled_tokens, *args, **kwargs):
+            if _SERVED: _SERVED[0].begin(_flat_batch(self), num_scheduled_tokens)
+            return old(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
+        return _prepare_inputs
+    def execute(old):
+        def execute_model(self, *args, **kwargs):
+            out = old(self, *args, **kwargs)
+            if _SERVED: _SERVED[0].end()
+            return out
+        return execute_model
+    for cls in runners:
+        for name, make in ("load_model", load), ("_prepare_inputs", prepare), ("execute_model", execute):
+            if cls is runners[0] or name in vars(cls): _wrap(cls, name, make)
+
+def _flat_batch(runner) -> list:
+    "What `Served.begin` wants to know of vLLM's batch"
+    b, found = runner.input_batch, []
+    for i, r in enumerate(b.req_ids):
+        ask, read = asked(getattr(runner.requests[r].sampling_params, "extra_args", None))
+        found.append((ask, int(b.num_prompt_tokens[i]), int(b.num_computed_tokens_cpu[i]), read))
+    return found
+
+# %% ../nbs/29_serving.ipynb #29sv0051
+def _on_front_end():
+    "2. Requests are checked where they arrive"
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+    def process(old):
+        def process_inputs(self, request_id, prompt, params, *args, **kwargs):
+            extra = getattr(params, "extra_args", None)
+            try: new = admitted(extra, _given(self.vllm_config) or {}, _given(self.vllm_config, "odesteer_collect") or ())
+            except ValueError as e: raise VLLMValidationError(str(e)) from None
+            if new is not extra:
+                if kwargs.get("resumable"): raise VLLMValidationError("prompts that grow are not steered: send them whole")
+                params = params.clone()
+                params.extra_args = new
+            return old(self, request_id, prompt, params, *args, **kwargs)
+        return process_inputs
+    _wrap(InputProcessor, "process_inputs", process)
+    def beams(old):
+        def to_beam_search_params(self, *args, **kwargs):
+            try: refuse_beams(getattr(self, "vllm_xargs", None))
+            except ValueError as e: raise VLLMValidationError(str(e)) from None
+            return old(self, *args, **kwargs)
+        return to_beam_search_params
+    protocols = [m for n, m in sys.modules.items() if n.startswith("vllm.entrypoints.") and n.endswith(".protocol")]
+    for cls in {c for m in protocols for c in vars(m).values() if isinstance(c, type)}:
+        if "to_beam_search_params" in vars(cls): _wrap(cls, "to_beam_search_params", beams)
+
+def _on_cache():
+    "3. Blocks that hold a steered token are told apart"
+    from vllm.v1.core import kv_cache_utils
+    def keys(old):
+        def generate_block_hash_extra_keys(request, start_token_idx, end_token_idx, *args, **kwargs):
+            extra, *rest = old(request, start_token_idx, end_token_idx, *args, **kwargs)
+            ask = asked(getattr(request.sampling_params, "extra_args", None))[0]
+            key = cache_key(ask, request.num_prompt_tokens, end_token_idx)
+            return ((*(extra or ()), ("odesteer", key)) if key else extra, *rest)
+        return generate_block_hash_extra_keys
+    _wrap(kv_cache_utils, "generate_block_hash_extra_keys", keys)
+
+# %% ../nbs/29_serving.ipynb #29sv0052
+class Extension:
+    "What may be called in the workers, see `collect_served`"
+    def odesteer_applied(self) -> int:
+        "Rows steered so far"
+        return _SERVED[0].applied
+    def odesteer_kept(self) -> list:
+        "(row name, block, bytes of float32) of what was read, which is forgotten"
+        kept, _SERVED[0].kept = _SERVED[0].kept, {}
+        return [(name, layer, a.numpy().tobytes()) for name, found in kept.items() for layer, a in found.items()]
+
+def register():
+    "What vLLM calls in each of its processes; without steerers nothing changes"
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+    _on_cache()
+    def create(old):
+        def create_engine_config(self, *args, **kwargs):
+            from vllm.platforms import current_platform
+            config = old(self, *args, **kwargs)
+            _on_front_end()
+            prepare_engine(config, current_platform.device_name)
+            return config
+        return create_engine_config
+    _wrap(EngineArgs, "create_engine_config", create)
+    def init(old):
+        def init_device(self, *args, **kwargs):
+            if _given(self.vllm_config) is not None:
+                from vllm.platforms import current_platform
+                from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+                runners = [GPUModelRunner]
+                if current_platform.is_cpu():
+                    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+                    runners.append(CPUModelRunner)
+                _on_worker(runners)
+            return old(self, *args, **kwargs)
+        return init_device
+    _wrap(WorkerWrapperBase, "init_device", init)
+
+# %% ../nbs/29_serving.ipynb #29sv0056
+def collect_served(
+    llm,  # vllm.LLM, started with additional_config={"odesteer_collect": [5, 12]}
+    texts,  # list of str, chats, or pairs (prompt, answer), as for `collect_activations`
+    layers=None,  # block or list of blocks; None: all that the engine was started with
+    chunk: int = 1024,  # texts at a time
+) -> dict:  # {layer: (N, d) float32 on the CPU}, in the order of the texts
+    "Block outputs at the last token of texts, as `collect_activations` gives them; a ValueError for blocks not served"
+    from vllm import SamplingParams
+    config = llm.llm_engine.vllm_config
+    served, depth = _given(config, "odesteer_collect") or [], config.model_config.get_total_num_hidden_layers()
+    wanted = served if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    index = {i: i % depth if -depth <= i < depth else i for i in wanted}
+    if not index or not {*index.values()} <= {*served}:
+        raise ValueError(f"blocks {list(wanted)} cannot be read: start the engine with "
+                         f"additional_config={{'odesteer_collect': {list(wanted) or [0]}}}; it has {served}")
+    coded, found = ods.models.encode(llm.get_tokenizer(), texts), {}
+    def asks(i):
+        return SamplingParams(temperature=0, max_tokens=1, detokenize=False,
+                              extra_args={"odesteer_collect": [i, sorted({*index.values()})]})
+    for b in range(0, len(coded), chunk):
+        rows = range(b, min(b + chunk, len(coded)))
+        llm.generate([{"prompt_token_ids": list(coded[i].ids)} for i in rows], [asks(i) for i in rows], use_tqdm=False)
+        for i, layer, blob in llm.collective_rpc("odesteer_kept")[0]:
+            found[layer, i] = torch.frombuffer(bytearray(blob), dtype=torch.float32)
+    return {i: torch.stack([found[layer, k] for k in range(len(coded))]) for i, layer in index.items()}
