@@ -16,7 +16,7 @@ import odesteer as ods
 # %% auto #0
 __all__ = ['WORDS', 'steerer_table', 'steerer_id', 'Ask', 'requested', 'steered_rows', 'Work', 'plan', 'edit_rows', 'Served',
            'cache_key', 'Request', 'Miniature', 'refuse_engine', 'prepare_engine', 'asked', 'admitted', 'refuse_beams',
-           'blocks_of', 'attach', 'Extension', 'register', 'collect_served']
+           'blocks_of', 'attach', 'Extension', 'register', 'collect_served', 'serve_command']
 
 # %% ../nbs/29_serving.ipynb #29sv0012
 def steerer_table(
@@ -414,7 +414,7 @@ def prepare_engine(
         raise ValueError(f"odesteer needs worker_extension_cls for itself; it is {parallel.worker_extension_cls!r}")
     parallel.worker_extension_cls = ours
     config.additional_config = {**config.additional_config, "odesteer": table,
-                                "odesteer_collect": sorted(i % depth for i in collect or ())}
+                                "odesteer_collect": sorted({i % depth for i in collect or ()})}
 
 # %% ../nbs/29_serving.ipynb #29sv0046
 _FORM, _READ = "odesteer_ask", "odesteer_read"  # what the front end writes into a request
@@ -645,3 +645,21 @@ def collect_served(
         for i, layer, blob in llm.collective_rpc("odesteer_kept")[0]:
             found[layer, i] = torch.frombuffer(bytearray(blob), dtype=torch.float32)
     return {i: torch.stack([found[layer, k] for k in range(len(coded))]) for i, layer in index.items()}
+
+# %% ../nbs/29_serving.ipynb #29sv0059
+def serve_command(
+    model: str,  # folder or hub id
+    steerers: dict,  # name -> folder or hub id, or a dict with path, and perhaps revision and layer
+    extra=(),  # further arguments of vLLM's server
+) -> tuple:  # the command as a list, and environment variables that it needs
+    "How vLLM's OpenAI server is started with steerers; a ValueError for one that cannot be served"
+    table = steerer_table(steerers)
+    named = {name: {k: e[k] for k in ("path", "revision", "layer") if e[k] is not None} for name, e in table.items()}
+    if any(a.split("=")[0] in ("--additional-config", "--additional_config") for a in extra):
+        raise ValueError("--additional-config is what odesteer serve writes: give steerers with --steerer")
+    eager = [] if {"--enforce-eager", "--no-enforce-eager"} & {*extra} else ["--enforce-eager"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *eager,
+               "--additional-config", json.dumps({"odesteer": named}), *extra]
+    env, plugins = {"VLLM_USE_V2_MODEL_RUNNER": "0"}, os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and "odesteer" not in plugins.split(","): env["VLLM_PLUGINS"] = f"{plugins},odesteer".strip(",")
+    return command, env

@@ -1,4 +1,4 @@
-"""`python -m tests.vllm [--model FOLDER] [--quick] [--out nbs/assets/serving.json]`: steering inside vLLM against transformers, figures as JSON.
+"""`python -m tests.vllm [--model FOLDER] [--quick] [--out odesteer/assets/serving.json]`: steering inside vLLM against transformers, figures as JSON.
 
 Needs vLLM in an environment of its own with this package installed in it (`pip install -e '.[vllm]'`), and is no part of the test suite.
 Each case runs in a process of its own, since an engine keeps its memory; `--cases a,b` runs some of them."""
@@ -258,7 +258,7 @@ def case_server(work, ref):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "odesteer.cli", "serve", str(work/"model"), "--port", str(port), *(x for k in ("caa", "ode") for x in ("--steerer", f"{k}={work/k}")),
+    command = [sys.executable, "-c", "import odesteer, sys; sys.exit(odesteer._command())", "serve", str(work/"model"), "--port", str(port), *(x for k in ("caa", "ode") for x in ("--steerer", f"{k}={work/k}")),
                "--", "--dtype", "float32", "--max-model-len", "512", "--block-size", "32", "--num-gpu-blocks-override", "600"]
     env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with open(work/"server.log", "w") as log: server = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
