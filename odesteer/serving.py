@@ -453,7 +453,7 @@ def refuse_beams(
                          "or use odesteer.steering with num_beams on a model of transformers")
 
 # %% ../nbs/29_serving.ipynb #29sv0049
-_SERVED = []  # of this worker: one `Served`, once its model is loaded
+_NOW = []  # the `Served` whose pass is running, or whose model is being prepared
 
 def blocks_of(
     model,  # of vLLM
@@ -488,7 +488,7 @@ def _define_op():
     "For code that torch.compile makes: one operation that it does not look into"
     if hasattr(torch.ops.odesteer, "edit"): return
     def edit(hidden: torch.Tensor, residual: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        new = _SERVED[0].apply(hidden, residual, layer)
+        new = _NOW[0].apply(hidden, residual, layer)
         return tuple(b.clone() if a is b else b for a, b in zip((hidden, residual), new))
     edit.__annotations__ = dict(hidden=torch.Tensor, residual=torch.Tensor, layer=int,
                                 **{"return": tuple[torch.Tensor, torch.Tensor]})
@@ -514,19 +514,22 @@ def _on_worker(runners):
         def load_model(self, *args, **kwargs):
             old(self, *args, **kwargs)
             if _given(self.vllm_config) is None: return
-            _SERVED[:] = [Served(_given(self.vllm_config), _given(self.vllm_config, "odesteer_collect"))]
+            self.odesteer = Served(_given(self.vllm_config), _given(self.vllm_config, "odesteer_collect"))
+            _NOW[:] = [self.odesteer]
             _define_op()
-            attach(self.get_model(), _SERVED[0], self.model_config.get_total_num_hidden_layers())
+            attach(self.get_model(), self.odesteer, self.model_config.get_total_num_hidden_layers())
         return load_model
     def prepare(old):
         def _prepare_inputs(self, scheduler_output, num_scheduled_tokens, *args, **kwargs):
-            if _SERVED: _SERVED[0].begin(_flat_batch(self), num_scheduled_tokens)
+            if hasattr(self, "odesteer"):
+                _NOW[:] = [self.odesteer]
+                self.odesteer.begin(_flat_batch(self), num_scheduled_tokens)
             return old(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
         return _prepare_inputs
     def execute(old):
         def execute_model(self, *args, **kwargs):
             out = old(self, *args, **kwargs)
-            if _SERVED: _SERVED[0].end()
+            if hasattr(self, "odesteer"): self.odesteer.end()
             return out
         return execute_model
     for cls in runners:
@@ -585,10 +588,11 @@ class Extension:
     "What may be called in the workers, see `collect_served`"
     def odesteer_applied(self) -> int:
         "Rows steered so far"
-        return _SERVED[0].applied
+        return self.model_runner.odesteer.applied
     def odesteer_kept(self) -> list:
         "(row name, block, bytes of float32) of what was read, which is forgotten"
-        kept, _SERVED[0].kept = _SERVED[0].kept, {}
+        served = self.model_runner.odesteer
+        kept, served.kept = served.kept, {}
         return [(name, layer, a.numpy().tobytes()) for name, found in kept.items() for layer, a in found.items()]
 
 def register():
