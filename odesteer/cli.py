@@ -538,6 +538,7 @@ def _check_pairs(o):
     print(result)
     return 0 if result.ok else 1
 
+# %% ../nbs/31_cli.ipynb #31serve01
 def _serve(o):
     "This process becomes vLLM's server, with steerers"
     if find_spec("vllm") is None and not o.print:
@@ -797,9 +798,6 @@ _EXAMPLES = {
     "report": ("odesteer report runs", "odesteer report runs-of-one-machine runs-of-another --out report"),
     "speed": ("odesteer speed --threads 2 --out speed.json", "odesteer speed --tiny",
               "odesteer speed --parts decode --device cuda"),
-    "serve": ("odesteer serve MODEL --steerer truth=steerer",
-              "odesteer serve MODEL --steerer truth=a --steerer tone=owner/name,layer=12 --port 8001 "
-              "-- --max-model-len 2048"),
 }
 
 # %% ../nbs/31_cli.ipynb #05f4ca09
@@ -881,13 +879,6 @@ def _report_options(c):
     c.add_argument("--against", metavar="NAME", help="of results that come with the package, such as bench-smollm2: "
                                                      "did the same come out?")
 
-def _serve_options(c):
-    named = "NAME=PATH, a folder written by fit or an id on the hub; may be repeated; NAME=PATH,layer=12 sets the block"
-    c.add_argument("model", metavar="MODEL", help="a folder or a hub id; what stands behind -- goes to vLLM")
-    c.add_argument("--steerer", action="append", required=True, metavar="NAME=PATH", help=named)
-    c.add_argument("--port", type=whole_number, metavar="N", help="of the server (default 8000)")
-    c.add_argument("--print", action="store_true", help="show the command of vLLM and start nothing")
-
 def _speed_options(c):
     out = "JSON that keeps the results; parts that are not measured now stay in it"
     c.add_argument("--parts", default="all", metavar="NAME,...", help=f"some of {', '.join(PARTS)} (default all)")
@@ -896,6 +887,18 @@ def _speed_options(c):
     c.add_argument("--threads", type=whole_number, metavar="N", help="of PyTorch (default: its own)")
     c.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
     c.add_argument("--out", metavar="FILE", help=out)
+
+# %% ../nbs/31_cli.ipynb #31serve02
+def _serve_options(c):
+    named = "NAME=PATH, a folder written by fit or an id on the hub; may be repeated; NAME=PATH,layer=12 sets the block"
+    c.add_argument("model", metavar="MODEL", help="a folder or a hub id; what stands behind -- goes to vLLM")
+    c.add_argument("--steerer", action="append", required=True, metavar="NAME=PATH", help=named)
+    c.add_argument("--port", type=whole_number, metavar="N", help="of the server (default 8000)")
+    c.add_argument("--print", action="store_true", help="show the command of vLLM and start nothing")
+
+_EXAMPLES["serve"] = (
+    "odesteer serve MODEL --steerer truth=steerer",
+    "odesteer serve MODEL --steerer truth=a --steerer tone=owner/name,layer=12 --port 8001 -- --max-model-len 2048")
 
 # %% ../nbs/31_cli.ipynb #d3cd11bd
 _TASKS_HELP = (", ".join(BENCHMARKS) + " (a whole benchmark), micro (all its axes), "

@@ -15,7 +15,7 @@ import odesteer as ods
 
 # %% auto #0
 __all__ = ['WORDS', 'steerer_table', 'steerer_id', 'Ask', 'requested', 'steered_rows', 'Work', 'plan', 'edit_rows', 'Served',
-           'cache_key', 'Request', 'Miniature', 'refuse_engine', 'prepare_engine', 'asked', 'admitted', 'refuse_beams',
+           'cache_key', 'Request', 'Miniature', 'refuse_engine', 'prepare_engine', 'asked', 'refuse_beams', 'admitted',
            'blocks_of', 'attach', 'Extension', 'register', 'collect_served', 'serve_command']
 
 # %% ../nbs/29_serving.ipynb #29sv0012
@@ -91,6 +91,8 @@ class Ask(NamedTuple):
     value: float  # the strength in this unit
     id: str = ""  # of the steerer, see `steerer_id`
 
+
+# %% ../nbs/29_serving.ipynb #29sv016b
 def requested(
     extra: dict,  # what came with the request, or None
     table: dict,  # from `steerer_table`
@@ -100,7 +102,8 @@ def requested(
     odd, units = mine.keys() - WORDS.keys() - {"odesteer"}, [k for k in WORDS if k in mine]
     if not mine: return None
     if odd: raise ValueError(f"unknown {', '.join(sorted(odd))}: a request may give odesteer, {', '.join(WORDS)}")
-    if not table: raise ValueError("this server has no steerers: start it with odesteer serve MODEL --steerer NAME=PATH")
+    if not table:
+        raise ValueError("this server has no steerers: start it with odesteer serve MODEL --steerer NAME=PATH")
     if "odesteer" not in mine: raise ValueError(f"{units[0]} was given without odesteer=NAME: {_names(table)}")
     name = mine["odesteer"]
     if not isinstance(name, str) or name not in table: raise ValueError(f"no steerer {name!r}: {_names(table)}")
@@ -128,6 +131,8 @@ def steered_rows(
     "Which tokens of a request a pass steers: the last one of the prompt, and all later ones"
     return range(min(max(prompt - 1 - done, 0), now), now)
 
+
+# %% ../nbs/29_serving.ipynb #29sv019b
 class Work(NamedTuple):
     "What a pass does at one block with one steerer and unit: rows of the flat batch, and a strength for each"
     name: str
@@ -213,6 +218,8 @@ def begin(self: Served,
             for layer in read[1]: self.reads.setdefault(layer, []).append((start + prompt - 1 - done, read[0]))
         start += now
 
+
+# %% ../nbs/29_serving.ipynb #29sv026b
 @patch
 @torch.no_grad()
 def apply(self: Served, hidden, residual, layer: int):
@@ -259,6 +266,8 @@ class Request:
     @property
     def answer(self): return self.ids[self.prompt:]
 
+
+# %% ../nbs/29_serving.ipynb #29sv031b
 class Miniature:
     """A server of many requests in one flat batch, in place of vLLM in tests: greedy, slow and short.
 
@@ -310,6 +319,8 @@ def _schedule(self: Miniature) -> list:
         if now: batch.append((r, now))
     return batch
 
+
+# %% ../nbs/29_serving.ipynb #29sv032b
 @patch
 def _mask(self: Miniature, batch, n):
     "Which token of the flat row sees which of the pool, (1, 1, n, size + n): those of its request up to itself"
@@ -426,6 +437,15 @@ def asked(
     extra = extra or {}
     return Ask(*extra[_FORM]) if _FORM in extra else None, extra.get(_READ)
 
+def refuse_beams(
+    extra: dict,  # `vllm_xargs` of a request for beam search, or None
+):
+    "Beam search drops what a request asks of steerers"
+    if any(str(k).startswith("odesteer") for k in extra or {}):
+        raise ValueError("beam search is not steered: leave out use_beam_search, "
+                         "or use odesteer.steering with num_beams on a model of transformers")
+
+# %% ../nbs/29_serving.ipynb #29sv046b
 def admitted(
     extra: dict,  # what came with a request, or None
     table: dict,  # from `steerer_table`
@@ -438,19 +458,11 @@ def admitted(
         what = mine.pop("odesteer_collect")
         if not collect: raise ValueError("this server does not read activations: see odesteer.serving.collect_served")
         if not isinstance(what, (list, tuple)) or len(what) != 2 or not {*what[1]} <= {*collect}:
-            raise ValueError(f"odesteer_collect must be [name, blocks] with some of the blocks {[*collect]}; got {what!r}")
+            raise ValueError(f"odesteer_collect must be [name, blocks], some of the blocks {[*collect]}; got {what!r}")
         read = {_READ: [what[0], list(what[1])]}
     ask = requested(mine, table)
     mine = {k: v for k, v in mine.items() if not str(k).startswith("odesteer")}
     return mine | ({_FORM: list(ask)} if ask else {}) | (read or {})
-
-def refuse_beams(
-    extra: dict,  # `vllm_xargs` of a request for beam search, or None
-):
-    "Beam search drops what a request asks of steerers"
-    if any(str(k).startswith("odesteer") for k in extra or {}):
-        raise ValueError("beam search is not steered: leave out use_beam_search, "
-                         "or use odesteer.steering with num_beams on a model of transformers")
 
 # %% ../nbs/29_serving.ipynb #29sv0049
 _NOW = []  # the `Served` whose pass is running, or whose model is being prepared
@@ -468,6 +480,8 @@ def blocks_of(
                          f"found {list(found)}")
     return found[inner[0]]
 
+
+# %% ../nbs/29_serving.ipynb #29sv049b
 def attach(
     model,  # of vLLM
     served: Served,
@@ -504,10 +518,12 @@ def _wrap(owner, name, make):
     new = wraps(old)(make(old))
     new._odesteer = True
     setattr(owner, name, new)
-    for module in [m for m in sys.modules.values() if vars(owner) is not getattr(m, "__dict__", None)]:
-        if getattr(module, "__name__", "").startswith("vllm.") and vars(module).get(name) is old:
-            setattr(module, name, new)
+    if isinstance(owner, type): return
+    for module in [m for n, m in sys.modules.items() if n.startswith("vllm.")]:  # who imported it by its name
+        if vars(module).get(name) is old: setattr(module, name, new)
 
+
+# %% ../nbs/29_serving.ipynb #29sv050b
 def _on_worker(runners):
     "4 and 5. After a model is loaded: hooks. Before a pass: a plan. After it: the count"
     def load(old):
@@ -536,6 +552,8 @@ def _on_worker(runners):
         for name, make in ("load_model", load), ("_prepare_inputs", prepare), ("execute_model", execute):
             if cls is runners[0] or name in vars(cls): _wrap(cls, name, make)
 
+
+# %% ../nbs/29_serving.ipynb #29sv050c
 def _flat_batch(runner) -> list:
     "What `Served.begin` wants to know of vLLM's batch"
     b, found = runner.input_batch, []
@@ -551,11 +569,11 @@ def _on_front_end():
     from vllm.v1.engine.input_processor import InputProcessor
     def process(old):
         def process_inputs(self, request_id, prompt, params, *args, **kwargs):
-            extra = getattr(params, "extra_args", None)
-            try: new = admitted(extra, _given(self.vllm_config) or {}, _given(self.vllm_config, "odesteer_collect") or ())
+            extra, config = getattr(params, "extra_args", None), self.vllm_config
+            try: new = admitted(extra, _given(config) or {}, _given(config, "odesteer_collect") or ())
             except ValueError as e: raise VLLMValidationError(str(e)) from None
             if new is not extra:
-                if kwargs.get("resumable"): raise VLLMValidationError("prompts that grow are not steered: send them whole")
+                if kwargs.get("resumable"): raise VLLMValidationError("growing prompts are not steered: send them whole")
                 params = params.clone()
                 params.extra_args = new
             return old(self, request_id, prompt, params, *args, **kwargs)
@@ -571,6 +589,8 @@ def _on_front_end():
     for cls in {c for m in protocols for c in vars(m).values() if isinstance(c, type)}:
         if "to_beam_search_params" in vars(cls): _wrap(cls, "to_beam_search_params", beams)
 
+
+# %% ../nbs/29_serving.ipynb #29sv051b
 def _on_cache():
     "3. Blocks that hold a steered token are told apart"
     from vllm.v1.core import kv_cache_utils
@@ -595,6 +615,8 @@ class Extension:
         kept, served.kept = served.kept, {}
         return [(name, layer, a.numpy().tobytes()) for name, found in kept.items() for layer, a in found.items()]
 
+
+# %% ../nbs/29_serving.ipynb #29sv052b
 def register():
     "What vLLM calls in each of its processes; without steerers nothing changes"
     from vllm.engine.arg_utils import EngineArgs
@@ -665,5 +687,6 @@ def serve_command(
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *eager,
                "--additional-config", json.dumps({"odesteer": named}), *extra]
     env, plugins = {"VLLM_USE_V2_MODEL_RUNNER": "0"}, os.environ.get("VLLM_PLUGINS")
-    if plugins is not None and "odesteer" not in plugins.split(","): env["VLLM_PLUGINS"] = f"{plugins},odesteer".strip(",")
+    allowed = ["odesteer"] if plugins is None else plugins.split(",")
+    if "odesteer" not in allowed: env["VLLM_PLUGINS"] = ",".join(filter(None, [*allowed, "odesteer"]))
     return command, env

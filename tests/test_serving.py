@@ -421,8 +421,9 @@ def test_the_command_that_starts_a_server(saved, monkeypatch):
     assert told == {"a": {"path": str(saved/"caa"), "layer": 1}, "b": {"path": str(saved/"ode"), "layer": 3}} and command[-2:] == ["--port", "81"]
     assert "--enforce-eager" in command and env == {"VLLM_USE_V2_MODEL_RUNNER": "0"}
     assert "--enforce-eager" not in serve_command("M", {"a": saved/"caa"}, ["--no-enforce-eager"])[0]
-    monkeypatch.setenv("VLLM_PLUGINS", "mine")
-    assert serve_command("M", {"a": saved/"caa"})[1]["VLLM_PLUGINS"] == "mine,odesteer"
+    for allowed, ours in (("mine", "mine,odesteer"), ("", "odesteer"), ("odesteer,mine", None)):
+        monkeypatch.setenv("VLLM_PLUGINS", allowed)
+        assert serve_command("M", {"a": saved/"caa"})[1].get("VLLM_PLUGINS") == ours, "a list of plugins that leaves this one out would steer nothing"
     for extra in (["--additional-config", "{}"], ["--additional_config={}"]):
         with pytest.raises(ValueError, match="--steerer"): serve_command("M", {"a": saved/"caa"}, extra)
 
