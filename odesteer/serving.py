@@ -573,7 +573,7 @@ def _on_front_end():
             try: new = admitted(extra, _given(config) or {}, _given(config, "odesteer_collect") or ())
             except ValueError as e: raise VLLMValidationError(str(e)) from None
             if new is not extra:
-                if kwargs.get("resumable"): raise VLLMValidationError("growing prompts are not steered: send them whole")
+                if kwargs.get("resumable"): raise VLLMValidationError("growing prompts are not steered: send it whole")
                 params = params.clone()
                 params.extra_args = new
             return old(self, request_id, prompt, params, *args, **kwargs)
@@ -617,20 +617,9 @@ class Extension:
 
 
 # %% ../nbs/29_serving.ipynb #29sv052b
-def register():
-    "What vLLM calls in each of its processes; without steerers nothing changes"
-    from vllm.engine.arg_utils import EngineArgs
+def _on_workers():
+    "4 and 5, as soon as a worker of an engine with steerers starts"
     from vllm.v1.worker.worker_base import WorkerWrapperBase
-    _on_cache()
-    def create(old):
-        def create_engine_config(self, *args, **kwargs):
-            from vllm.platforms import current_platform
-            config = old(self, *args, **kwargs)
-            _on_front_end()
-            prepare_engine(config, current_platform.device_name)
-            return config
-        return create_engine_config
-    _wrap(EngineArgs, "create_engine_config", create)
     def init(old):
         def init_device(self, *args, **kwargs):
             if _given(self.vllm_config) is not None:
@@ -644,6 +633,34 @@ def register():
             return old(self, *args, **kwargs)
         return init_device
     _wrap(WorkerWrapperBase, "init_device", init)
+
+def _on_engine(broken):
+    "1. Steerers are checked when an engine is configured; where this vLLM is not known, that is the end of it"
+    from vllm.engine.arg_utils import EngineArgs
+    def create(old):
+        def create_engine_config(self, *args, **kwargs):
+            config = old(self, *args, **kwargs)
+            _try(broken, _on_front_end)
+            asks = any(_given(config, key) is not None for key in ("odesteer", "odesteer_collect"))
+            if asks and broken: raise RuntimeError(f"{broken[0]}: install vllm>=0.32,<0.33")
+            from vllm.platforms import current_platform
+            if asks: prepare_engine(config, current_platform.device_name)
+            return config
+        return create_engine_config
+    _wrap(EngineArgs, "create_engine_config", create)
+
+# %% ../nbs/29_serving.ipynb #29sv052c
+def _try(broken, act, *args):
+    "Note what fails: who does not steer must not suffer from a vLLM that this version does not know"
+    try: act(*args)
+    except (ImportError, AttributeError, RuntimeError) as e: broken.append(str(e))
+
+def register():
+    "What vLLM calls in each of its processes; without steerers nothing changes"
+    broken = []
+    for act in _on_cache, _on_workers: _try(broken, act)
+    _try(broken, _on_engine, broken)
+    if broken: warnings.warn(f"steering is off: {broken[0]}")
 
 # %% ../nbs/29_serving.ipynb #29sv0056
 def collect_served(

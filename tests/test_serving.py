@@ -412,6 +412,126 @@ def test_the_plugin_is_declared():
     assert settings()["vllm_plugins"] == "odesteer=odesteer.serving:register" and callable(serving.register)
 
 
+# The glue, in a vLLM of paper
+
+@pytest.fixture
+def paper(monkeypatch, saved):
+    "Modules with the names that the plugin touches, and an engine made of them"
+    def module(name, **members):
+        monkeypatch.setitem(sys.modules, name, made := ModuleType(name))
+        vars(made).update(members)
+        return made
+    class EngineArgs:
+        def __init__(self, **extra): self.extra = extra
+        def create_engine_config(self): return engine(additional_config=self.extra)
+    class InputProcessor:
+        def __init__(self, config): self.vllm_config = config
+        def process_inputs(self, request_id, prompt, params): return params.extra_args
+    class WorkerWrapperBase:
+        def __init__(self, config): self.vllm_config = config
+        def init_device(self): return "ready"
+    class GPUModelRunner:
+        def __init__(self, config):
+            self.vllm_config, self.model_config, self.input_batch, self.requests = config, config.model_config, None, {}
+            self.model = nn.ModuleDict(dict(layers=nn.ModuleList(Block("two") for _ in range(DEPTH))))
+        def load_model(self): pass
+        def get_model(self): return self.model
+        def _prepare_inputs(self, scheduler_output, scheduled): return "prepared"
+        def execute_model(self, x, scheduled):
+            self._prepare_inputs(None, scheduled)
+            return [layer(x) for layer in self.model["layers"]]
+    class Chat:
+        vllm_xargs = {"odesteer": "caa"}
+        def to_beam_search_params(self): return "beams"
+    def generate_block_hash_extra_keys(request, start, end, mm): return (("lora", "a"),) if request.lora else None, mm
+    keys = module("vllm.v1.core.kv_cache_utils", generate_block_hash_extra_keys=generate_block_hash_extra_keys)
+    for name in ("vllm", "vllm.engine", "vllm.v1", "vllm.v1.core", "vllm.v1.engine", "vllm.v1.worker", "vllm.entrypoints"): module(name)
+    sys.modules["vllm.v1.core"].kv_cache_utils = keys
+    module("vllm.v1.core.block_pool", generate_block_hash_extra_keys=generate_block_hash_extra_keys)
+    module("vllm.engine.arg_utils", EngineArgs=EngineArgs)
+    module("vllm.v1.engine.input_processor", InputProcessor=InputProcessor)
+    module("vllm.v1.worker.worker_base", WorkerWrapperBase=WorkerWrapperBase)
+    module("vllm.v1.worker.gpu_model_runner", GPUModelRunner=GPUModelRunner)
+    module("vllm.entrypoints.chat.protocol", Chat=Chat)
+    module("vllm.exceptions", VLLMValidationError=type("VLLMValidationError", (Exception,), {}))
+    module("vllm.platforms", current_platform=SimpleNamespace(device_name="cpu", is_cpu=lambda: False))
+    return SimpleNamespace(EngineArgs=EngineArgs, InputProcessor=InputProcessor, Worker=WorkerWrapperBase, Runner=GPUModelRunner, Chat=Chat, keys=keys,
+                           refused=sys.modules["vllm.exceptions"].VLLMValidationError)
+
+
+class Params(SimpleNamespace):
+    def clone(self): return Params(**vars(self))
+
+
+def test_an_engine_without_steerers_is_as_it_was(paper):
+    serving.register()
+    config = paper.EngineArgs().create_engine_config()
+    assert config.additional_config == {} and config.parallel_config.worker_extension_cls == ""
+    before = vars(paper.Runner).copy()
+    assert paper.Worker(config).init_device() == "ready" and vars(paper.Runner).items() == before.items()
+    extra = {"other": 1}
+    assert paper.InputProcessor(config).process_inputs("r", "p", Params(extra_args=extra)) is extra
+    with pytest.raises(paper.refused, match="this server has no steerers"): paper.InputProcessor(config).process_inputs("r", "p", Params(extra_args={"odesteer": "caa"}))
+    request = SimpleNamespace(sampling_params=Params(extra_args=None), num_prompt_tokens=3, lora=True)
+    assert paper.keys.generate_block_hash_extra_keys(request, 0, 8, 5) == ((("lora", "a"),), 5)
+
+
+def test_an_engine_with_steerers_from_the_request_to_the_rows(paper, saved, table):
+    serving.register()
+    serving.register()  # vLLM may call it twice
+    config = paper.EngineArgs(odesteer={"caa": str(saved/"caa")}, odesteer_collect=[1]).create_engine_config()
+    front, params = paper.InputProcessor(config), Params(extra_args={"odesteer": "caa", "odesteer_strength": 2})
+    form = front.process_inputs("r", "p", params)
+    assert asked(form)[0] == Ask("caa", "T", 2., table["caa"]["id"]) and params.extra_args == {"odesteer": "caa", "odesteer_strength": 2}, "the caller's own is not changed"
+    for extra in ({"odesteer": "nope"}, {"odesteer_ask": ["caa", "T", 1., ""]}):
+        with pytest.raises(paper.refused): front.process_inputs("r", "p", Params(extra_args=extra))
+    with pytest.raises(paper.refused, match="beam search"): paper.Chat().to_beam_search_params()
+    paper.Chat.vllm_xargs = None
+    assert paper.Chat().to_beam_search_params() == "beams"
+
+    request = SimpleNamespace(sampling_params=Params(extra_args=form), num_prompt_tokens=8, lora=False)
+    for home in (paper.keys, sys.modules["vllm.v1.core.block_pool"]):
+        assert home.generate_block_hash_extra_keys(request, 0, 7, 5) == (None, 5)
+        (kind, key), = home.generate_block_hash_extra_keys(request, 0, 8, 5)[0]
+        assert kind == "odesteer" and key == cache_key(asked(form)[0], 8, 8)
+    request.lora = True
+    assert len(paper.keys.generate_block_hash_extra_keys(request, 0, 8, 5)[0]) == 2
+    request.sampling_params = None  # of a model that generates nothing
+    assert paper.keys.generate_block_hash_extra_keys(request, 0, 8, 5)[0] == (("lora", "a"),)
+
+    paper.Worker(config).init_device()
+    runner = paper.Runner(config)
+    runner.load_model()
+    x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
+    read = front.process_inputs("r", "p", Params(extra_args={"odesteer_collect": ["mine", [1]]}))
+    runner.input_batch = SimpleNamespace(req_ids=["a", "b"], num_prompt_tokens=[3, 2], num_computed_tokens_cpu=[0, 0])
+    runner.requests = {"a": Params(sampling_params=Params(extra_args=form)), "b": Params(sampling_params=Params(extra_args=read))}
+    out = runner.execute_model(x, [3, 2])
+    assert [i for i in range(5) if not torch.equal(sum(out[1])[i], sum(out[0])[i])] == [2]
+    torch.testing.assert_close(sum(out[1])[2], ods.load_steerer(saved/"caa").steer(3 * x[2], T=2.))
+    worker = serving.Extension()
+    worker.model_runner = runner
+    (name, layer, blob), = worker.odesteer_kept()
+    assert (name, layer) == ("mine", 1) and torch.equal(torch.frombuffer(bytearray(blob), dtype=torch.float32), 3 * x[4]) and worker.odesteer_kept() == []
+    assert worker.odesteer_applied() == 1
+    runner.model["layers"][1]._forward_hooks.clear()
+    with pytest.raises(RuntimeError, match="1 rows were to be steered"): runner.execute_model(x, [3, 2])
+
+
+@pytest.mark.parametrize("gone", ["vllm.v1.core.kv_cache_utils.generate_block_hash_extra_keys", "vllm.v1.engine.input_processor.InputProcessor", "vllm.v1.worker.worker_base.WorkerWrapperBase"])
+def test_a_vllm_that_is_not_known_stops_those_who_steer_and_nobody_else(gone, paper, saved, recwarn):
+    home, _, name = gone.rpartition(".")
+    delattr(sys.modules[home], name)
+    serving.register()
+    assert paper.EngineArgs().create_engine_config().additional_config == {}
+    with pytest.raises(RuntimeError, match="install vllm"): paper.EngineArgs(odesteer={"caa": str(saved/"caa")}).create_engine_config()
+
+
+def test_a_vllm_without_an_engine_is_left_alone(paper):
+    del paper.EngineArgs.create_engine_config
+    with pytest.warns(UserWarning, match="steering is off.*EngineArgs.create_engine_config"): serving.register()
+
+
 # The command
 
 def test_the_command_that_starts_a_server(saved, monkeypatch):

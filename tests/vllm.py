@@ -313,9 +313,9 @@ def case_speed(work, ref, rounds=int(os.environ.get("ROUNDS", 5))):
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(work/"model", dtype=torch.float32).eval()
     llm = engine(work, enable_prefix_caching=False)
-    ids = [(i * (1 + 32 // len(i)))[:32] for i in ref["ids"]]
-    def served(extra): return lambda batch: ask(llm, [(i, extra) for i in batch], 32, ignore_eos=True)
-    def script(batch): return model.generate(torch.tensor(batch), attention_mask=torch.ones(len(batch), 32, dtype=torch.long), max_new_tokens=32, min_new_tokens=32, do_sample=False)
+    ids = [(i * (1 + 16 // len(i)))[:16] for i in ref["ids"]]
+    def served(extra): return lambda batch: ask(llm, [(i, extra) for i in batch], 16, ignore_eos=True)
+    def script(batch): return model.generate(torch.tensor(batch), attention_mask=torch.ones(len(batch), 16, dtype=torch.long), max_new_tokens=16, min_new_tokens=16, do_sample=False)
     arms = {"vLLM": served({}), "vLLM, CAA": served(SETTINGS["caa +"]), "vLLM, ODESteer": served(SETTINGS["ode +"]), "transformers": script}
     found = []
     for size in (1, 16, 64):
@@ -326,7 +326,7 @@ def case_speed(work, ref, rounds=int(os.environ.get("ROUNDS", 5))):
             for arm, run in arms.items():
                 start = time.process_time()
                 run(batch)
-                speeds[arm].append(32 * size / (time.process_time() - start))
+                speeds[arm].append(16 * size / (time.process_time() - start))
         for arm, x in speeds.items():
             ratio = np.array(x) / np.array(speeds["vLLM"])
             found.append(dict(batch=size, arm=arm, tokens_per_cpu_second=round(float(np.median(x)), 1), lo=round(min(x), 1), hi=round(max(x), 1),
