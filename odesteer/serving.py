@@ -634,6 +634,8 @@ def _on_workers():
         return init_device
     _wrap(WorkerWrapperBase, "init_device", init)
 
+
+# %% ../nbs/29_serving.ipynb #29sv052d
 def _on_engine(broken):
     "1. Steerers are checked when an engine is configured; where this vLLM is not known, that is the end of it"
     from vllm.engine.arg_utils import EngineArgs
