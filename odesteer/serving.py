@@ -262,9 +262,13 @@ class Request:
         "Throw out what was computed, as a server does when it runs out of memory"
         self.slots, self.keys = [], []
     @property
-    def done(self): return len(self.slots)
+    def done(self) -> int:
+        "Tokens that have been computed"
+        return len(self.slots)
     @property
-    def answer(self): return self.ids[self.prompt:]
+    def answer(self) -> list:
+        "Its tokens so far"
+        return self.ids[self.prompt:]
 
 
 # %% ../nbs/29_serving.ipynb #29sv031b
