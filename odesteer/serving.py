@@ -393,6 +393,8 @@ _REFUSED = [  # (is it so?, why not and what to do instead)
      "does not work with Ray: use --distributed-executor-backend mp"),
     (lambda c, device: c.cache_config.kv_sharing_fast_prefill,
      "needs all tokens at all blocks: leave out --kv-sharing-fast-prefill"),
+    (lambda c, device: c.kv_transfer_config is not None,
+     "cannot know how others tell keys and values apart: leave out --kv-transfer-config and --kv-offloading-size"),
     (lambda c, device: c.speculative_config is not None and c.speculative_config.method != "ngram",
      "works with n-gram speculation only, since draft models are not steered: use method ngram"),
 ]
@@ -461,7 +463,8 @@ def admitted(
     if "odesteer_collect" in mine:
         what = mine.pop("odesteer_collect")
         if not collect: raise ValueError("this server does not read activations: see odesteer.serving.collect_served")
-        if not isinstance(what, (list, tuple)) or len(what) != 2 or not {*what[1]} <= {*collect}:
+        fits = isinstance(what, (list, tuple)) and len(what) == 2 and isinstance(what[0], (int, str))
+        if not fits or not isinstance(what[1], (list, tuple)) or not all(i in collect for i in what[1]):
             raise ValueError(f"odesteer_collect must be [name, blocks], some of the blocks {[*collect]}; got {what!r}")
         read = {_READ: [what[0], list(what[1])]}
     ask = requested(mine, table)

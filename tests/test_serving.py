@@ -141,7 +141,7 @@ def test_the_form_behind_the_front_end_is_plain(table):
     assert admitted({"odesteer": "caa", "odesteer_strength": 0, "other": 1}, table) == {"other": 1}, "no strength is no steering, and shares everything"
 
 
-@pytest.mark.parametrize("what", ["1", 5, None, [0], [0, [9]], [0, [1], 2]])
+@pytest.mark.parametrize("what", ["1", 5, None, [0], [0, [9]], [0, [1], 2], [[], [1]], [{}, [1]], [0, 1], [0, [[1]]], [0, "12"], [0, {"1": 1}]])
 def test_reading_is_refused_where_it_was_not_asked_for(what, table):
     with pytest.raises(ValueError, match="does not read activations"): admitted({"odesteer_collect": what}, table)
     with pytest.raises(ValueError, match="must be"): admitted({"odesteer_collect": what}, table, [1, 2])
@@ -321,7 +321,7 @@ def engine(**changes):
     parts = dict(model_config=dict(runner_type="generate", is_encoder_decoder=False, get_hidden_size=lambda: WIDTH, get_total_num_hidden_layers=lambda: DEPTH),
                  parallel_config=dict(pipeline_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False, distributed_executor_backend="mp", worker_extension_cls=""),
                  cache_config=dict(kv_sharing_fast_prefill=False), compilation_config=dict(cudagraph_mode=SimpleNamespace(name="NONE")))
-    made = SimpleNamespace(use_v2_model_runner=False, speculative_config=None, additional_config={}, **{k: SimpleNamespace(**v) for k, v in parts.items()})
+    made = SimpleNamespace(use_v2_model_runner=False, speculative_config=None, kv_transfer_config=None, additional_config={}, **{k: SimpleNamespace(**v) for k, v in parts.items()})
     for name, value in changes.items():
         *path, last = name.split("__")
         target = made
@@ -336,7 +336,7 @@ def engine(**changes):
     (dict(parallel_config__pipeline_parallel_size=2), "cpu", "--tensor-parallel-size"), (dict(parallel_config__prefill_context_parallel_size=2), "cpu", "leave it out"),
     (dict(parallel_config__use_ubatching=True), "cuda", "--enable-dbo"), (dict(parallel_config__distributed_executor_backend="ray"), "cuda", "mp"),
     (dict(cache_config__kv_sharing_fast_prefill=True), "cpu", "--kv-sharing-fast-prefill"), (dict(speculative_config=SimpleNamespace(method="eagle")), "cuda", "ngram"),
-    (dict(parallel_config__worker_extension_cls="my.Own"), "cpu", "worker_extension_cls"),
+    (dict(kv_transfer_config=object()), "cuda", "--kv-transfer-config"), (dict(parallel_config__worker_extension_cls="my.Own"), "cpu", "worker_extension_cls"),
 ])
 def test_engines_that_could_not_steer_do_not_start(changes, device, way_out, saved):
     config = engine(additional_config={"odesteer": {"caa": str(saved/"caa")}}, **changes)
