@@ -158,7 +158,12 @@ def case_mixed(work, ref):
 
 def case_compiled(work, ref): return mixed(engine(work, enforce_eager=False), ref, list(SETTINGS))
 def case_chunked(work, ref): return mixed(engine(work, max_num_batched_tokens=64, enable_chunked_prefill=True), ref, THREE)
-def case_tensor_parallel(work, ref): return mixed(engine(work, tensor_parallel_size=2, distributed_executor_backend="mp"), ref, THREE)
+
+
+def case_tensor_parallel(work, ref):
+    config = json.loads((work/"model"/"config.json").read_text())
+    size = next(n for n in (2, 3) if config["num_attention_heads"] % n == 0 and config["num_key_value_heads"] % n == 0)
+    return mixed(engine(work, tensor_parallel_size=size, distributed_executor_backend="mp"), ref, THREE) | dict(processes=size)
 
 
 def case_ngram(work, ref):
