@@ -543,6 +543,9 @@ def _serve(o):
     "This process becomes vLLM's server, with steerers"
     if find_spec("vllm") is None and not o.print:
         raise ValueError("serving needs vLLM, in an environment of its own: pip install 'odesteer[vllm]'")
+    if o.model in NAMED:
+        raise ValueError(f"vLLM reads folders and hub ids, and {o.model} is neither: save its model and tokenizer in a "
+                         f"folder, as in odesteer.load_model({o.model!r})[0].save_pretrained(FOLDER)")
     command, env = serve_command(o.model, dict(map(_named_steerer, o.steerer)), [*_port(o), *o.vllm])
     if o.print: print(shlex.join([f"{k}={v}" for k, v in env.items()] + command))
     else: os.execvpe(command[0], command, os.environ | env)

@@ -555,6 +555,7 @@ def test_serve_in_the_shell(saved, capsys):
     for given, why in ((["a"], "write it as NAME=PATH"), ([f"a={saved/'caa'},layer=x"], "write it as NAME=PATH"), ([f"a={saved}/nowhere"], "no folder")):
         assert main(["serve", "M", "--steerer", *given, "--print"]) == 2
         assert why in capsys.readouterr().err
+    assert main(["serve", "smollm2", "--steerer", f"a={saved/'caa'}", "--print"]) == 2 and "save_pretrained(FOLDER)" in capsys.readouterr().err
     assert main(["serve", "M"]) == 2 and "--steerer" in capsys.readouterr().err
 
 
