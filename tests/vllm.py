@@ -290,11 +290,12 @@ def case_server(work, ref):
                 continue
             break
         began = time.time() - start
+        streams = []
         def answer(ids, extra, stream=False, **kw):
             given = {"return_token_ids": True} | ({"vllm_xargs": extra} if extra else {}) | kw
             got = client.completions.create(model=name, prompt=list(ids), temperature=0, max_tokens=ref["tokens"], stream=stream, extra_body=given)
             parts = [c.choices[0] for c in got if c.choices] if stream else [got.choices[0]]
-            assert len(parts) > 1 or not stream, "a stream comes in parts"
+            if stream: streams.append(len(parts))  # a server that is busy sends several tokens at once
             return [t for p in parts for t in p.token_ids or []]
         jobs = [(k % len(ref["ids"]), s) for k in range(10) for s in THREE]
         with ThreadPoolExecutor(30) as pool: got = list(pool.map(lambda j: answer(ref["ids"][j[1][0]], SETTINGS[j[1][1]], stream=j[0] % 2 == 0), enumerate(jobs)))
@@ -307,7 +308,7 @@ def case_server(work, ref):
     finally:
         os.killpg(server.pid, 15)
         server.wait(60)
-    return dict(equal=equal, of=len(jobs), streamed=len(jobs) // 2, refused=len(refused), bad=len(BAD) + 1, said=refused, alive=alive, seconds_to_start=round(began))
+    return dict(equal=equal, of=len(jobs), streamed=len(streams), parts=max(streams), refused=len(refused), bad=len(BAD) + 1, said=refused, alive=alive, seconds_to_start=round(began))
 
 
 def case_speed(work, ref, rounds=int(os.environ.get("ROUNDS", 5))):
@@ -353,7 +354,7 @@ def holds(name, r) -> bool:
     if name == "ngram": return good and r["drafted"] > 0
     if name == "preempted": return good and r["preemptions"] > 0 and r["rows"] > r["least_rows"]
     if name == "turns": return good and r["cached"] > 0
-    if name == "server": return good and r["refused"] == r["bad"] and r["alive"]
+    if name == "server": return good and r["refused"] == r["bad"] and r["alive"] and r["parts"] > 1
     return good
 
 
