@@ -68,6 +68,7 @@ setup(
         "console_scripts": cfg["console_scripts"].split(),
         "inspect_ai": ["odesteer=odesteer.check:inspect_providers.odesteer"],
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
+        "vllm.general_plugins": cfg["vllm_plugins"].split(),
     },
     cmdclass={"sdist": sdist},
     zip_safe=False,

@@ -31,6 +31,7 @@ _MODULES = {
     "costs": "",
     "plans": "",
     "compose": "as_vectors strength_for_kl",
+    "serving": "",
     "scale": "",
     "cli": "",
     "plots": "",

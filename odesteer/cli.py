@@ -6,7 +6,8 @@
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
 from dataclasses import dataclass, replace
 from pathlib import Path
-import argparse, inspect, json, re, shlex, shutil, textwrap, time, warnings
+from importlib.util import find_spec
+import argparse, inspect, json, os, re, shlex, shutil, sys, textwrap, time, warnings
 import numpy as np
 import torch
 import odesteer as ods
@@ -26,6 +27,7 @@ from .report import report
 from .results import committed, same_rows
 from .runs import Bench, Run, canonical_params, log, write_batches
 from .scale import run_anywhere
+from .serving import serve_command
 from .sites import add_ranking, rank_sites, ranking
 from .speed import PARTS, goals, measure, show
 from .statistics import bootstrap_interval, paired_difference, summary_table, wilson_interval
@@ -551,6 +553,28 @@ def _check_pairs(o):
     print(result)
     return 0 if result.ok else 1
 
+# %% ../nbs/31_cli.ipynb #31serve01
+def _serve(o):
+    "This process becomes vLLM's server, with steerers"
+    if find_spec("vllm") is None and not o.print:
+        raise ValueError("serving needs vLLM, in an environment of its own: pip install 'odesteer[vllm]'")
+    if o.model in NAMED:
+        raise ValueError(f"vLLM reads folders and hub ids, and {o.model} is neither: save its model and tokenizer in a "
+                         f"folder, as in odesteer.load_model({o.model!r})[0].save_pretrained(FOLDER)")
+    command, env = serve_command(o.model, dict(map(_named_steerer, o.steerer)), [*_port(o), *o.vllm])
+    if o.print: print(shlex.join([f"{k}={v}" for k, v in env.items()] + command))
+    else: os.execvpe(command[0], command, os.environ | env)
+
+def _named_steerer(text) -> tuple:
+    "`NAME=PATH` or `NAME=PATH,layer=12`"
+    name, equals, path = text.partition("=")
+    path, layer, n = path.partition(",layer=")
+    if not (name and equals and path) or layer and not n.removeprefix("-").isdecimal():
+        raise ValueError(f"--steerer {text}: write it as NAME=PATH, or NAME=PATH,layer=12")
+    return name, {"path": path, "layer": int(n) if layer else None}
+
+def _port(o) -> list: return [] if o.port is None else ["--port", str(o.port)]
+
 # %% ../nbs/31_cli.ipynb #39c2e9ed
 def _strength_of(o) -> dict:
     "The one unit of strength that was given, or nothing"
@@ -659,7 +683,9 @@ def main(
     "The `odesteer` command"
     o = None
     try:
+        argv, behind = _behind_dashes(sys.argv[1:] if argv is None else argv)
         o = parser().parse_args(argv)
+        o.vllm = behind
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: log(f"odesteer: warning: {message}")
             return o.run(o) or 0
@@ -674,6 +700,12 @@ def main(
 
 
 # %% ../nbs/31_cli.ipynb #3356c38e
+def _behind_dashes(argv) -> tuple:
+    "Of `serve`, what stands behind -- is for vLLM"
+    if argv[:1] != ["serve"] or "--" not in argv: return argv, []
+    i = argv.index("--")
+    return argv[:i], argv[i + 1:]
+
 def _as_options(text, o) -> str:
     "A message in the words of the shell: an argument of Python that is an option here is called by the option's name"
     known = {name: f"--{name.replace('_', '-')} " for name in vars(o)} if o else {}
@@ -879,6 +911,18 @@ def _speed_options(c):
     c.add_argument("--device", help="such as cpu or cuda (default: a GPU if there is one)")
     c.add_argument("--out", metavar="FILE", help=out)
 
+# %% ../nbs/31_cli.ipynb #31serve02
+def _serve_options(c):
+    named = "NAME=PATH, a folder written by fit or an id on the hub; may be repeated; NAME=PATH,layer=12 sets the block"
+    c.add_argument("model", metavar="MODEL", help="a folder or a hub id; what stands behind -- goes to vLLM")
+    c.add_argument("--steerer", action="append", required=True, metavar="NAME=PATH", help=named)
+    c.add_argument("--port", type=whole_number, metavar="N", help="of the server (default 8000)")
+    c.add_argument("--print", action="store_true", help="show the command of vLLM and start nothing")
+
+_EXAMPLES["serve"] = (
+    "odesteer serve MODEL --steerer truth=steerer",
+    "odesteer serve MODEL --steerer truth=a --steerer tone=owner/name,layer=12 --port 8001 -- --max-model-len 2048")
+
 # %% ../nbs/31_cli.ipynb #d3cd11bd
 _TASKS_HELP = (", ".join(BENCHMARKS) + " (a whole benchmark), micro (all its axes), "
                + ", ".join([*(f"micro-{a}" for a in AXES), *REAL_TASKS])
@@ -953,4 +997,5 @@ _COMMANDS = {
     "report": (_report, _report_options, "tables, figures and verdicts of finished runs"),
     "speed": (_speed, _speed_options,
               "what steering costs on this machine, side by side: about ten minutes and 10 GB on two cores"),
+    "serve": (_serve, _serve_options, "a vLLM server whose requests name a steerer and a strength"),
 }
