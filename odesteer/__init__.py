@@ -30,6 +30,7 @@ _MODULES = {
     "explorer": "explore",
     "costs": "",
     "plans": "",
+    "compose": "as_vectors",
     "cli": "",
     "plots": "",
 }
@@ -54,6 +55,7 @@ _METHODS = {
     "barrier-lqr": ("control", "BarrierLQR", "controller"),
     "random": ("baselines", "RandomDirection", "placebo"),
     "shuffled": ("baselines", "ShuffledLabels", "placebo"),
+    "vector": ("compose", "SteeringVector", "made"),
 }
 REGISTRY = {name: (cls, kind) for name, (_, cls, kind) in _METHODS.items()}
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import wraps
+from numbers import Real
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -370,12 +371,17 @@ def _given(self: Steerer, **units):
         raise ValueError(f"give one unit of strength, not {' and '.join(given)}: T= (time), spread= (of the fitted "
                          "activations), share= (of their median norm), or nats= (added log-odds); "
                          "until= may be capped by T=, spread= or share=")
-    if "spread" in given and self._no_spread():
-        raise ValueError(f"this {type(self).__name__} knows no spread: it was saved by an older odesteer, or its "
-                         "activations were all the same; fit it again, or use T= or share=")
+    self._must_know(given)
     if given: return given
     if self.unit == "fraction": return {"T": 1.0}
     raise ValueError(f"say how far to steer: {self._ways()}")
+
+@patch
+def _must_know(self: Steerer, given):
+    "What the units given count in."
+    if "spread" in given and self._no_spread():
+        raise ValueError(f"this {type(self).__name__} knows no spread: it was saved by an older odesteer, or its "
+                         "activations were all the same; fit it again, or use T= or share=")
 
 # %% ../nbs/00_euler.ipynb #06b52125
 @patch
@@ -542,6 +548,32 @@ def check(self: Steerer,
 ):  # a report that prints as text; its `ok` is the verdict
     "Does it move the log-odds more than placebos do, more with more strength, and not at all when off?"
     return getattr(odesteer, "check_steerer")(self, pos, neg, **kwargs)
+
+# %% ../nbs/00_euler.ipynb #a27c0002
+def _weighted(*terms): return getattr(odesteer, "compose").weighted_sum(*terms)
+
+@patch
+def __add__(self: Fitted, other): return _weighted((self, 1), (other, 1)) if _is_part(other) else NotImplemented
+
+@patch
+def __radd__(self: Fitted, other): return self if isinstance(other, int) and other == 0 else NotImplemented  # `sum`
+
+@patch
+def __sub__(self: Fitted, other): return _weighted((self, 1), (other, -1)) if _is_part(other) else NotImplemented
+
+@patch
+def __neg__(self: Fitted): return _weighted((self, -1))
+
+@patch
+def __mul__(self: Fitted, factor): return _weighted((self, factor)) if isinstance(factor, Real) else NotImplemented
+
+@patch
+def __rmul__(self: Fitted, factor): return self * factor
+
+@patch
+def __truediv__(self: Fitted, by): return _weighted((self, 1 / by)) if isinstance(by, Real) else NotImplemented
+
+def _is_part(other): return isinstance(other, Fitted)
 
 # %% ../nbs/00_euler.ipynb #6ed6b024
 @patch(as_prop=True)
@@ -710,7 +742,7 @@ def set_aside(
 
 # %% ../nbs/00_euler.ipynb #4d53f967
 def steerer_names(
-    kind="steerer",  # or "controller" (feedback across layers), "placebo" (controls of a claim); None for all
+    kind="steerer",  # or "controller" (feedback across layers), "placebo" (controls of a claim), "made" (from others); None for all
 ) -> list:
     "Names that `make_steerer` takes."
     return [k for k, (_, of) in odesteer.REGISTRY.items() if kind in (None, of)]

@@ -213,7 +213,7 @@ def test_public_name_resolves(name):
 @pytest.mark.parametrize("key", ods.REGISTRY)
 def test_registered_method_resolves(key):
     name, kind = ods.REGISTRY[key]
-    assert name in ods.__all__ and kind in ("steerer", "controller", "placebo")
+    assert name in ods.__all__ and kind in ("steerer", "controller", "placebo", "made")
     assert isinstance(getattr(ods, name), type)
 
 
