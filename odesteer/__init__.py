@@ -31,6 +31,7 @@ _MODULES = {
     "costs": "",
     "plans": "",
     "compose": "as_vectors",
+    "share": "export_vectors import_vectors",
     "cli": "",
     "plots": "",
 }

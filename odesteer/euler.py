@@ -830,9 +830,16 @@ def _folder(path, revision=None):
     from huggingface_hub import snapshot_download
     files = ["card.json", "steerer.safetensors"]
     try: return Path(snapshot_download(text, revision=revision, allow_patterns=files))
-    except Exception as e:
-        raise FileNotFoundError(f"no folder {path} here, and the hub could not give it as a repository "
-                                f"({type(e).__name__})") from e
+    except Exception as e: raise FileNotFoundError(_hub_says(text, revision, type(e).__name__)) from e
+
+def _hub_says(name, revision, error) -> str:
+    "Why the hub gives no folder, and what to do"
+    if error == "RevisionNotFoundError":
+        return f"the hub has {name}, but no revision {revision!r} of it: give one of its branches, tags or commits"
+    hints = {"RepositoryNotFoundError": "; if it is private, log in with `hf auth login`",
+             "GatedRepoError": "; ask its owner for access on its page, and log in with `hf auth login`",
+             "LocalEntryNotFoundError": "; it can be read without a network once it was read with one"}
+    return f"no folder {name} here, and the hub could not give it as a repository ({error}){hints.get(error, '')}"
 
 # %% ../nbs/00_euler.ipynb #158bd62e
 _CARD = dict(method=str, params=dict, width=int, fit=dict, chosen=dict, about=dict, tensors_sha256=str)  # it must hold

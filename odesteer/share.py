@@ -6,6 +6,7 @@
 from __future__ import annotations
 import io, json, re, tempfile, time, warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -15,7 +16,7 @@ from .compose import SteeringVector, as_vectors
 from .euler import Damaged, Fitted, Steerer, write_atomic
 
 # %% auto #0
-__all__ = ['FORMATS', 'pushes', 'Format', 'export_vectors', 'import_vectors']
+__all__ = ['FORMATS', 'pushes', 'Format', 'export_vectors', 'import_vectors', 'steering_cost', 'model_card']
 
 # %% ../nbs/28_share.ipynb #28000010
 def pushes(
@@ -25,28 +26,34 @@ def pushes(
     at=None,  # activations, where the field depends on them: see `as_vectors`
 ) -> tuple:  # {layer: (d,) float32 on the CPU}, and a dict of what is known about them
     "What is added to the outputs of blocks at one strength; a ValueError where no vector says that."
-    parts = as_vectors(obj, layer, at)
-    if strength is None: strength = getattr(obj, "default_strength", {"T": 1.})
-    zero = torch.zeros(next(iter(parts.values())).width)
-    found = {t: part.steer(zero, **strength).cpu() for t, part in sorted(parts.items())}
-    if not all(v.any() for v in found.values()): raise ValueError("at strength 0 there is no push that a file could hold")
-    return found, _known(obj, parts, strength, at)
+    parts, made = as_vectors(obj, layer, at), list(obj.values()) if isinstance(obj, dict) else [obj]
+    if strength is None: strength = _one_default(made)
+    found = {t: part.steer(torch.zeros(part.width), **strength) for t, part in sorted(parts.items())}
+    if not all(v.any() for v in found.values()): raise ValueError("at strength 0 there is no push for a file to hold")
+    return found, _known(made, parts, strength, at)
 
-def _known(obj, parts, strength, at) -> dict:
+def _one_default(made) -> dict:
+    default = made[0].default_strength
+    if all(s.default_strength == default for s in made): return default
+    raise ValueError("these steerers have different default strengths, so say which push is meant: strength={'T': ...}")
+
+# %% ../nbs/28_share.ipynb #28000011
+def _known(made, parts, strength, at) -> dict:
     "What a reader of ours would like to know beside the vectors"
     first = next(iter(parts.values())).about
     known = {k: first.get(k) for k in ("model", "revision", "site", "positions", "prompt_format")}
     sizes = {"median_norm": "median_norm_", "spread": "spread_"}
     known |= {k: {str(t): _number(getattr(p, name, None)) for t, p in parts.items()} for k, name in sizes.items()}
-    made = obj.values() if isinstance(obj, dict) else [obj]
-    method, bends = "+".join(sorted({s.card["method"] for s in made})), at is not None and not _constant(obj)
-    return known | dict(method=method, strength=strength, version=ods.__version__, reference=bends)
+    method, bends = "+".join(sorted({s.card["method"] for s in made})), at is not None and not all(map(_constant, made))
+    return known | dict(method=method, strength=_words(strength), version=ods.__version__, reference=bends)
+
+def _words(strength) -> str: return ", ".join(f"{k}={v:g}" for k, v in strength.items())
 
 def _number(x): return None if x is None or not x > 0 else float(x)
 
-def _constant(obj) -> bool:
-    "Are its vectors the same everywhere?"
-    try: as_vectors(obj, None if isinstance(obj, dict) or not obj.needs_layer else 0)
+def _constant(steerer) -> bool:
+    "Is what it adds the same everywhere?"
+    try: as_vectors(steerer, 0 if steerer.needs_layer else None)
     except ValueError: return False
     return True
 
@@ -91,8 +98,6 @@ def _lm_eval(vectors, known) -> bytes:
     return buffer.getvalue()
 
 # %% ../nbs/28_share.ipynb #28000017
-_ALL = "all tokens, of the prompt too"
-
 @dataclass(frozen=True)
 class Format:
     "How a program keeps vectors, and what it does with them"
@@ -102,6 +107,9 @@ class Format:
     tokens: str  # which ones it pushes
     use: str  # lines that use FILE there, where `model` is the model
 
+
+# %% ../nbs/28_share.ipynb #2800017a
+_ALL = "all tokens, those of the prompt too"
 _OPEN = ("from safetensors.torch import load_file\n"
          "vectors = {int(k.split('.')[-1]): v for k, v in load_file('FILE').items()}\n")
 
@@ -111,7 +119,7 @@ FORMATS = {
         "with odesteer.steering(model, vectors, T=1.): ..."),
     "gguf": Format(".gguf", _llama_cpp, "direction.N: output of block N, from 0; 0 itself cannot be pushed", _ALL,
         "llama-cli -m MODEL.gguf --control-vector FILE"),
-    "repeng": Format(".gguf", _gguf, "direction.N: output of block N, from 0", "all tokens but pads, of the prompt too",
+    "repeng": Format(".gguf", _gguf, "direction.N: output of block N, from 0", f"{_ALL}, but no pads",
         "control = repeng.ControlVector.import_gguf('FILE')\n"
         "wrapped = repeng.ControlModel(model, list(control.directions))\n"
         "wrapped.set_control(control, 1.0)"),
@@ -125,7 +133,8 @@ FORMATS |= {
     "steering-vectors": Format(".safetensors", _safetensors, "key N: output of block N, from 0", _ALL,
         f"{_OPEN}vector = steering_vectors.SteeringVector(vectors)\n"
         "with vector.apply(model, multiplier=1.0): ..."),
-    "pyvene": Format(".safetensors", _safetensors, "layer=N with block_output: output of block N, from 0", _ALL,
+    "pyvene": Format(".safetensors", _safetensors, "layer=N with block_output: output of block N, from 0",
+        f"{_ALL}; in its generate so only with intervene_on_prompt=True",
         f"{_OPEN}add = dict(component='block_output', intervention_type=pyvene.AdditionIntervention)\n"
         "places = [dict(add, layer=n, source_representation=v) for n, v in vectors.items()]\n"
         "steered = pyvene.IntervenableModel(places, model=model)"),
@@ -148,6 +157,8 @@ def export_vectors(
     write_atomic(file, blob)
     return list(_lost(fmt, known))
 
+
+# %% ../nbs/28_share.ipynb #2800020a
 def _format_of(file, to) -> Format:
     if to is None: to = next((name for name, f in FORMATS.items() if f.suffix == file.suffix), None)
     if to not in FORMATS:
@@ -161,11 +172,10 @@ def _lost(fmt, known):
     if known["reference"]:
         yield (f"the field of {known['method']} depends on the activation; the file holds its mean where you asked, "
                "which is another direction elsewhere, and no barrier (nats=, until=)")
-    if fmt.tokens == _ALL or "pads" in fmt.tokens:
+    if fmt.tokens.startswith(_ALL):
         yield f"which tokens: it pushes {fmt.tokens}; odesteer pushes from the last token of the prompt on"
     if fmt.suffix != ".safetensors":
-        strength = ", ".join(f"{k} = {v:g}" for k, v in known["strength"].items())
-        yield f"units of strength: a scale of 1 there is {strength} here"
+        yield f"units of strength: a scale of 1 there is {known['strength']} here"
 
 # %% ../nbs/28_share.ipynb #28000023
 def _read_safetensors(file, blob) -> tuple:  # vectors by name, texts of the head
@@ -190,8 +200,8 @@ def _read_gguf(file, blob) -> tuple:
         reader = Strict(file)
         head = {k: f.contents() for k, f in reader.fields.items() if f.types and f.types[0].name == "STRING"}
         found = {t.name: torch.tensor(dequantize(t.data, t.tensor_type)) for t in reader.tensors}
-    except Exception as e:  # whatever a damaged file makes of the reader
-        raise Damaged(file, f"is no whole GGUF file ({e})") from None
+    except Exception:  # whatever a damaged file makes of the reader
+        raise Damaged(file, "is no whole GGUF file") from None
     return found, head
 
 # %% ../nbs/28_share.ipynb #28000024
@@ -250,8 +260,8 @@ def _by_layer(file, found) -> dict:
         t = int(number[1])
         if t in out: raise ValueError(f"{file} has two vectors for block {t}")
         out[t] = _one(file, name, v.squeeze())
-    widths = {len(v) for v in out.values()}
-    if len(widths) > 1: raise ValueError(f"{file} has vectors of several widths: {', '.join(map(str, sorted(widths)))}")
+    if len(widths := sorted({len(v) for v in out.values()})) > 1:
+        raise ValueError(f"{file} has vectors of the widths {widths}: a model has one width")
     out = {t: v for t, v in sorted(out.items()) if v.any()}
     if not out: raise ValueError(f"{file} holds no vector" + (" but zeros" if found else ""))
     return out
@@ -262,13 +272,185 @@ def _one(file, name, v):
     if not v.isfinite().all(): raise Damaged(file, f"has NaN or infinity in {name}")
     return v.float()
 
+# %% ../nbs/28_share.ipynb #2800026a
 def _as_steerer(v, t, known, like) -> SteeringVector:
     made = SteeringVector(v, like, t)
     if like is not None: return made
-    kept = "model", "revision", "site", "positions", "prompt_format", "method", "strength"
-    made.about |= {k: known[k] for k in kept if known.get(k) is not None}
+    kept = "model", "revision", "site", "positions", "prompt_format", "method", "strength"  # whatever else a file says
+    made.about |= {k: known[k] for k in kept if isinstance(known.get(k), str)}
     for name, buffer in ("median_norm", "median_norm_"), ("spread", "spread_"):
         sizes = known.get(name)
         size = sizes.get(str(t)) if isinstance(sizes, dict) else None
-        if isinstance(size, float) and 0 < size < float("inf"): made._store(**{buffer: v.new_tensor(size)})
+        if isinstance(size, float) and 0 < size < 1e15: made._store(**{buffer: v.new_tensor(size)})
     return made
+
+# %% ../nbs/28_share.ipynb #28000040
+def steering_cost(
+    steerer: Steerer,  # fitted
+    rows=(1, 64),  # activations at once
+    repeats: int = 15,  # the median of so many calls counts, after one that warms up
+) -> dict:  # rows -> microseconds for each activation, at the default strength, on this machine
+    "What a push costs by itself, beside nothing else."
+    found, g = {}, torch.Generator().manual_seed(0)
+    for n in rows:
+        a = torch.randn(n, steerer.width, generator=g).to(steerer.median_norm_)
+        a, times = a * (steerer.median_norm_ / steerer.width**.5 or 1.), []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            with torch.no_grad(): steerer.steer(a, **steerer.default_strength)
+            times.append(time.perf_counter() - start)
+        found[n] = 1e6 * sorted(times[1:])[repeats // 2] / n
+    return found
+
+# %% ../nbs/28_share.ipynb #28000041
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+def _is_hub_name(name) -> bool:
+    return isinstance(name, str) and bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists()
+
+def _head(steerer) -> str:
+    "What the hub reads: YAML"
+    base, method = steerer.about.get("model"), steerer.card["method"]
+    lines = ["library_name: odesteer", "tags:", "- odesteer", "- activation-steering", f"- {method}"]
+    if _is_hub_name(base): lines.append(f"base_model: {base}")
+    return "\n".join(["---", *lines, "---"])
+
+def _last_part(model): return model if _is_hub_name(model) else Path(str(model)).name
+
+def _use(steerer, name, strength) -> str:
+    about, where = steerer.about, "" if not steerer.needs_layer else f"layer={steerer.about.get('layer', '...')}, "
+    model = f"{about['model']!r}" if _is_hub_name(about.get("model")) else "..."
+    revision = f", revision={about['revision']!r}" if about.get("revision") else ""
+    return "\n".join(["```python", "import odesteer as ods", "",
+                      f"model, tokenizer = ods.load_model({model}{revision})",
+                      f"steerer = ods.load_steerer({name!r})  # revision=, a commit, stays the same for ever",
+                      f"with ods.steering(model, steerer, {where}{_words(strength)}):",
+                      "    print(ods.generate_text(model, tokenizer, [prompt])[0])", "```"])
+
+# %% ../nbs/28_share.ipynb #28000042
+def _facts_table(steerer) -> str:
+    "What it was fitted on, and where"
+    card, about = steerer.card, steerer.about
+    fit, params = card["fit"], ", ".join(f"{k}={v!r}" for k, v in card["params"].items())
+    sizes = {"median norm": "median_norm_", "spread": "spread_"} if steerer.needs_layer else {}
+    rows = {"method": f"{card['method']}({params})",
+            "model": _last_part(about["model"]) if about.get("model") else None,
+            "revision of the model": about.get("revision"), "block": about.get("layer"),
+            "read and pushed at": about.get("site"), "texts were read at": about.get("positions"),
+            "prompts": about.get("prompt_format"), "unit of T": steerer.unit,
+            **{k: _number(getattr(steerer, name, None)) for k, name in sizes.items()},
+            "SHA-256 of what it was fitted on": fit.get("data_sha256"), "made with": f"odesteer {card['version']}"}
+    if fit: rows["fitted on"] = f"{fit['n_pos']} wanted and {fit['n_neg']} unwanted {fit.get('of', 'activations')}"
+    return _table(["", ""], [[k, f"{v:.4g}" if isinstance(v, float) else v] for k, v in rows.items() if v is not None])
+
+def _table(head, rows) -> str:
+    def cell(x): return str(x).replace("|", "\\|").replace("\n", " ")
+    return "\n".join(f"| {' | '.join(map(cell, row))} |" for row in [head, ["---"] * len(head), *rows])
+
+# %% ../nbs/28_share.ipynb #28000043
+_UNMEASURED = ("**Nothing was measured.** `steerer.check(...)` on texts that it was not fitted on gives a report; "
+               "`push_to_hub(..., report=report)` puts it here.")
+
+def _evidence(report) -> str:
+    "The dose response, the placebos and the verdicts of a check"
+    if report is None: return _UNMEASURED
+    unit, first = report.unit, report.dose[0]
+    works = [s for s, e in zip(report.strengths, report.dose) if e.lo > 0]
+    said = "At no strength tried does the interval lie above 0."
+    if works: said = f"The interval lies above 0 at {unit} {', '.join(f'{s:g}' for s in works)}: there it works."
+    dose = [[f"{s:g}", f"{e.value:+.3f}", f"{e.lo:+.3f} to {e.hi:+.3f}"] for s, e in zip(report.strengths, report.dose)]
+    placebos = [[kind, f"{p.mean():+.3f}", f"{p.max():+.3f}"] for kind, p in report.placebos.items()]
+    word = {True: "passed", False: "**failed**", None: "look"}
+    return "\n\n".join([
+        f"Shift of the {report.measure}, in nats, over {first.n} held-out items in {first.groups} groups. {said}",
+        _table([unit, "mean", "95 % interval"], dose),
+        f"Placebos that push as far as {unit} {report.strengths[-1]:g}:",
+        _table(["placebo", "mean", "largest"], placebos),
+        "\n".join(f"- {word[passed]}: {text}" for passed, text in report.findings)])
+
+# %% ../nbs/28_share.ipynb #28000044
+def model_card(
+    steerer: Fitted,  # fitted
+    name: str = "owner/name",  # of its repository on the hub
+    report=None,  # what `steerer.check(...)` found on held-out texts; None: the card says that nothing was measured
+) -> str:  # Markdown, with the head that the hub reads
+    "The README of a steerer: how to use it, what it was fitted on, whether it works, what it costs, and its limits."
+    if report is not None and report.steerer != repr(steerer):
+        raise ValueError(f"the report is of another steerer ({report.steerer}): give that of this one")
+    model = _last_part(steerer.about.get("model") or "the model it was fitted on")
+    limits = [f"Made for {model}, at the place named above. In another model or block it means nothing.",
+              "It pushes the last token of the prompt and the answer, unless `positions=` says otherwise.",
+              "A shift of log-odds does not say that answers are good: read some, and watch what else changes.",
+              "Strengths beyond those tried above are unknown."]
+    parts = {"Use": _use(steerer, name, _recommended(steerer, report)), "What it is": _facts_table(steerer),
+             "Does it work?": _evidence(report), "What it costs": _cost(steerer),
+             "Limits": "\n".join(f"- {x}" for x in limits)}
+    top = [_head(steerer), f"# {name.split('/')[-1]}", f"{type(steerer).__name__}, a steerer of odesteer, for {model}."]
+    return "\n\n".join([*top, *(f"## {title}\n\n{text}" for title, text in parts.items())]) + "\n"
+
+# %% ../nbs/28_share.ipynb #2800044a
+def _cost(steerer) -> str:
+    size = sum(t.numel() * t.element_size() for t in steerer.state_dict().values())
+    said = f"Its tensors have {size/1e3:,.1f} kB."
+    if not steerer.needs_layer: return said
+    (one, many), n = steering_cost(steerer).values(), torch.get_num_threads()
+    return (f"{said} One activation takes {one:.0f} microseconds, or {many:.1f} when 64 are pushed at once "
+            f"(on the processor that made this card, {n} thread{'s' * (n != 1)}).")
+
+def _recommended(steerer, report) -> dict:
+    "The middle one of the strengths that were tried and have a clear effect; else the default"
+    clear = [s for s, e in zip(report.strengths, report.dose) if e.lo > 0] if report is not None else []
+    return {report.unit: clear[len(clear) // 2]} if clear else steerer.default_strength
+
+# %% ../nbs/28_share.ipynb #28000048
+@patch
+def push_to_hub(self: Fitted,
+    name: str,  # "owner/name" on the hub; made if it is missing
+    report=None,  # of `check`, for the README
+    private: bool = None,  # of a repository that is made now; default: what the owner's account says
+    revision: str = None,  # branch to write to, made if it is missing; default: main
+    token: str = None,  # with the right to write; default: that of `hf auth login`, or of HF_TOKEN
+) -> str:  # the commit: from_pretrained(name, revision=commit) loads exactly this
+    "Put the saved steerer and a model card on the hub, as one commit; an OSError says what the hub refuses."
+    from huggingface_hub import HfApi
+    if not isinstance(name, str) or not _HUB_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name on the hub: give 'owner/name'")
+    _warn_of_folders(self.about)
+    with tempfile.TemporaryDirectory() as folder:
+        self.save_pretrained(folder)
+        write_atomic(Path(folder)/"README.md", model_card(self, name, report))
+        said = f"{self.card['method']}, by odesteer {ods.__version__}"
+        with _hub_errors(name):
+            api = HfApi(token=token)
+            api.create_repo(name, private=private, exist_ok=True)
+            if revision is not None: api.create_branch(name, branch=revision, exist_ok=True)
+            return api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message=said).oid
+
+def _warn_of_folders(about):
+    "A path of this machine on a public card helps nobody, and tells more than one may want to"
+    paths = {k: v for k, v in about.items() if isinstance(v, str) and (Path(v).is_absolute() or Path(v).exists())}
+    for k, v in paths.items():
+        warnings.warn(f"the card says {k} = {v}, a path of this machine: set steerer.about[{k!r}] to what others "
+                      "can find, such as an id on the hub", stacklevel=3)
+
+# %% ../nbs/28_share.ipynb #28000049
+@contextmanager
+def _hub_errors(name):
+    "One sentence for what may go wrong between here and there"
+    from huggingface_hub.errors import HfHubHTTPError
+    try: yield
+    except HfHubHTTPError as e:
+        status = getattr(e.response, "status_code", None)
+        if status in (401, 403):
+            raise PermissionError(f"the hub lets you not write to {name} (HTTP {status}): log in with `hf auth login`, "
+                                  "or give a token with the right to write") from None
+        said = getattr(e, "server_message", None) or str(e).strip().split("\n")[0]
+        raise OSError(f"the hub refused {name} (HTTP {status}): {said}") from None
+    except (OSError, RuntimeError) as e: raise _unreachable(name, e) from None
+    except Exception as e:  # whatever the client that it uses calls a broken line
+        if not type(e).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")): raise
+        raise _unreachable(name, e) from None
+
+def _unreachable(name, e):
+    said = str(e).strip().split("\n")[0]
+    return ConnectionError(f"the hub could not be reached for {name} ({type(e).__name__}: {said})")
