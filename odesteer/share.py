@@ -16,7 +16,8 @@ from .compose import SteeringVector, as_vectors
 from .euler import Damaged, Fitted, Steerer, write_atomic
 
 # %% auto #0
-__all__ = ['FORMATS', 'pushes', 'Format', 'export_vectors', 'import_vectors', 'steering_cost', 'model_card']
+__all__ = ['FORMATS', 'pushes', 'is_constant', 'Format', 'export_vectors', 'format_of', 'import_vectors', 'steering_cost',
+           'check_hub_name', 'model_card']
 
 # %% ../nbs/28_share.ipynb #28000010
 def pushes(
@@ -44,14 +45,17 @@ def _known(made, parts, strength, at) -> dict:
     known = {k: first.get(k) for k in ("model", "revision", "site", "positions", "prompt_format")}
     sizes = {"median_norm": "median_norm_", "spread": "spread_"}
     known |= {k: {str(t): _number(getattr(p, name, None)) for t, p in parts.items()} for k, name in sizes.items()}
-    method, bends = "+".join(sorted({s.card["method"] for s in made})), at is not None and not all(map(_constant, made))
+    bends = at is not None and not all(map(is_constant, made))
+    method = "+".join(sorted({s.card["method"] for s in made}))
     return known | dict(method=method, strength=_words(strength), version=ods.__version__, reference=bends)
 
 def _words(strength) -> str: return ", ".join(f"{k}={v:g}" for k, v in strength.items())
 
 def _number(x): return None if x is None or not x > 0 else float(x)
 
-def _constant(steerer) -> bool:
+def is_constant(
+    steerer: Fitted,
+) -> bool:
     "Is what it adds the same everywhere?"
     try: as_vectors(steerer, 0 if steerer.needs_layer else None)
     except ValueError: return False
@@ -151,7 +155,7 @@ def export_vectors(
 ) -> list:  # of sentences: what the file does not carry
     "Write a steerer as vectors for another program; a ValueError where no vector says what it does."
     file = Path(file)
-    fmt = _format_of(file, to)
+    fmt = format_of(file, to)
     vectors, known = pushes(obj, strength, layer, at)
     blob = fmt.write(vectors, known)
     write_atomic(file, blob)
@@ -159,7 +163,12 @@ def export_vectors(
 
 
 # %% ../nbs/28_share.ipynb #2800020a
-def _format_of(file, to) -> Format:
+def format_of(
+    file,  # to be written
+    to: str = None,  # one of FORMATS; default: the first with the suffix of the file
+) -> Format:
+    "The format of a file; a ValueError where none is meant, or the other program would not look at the file"
+    file = Path(file)
     if to is None: to = next((name for name, f in FORMATS.items() if f.suffix == file.suffix), None)
     if to not in FORMATS:
         wrong = f"there is no format {to!r}" if to else f"{file.name} ends in no known suffix"
@@ -179,7 +188,7 @@ def _lost(fmt, known):
 
 # %% ../nbs/28_share.ipynb #28000023
 def _read_safetensors(file, blob) -> tuple:  # vectors by name, texts of the head
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
     from safetensors.torch import load
     try:
         size = int.from_bytes(blob[:8], "little")
@@ -217,10 +226,11 @@ def _parsed(file) -> tuple:  # {name: tensor}, what is known
         if kind != "controlvector": raise ValueError(f"{file} is a GGUF file of {kind!r}, not of a control vector")
         _only_hidden_states(file, head.get("controlvector.easysteer"))
         return found, head.get("controlvector.odesteer")
+    if blob[8:9] == b"{":  # behind the length of the head
+        found, head = _read_safetensors(file, blob)
+        return found, head.get("odesteer")
     if blob[:1] == b"\x80" or blob[:2] == b"PK": raise ValueError(_PICKLE.format(file))
-    if blob[8:9] != b"{": raise ValueError(f"{file} holds no vectors: give a safetensors file or a GGUF control vector")
-    found, head = _read_safetensors(file, blob)
-    return found, head.get("odesteer")
+    raise ValueError(f"{file} holds no vectors: give a safetensors file or a GGUF control vector")
 
 def _only_hidden_states(file, native):
     "EasySteer also keeps vectors for attention heads in such files"
@@ -242,6 +252,7 @@ def import_vectors(
 ) -> dict:  # {layer: SteeringVector}; T = 1 is the push as the file has it
     "Read vectors of another program, or of ours; a ValueError says what is wrong with a file."
     file = Path(file)
+    if not file.is_file(): raise FileNotFoundError(f"there is no file {file}")
     found, known = _parsed(file)
     vectors, known = _by_layer(file, found), _object(known)
     if layer is not None and layer not in vectors:
@@ -276,8 +287,9 @@ def _one(file, name, v):
 def _as_steerer(v, t, known, like) -> SteeringVector:
     made = SteeringVector(v, like, t)
     if like is not None: return made
-    kept = "model", "revision", "site", "positions", "prompt_format", "method", "strength"  # whatever else a file says
-    made.about |= {k: known[k] for k in kept if isinstance(known.get(k), str)}
+    kept = {k: k for k in ("model", "revision", "site", "positions", "prompt_format")}
+    kept |= {"method": "vector_of", "strength": "taken_at"}
+    made.about |= {ours: known[k] for k, ours in kept.items() if isinstance(known.get(k), str)}
     for name, buffer in ("median_norm", "median_norm_"), ("spread", "spread_"):
         sizes = known.get(name)
         size = sizes.get(str(t)) if isinstance(sizes, dict) else None
@@ -304,6 +316,13 @@ def steering_cost(
 
 # %% ../nbs/28_share.ipynb #28000041
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+def check_hub_name(
+    name,  # such as "owner/name"
+):
+    "A ValueError for what is no name of a repository on the hub"
+    if isinstance(name, str) and _HUB_NAME.fullmatch(name): return
+    raise ValueError(f"{name!r} is no name on the hub: give 'owner/name'")
 
 def _is_hub_name(name) -> bool:
     return isinstance(name, str) and bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists()
@@ -413,8 +432,7 @@ def push_to_hub(self: Fitted,
 ) -> str:  # the commit: from_pretrained(name, revision=commit) loads exactly this
     "Put the saved steerer and a model card on the hub, as one commit; an OSError says what the hub refuses."
     from huggingface_hub import HfApi
-    if not isinstance(name, str) or not _HUB_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name on the hub: give 'owner/name'")
+    check_hub_name(name)
     _warn_of_folders(self.about)
     with tempfile.TemporaryDirectory() as folder:
         self.save_pretrained(folder)
@@ -442,8 +460,8 @@ def _hub_errors(name):
     except HfHubHTTPError as e:
         status = getattr(e.response, "status_code", None)
         if status in (401, 403):
-            raise PermissionError(f"the hub lets you not write to {name} (HTTP {status}): log in with `hf auth login`, "
-                                  "or give a token with the right to write") from None
+            raise PermissionError(f"the hub does not let you write to {name} (HTTP {status}): log in with "
+                                  "`hf auth login`, or give a token with the right to write") from None
         said = getattr(e, "server_message", None) or str(e).strip().split("\n")[0]
         raise OSError(f"the hub refused {name} (HTTP {status}): {said}") from None
     except (OSError, RuntimeError) as e: raise _unreachable(name, e) from None

@@ -42,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status=200, body=None, **headers):
         data = body if isinstance(body, bytes) else json.dumps({} if body is None else body).encode()
         self.send_response(status)
-        for name, value in ({"Content-Length": len(data), "Content-Type": "application/json"} | headers).items():
+        for name, value in ({"Content-Length": len(data), "Content-Type": "application/json", "Connection": "close"} | headers).items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command != "HEAD": self.wfile.write(data)
@@ -81,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
     def create(self):
         asked = json.loads(self.body)
         name = f"{asked.get('organization') or 'owner'}/{asked['name']}"
-        if name in self.hub.repos: return self.refuse(409, "", "You already created this model repo")
+        if name in self.hub.repos: return self.answer(409, {"error": "You already created this model repo", "url": f"{self.server.url}/{name}"})
         self.hub.create(name)
         if asked.get("private") or asked.get("visibility") == "private": self.hub.private.add(name)
         self.answer(200, {"url": f"{self.server.url}/{name}"})

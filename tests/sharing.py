@@ -84,12 +84,12 @@ PROGRAMS = {"lm-eval": (in_lm_eval, "lm_eval"), "repeng": (in_repeng, "repeng"),
             "pyvene": (in_pyvene, "pyvene"), "gguf": (in_llama_cpp, "xllamacpp")}  # format -> (what applies a file, package)
 
 
-def compared(lm, name, obj, folder, **how) -> dict:
+def compared(lm, name, obj, folder, step=10) -> dict:
     "What a program does with our file, beside what we do with the same vectors at all tokens"
     file = Path(folder)/f"{name}{FORMATS[name].suffix}"
-    export_vectors(obj, file, name, **how)
-    vectors = {t: ods.SteeringVector(v, layer=t) for t, v in ods.share.pushes(obj, **how)[0].items()}
-    prompts = [lm.tokenizer(p.text)["input_ids"] for p in lm.world.prompts("truth", "test")[::10]]
+    export_vectors(obj, file, name)
+    vectors = {t: ods.SteeringVector(v, layer=t) for t, v in ods.share.pushes(obj)[0].items()}
+    prompts = [lm.tokenizer(p.text)["input_ids"] for p in lm.world.prompts("truth", "test")[::step]]
     with ours(lm, vectors) as logits_of:
         mine = [greedy(logits_of, p) for p in prompts]
         expected = [logits_of(p + a) for p, a in zip(prompts, mine)]
@@ -103,11 +103,12 @@ def compared(lm, name, obj, folder, **how) -> dict:
                 logprob=off, bytes=file.stat().st_size)
 
 
-def cases(lm) -> dict:
-    "What is shared: one vector, and a controller's at several blocks"
+def of_case(lm, case):
+    "What is shared: CAA, one vector, or the vectors of PID-AcT behind all blocks but the first, which llama.cpp cannot push"
     texts = lm.world.contrast("truth")
-    return {"CAA": fit_steerer(lm.model, lm.tokenizer, texts, "caa", 1),
-            "PID-AcT": {t: v for t, v in ods.as_vectors(ods.PIDAcT(n_texts=60).fit(lm.model, lm.tokenizer, texts.pos, texts.neg, progress=False)).items() if t}}
+    if case == "CAA": return fit_steerer(lm.model, lm.tokenizer, texts, "caa", 1)
+    pid = ods.PIDAcT(n_texts=40).fit(lm.model, lm.tokenizer, texts.pos, texts.neg, progress=False)
+    return {t: v for t, v in ods.as_vectors(pid).items() if t > 0}
 
 
 def main(names):
@@ -115,7 +116,7 @@ def main(names):
     for name in names:
         for case in ("CAA", "PID-AcT"):
             lm = ods.load_micro()
-            with tempfile.TemporaryDirectory() as folder: row = compared(lm, name, cases(lm)[case], folder)
+            with tempfile.TemporaryDirectory() as folder: row = compared(lm, name, of_case(lm, case), folder)
             noted.setdefault(name, {"version": importlib.metadata.version(PROGRAMS[name][1])})[case] = row
             print(name, case, row)
     ASSET.write_text(json.dumps(dict(sorted(noted.items())), indent=1) + "\n")
