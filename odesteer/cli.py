@@ -11,9 +11,8 @@ import numpy as np
 import torch
 import odesteer as ods
 from .barrier import certificate, implied_barrier
-from .data import (QUESTION_ANSWER, SAMPLING, check_pairs, check_reading, digest, fit_steerer, group_key, group_of,
-                           load_pairs,
-                           load_prompts, read_rows, sample_batch, texts_to_read, write_jsonl)
+from .data import (QUESTION_ANSWER, SAMPLING, check_pairs, check_reading, digest, fit_steerer, group_key,
+                           group_of, load_pairs, load_prompts, read_rows, sample_batch, texts_to_read, write_jsonl)
 from .euler import load_class, write_atomic
 from .judges import BETTER
 from .micro import AXES, Recipe
@@ -541,6 +540,7 @@ def _reference(o, steerer):
     texts = [p.text for p in prompts]
     return ods.collect_activations(model, tokenizer, texts, [layer], batch_size=o.batch_size, progress=False)[layer]
 
+# %% ../nbs/31_cli.ipynb #31280007
 def _import(o):
     "A file of another program in, a folder for each block that it pushes out"
     found = ods.import_vectors(o.file, o.layer, o.like and ods.load_steerer(o.like))
@@ -550,7 +550,6 @@ def _import(o):
         vector.save_pretrained(folder)
         print(f"{folder}: {vector}")
 
-# %% ../nbs/31_cli.ipynb #31280003
 def _push(o):
     "A saved steerer in, a commit on the hub out, with a card that says what a check on `--pairs` found"
     check_hub_name(o.name)
@@ -813,10 +812,6 @@ _EXAMPLES = {
               "odesteer sites --model smollm2 --pairs pairs.jsonl --shuffle 0"),
     "generate": ("odesteer generate --steerer steerer --prompts prompts.txt --spread 1 --out answers.jsonl",
                  "odesteer generate --steerer steerer --prompts questions.csv --prompt Question --both"),
-    "export": ("odesteer export steerer --to gguf --spread 0.5 --out steerer.gguf",
-               "odesteer export steerer --at prompts.txt --to lm-eval --out steerer.pt"),
-    "import": ("odesteer import happy.gguf --layer 13 --out happy",),
-    "push": ("odesteer push steerer owner/truthful --pairs held-out.jsonl",),
     "check-pairs": ("odesteer check-pairs pairs.jsonl",
                     "odesteer check-pairs comments.csv --columns text,label --group thread"),
     "bench": ("odesteer bench smollm2 --quick", "odesteer bench smollm2 --plan-only", "odesteer bench micro --quick",
@@ -904,6 +899,15 @@ def _generate_options(c):
     _strength_options(c, "T", "spread", "share", "nats", "until")
     _sampling_options(c, new_tokens=50)
 
+# %% ../nbs/31_cli.ipynb #31280008
+_EXAMPLES |= {
+    "export": ("odesteer export steerer --to gguf --spread 0.5 --out steerer.gguf",
+               "odesteer export steerer --at prompts.txt --to lm-eval --out steerer.pt"),
+    "import": ("odesteer import happy.gguf --layer 13 --out happy",),
+    "push": ("odesteer push steerer owner/truthful --pairs held-out.jsonl",),
+}
+
+# %% ../nbs/31_cli.ipynb #31280009
 def _export_options(c):
     c.add_argument("steerer", metavar="STEERER", help="folder written by fit, or an id on the hub")
     c.add_argument("--out", required=True, metavar="FILE", help="file to write")

@@ -820,6 +820,8 @@ def _restore(self: Steerer, tensors):
     for name in ("median_norm_", "displacement_"):
         if getattr(self, name).ndim: raise ValueError(f"{name} is not one number")
 
+
+# %% ../nbs/00_euler.ipynb #00280001
 def _folder(path, revision=None):
     "The local folder of a saved steerer; a hub id is downloaded."
     local, text = Path(path), str(path)

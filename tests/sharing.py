@@ -1,7 +1,7 @@
-"""Vectors of ours in other programs: each reads our file and answers with the micro model. `python -m tests.sharing LIBRARY...` notes what came out
+"""Vectors of ours in other programs: each reads our file and answers with the micro model. `python -m tests.sharing FORMAT... field` notes what came out
 
 The figures on page 28 are made so, each library in an environment that has it: repeng 0.4.0, steering-vectors 0.12.2, pyvene 0.1.8, lm-eval 0.4.13,
-and xllamacpp 2026.10 for llama.cpp. What was noted before stays."""
+and xllamacpp 2026.10 for llama.cpp. `field` asks SmolLM2. What was noted before stays."""
 import importlib.metadata
 import json
 import sys
@@ -111,9 +111,33 @@ def of_case(lm, case):
     return {t: v for t, v in ods.as_vectors(pid).items() if t > 0}
 
 
+def field_of_smollm2() -> dict:
+    "ODESteer's field on SmolLM2 beside one vector, its mean at the ends of prompts: how far it turns, and excited answers of 24"
+    from odesteer.cli import _CHOSEN, _SIZES
+    from odesteer.data import texts_to_read
+    from odesteer.pretrained import load_model
+    from odesteer.tasks import REAL_TASKS
+    model, tokenizer = load_model("smollm2", device="cpu", dtype="float32")
+    task, (layer, _) = REAL_TASKS["style"](style="excited", fluency=(model, tokenizer), max_new_tokens=40, **_SIZES), _CHOSEN["excited"]
+    fold, = task.folds
+    field = fit_steerer(model, tokenizer, fold.texts, "odesteer", layer, reading="mean", calibrate=True)
+    def read(texts, reading): return ods.collect_activations(model, tokenizer, texts, [layer], reading, progress=False)[layer]
+    ends, answers = read([p.text for p in fold.val], "last"), read(texts_to_read(fold.texts, ["mean"]), "mean")
+    vector = ods.as_vectors(field, layer, at=ends)[layer]
+    cosines = torch.cosine_similarity(field.vector_field(answers), vector.vector, dim=-1)
+    def excited(steerer, spread):
+        with ods.steering(model, steerer, layer=layer, spread=spread):
+            said = ods.generate_text(model, tokenizer, [p.text for p in fold.test], max_new_tokens=40, do_sample=False)
+        return int(task.judge(fold.test, said)["hit"].sum())
+    rows = {str(x): dict(field=excited(field, x), vector=excited(vector, x)) for x in (.85, 1.1)}
+    return dict(layer=layer, answers=len(fold.test), cosine=dict(median=float(cosines.median()), smallest=float(cosines.min())), excited=rows)
+
+
 def main(names):
     noted = json.loads(ASSET.read_text()) if ASSET.exists() else {}
+    if "field" in names: noted["field"] = field_of_smollm2()
     for name in names:
+        if name == "field": continue
         for case in ("CAA", "PID-AcT"):
             lm = ods.load_micro()
             with tempfile.TemporaryDirectory() as folder: row = compared(lm, name, of_case(lm, case), folder)
@@ -122,4 +146,4 @@ def main(names):
     ASSET.write_text(json.dumps(dict(sorted(noted.items())), indent=1) + "\n")
 
 
-if __name__ == "__main__": main(sys.argv[1:] or list(PROGRAMS))
+if __name__ == "__main__": main(sys.argv[1:] or [*PROGRAMS, "field"])
