@@ -30,7 +30,7 @@ _MODULES = {
     "explorer": "explore",
     "costs": "",
     "plans": "",
-    "compose": "as_vectors",
+    "compose": "as_vectors strength_for_kl",
     "share": "export_vectors import_vectors",
     "cli": "",
     "plots": "",
@@ -57,6 +57,8 @@ _METHODS = {
     "random": ("baselines", "RandomDirection", "placebo"),
     "shuffled": ("baselines", "ShuffledLabels", "placebo"),
     "vector": ("compose", "SteeringVector", "made"),
+    "ablation": ("compose", "Ablation", "made"),
+    "gate": ("compose", "Gate", "made"),
 }
 REGISTRY = {name: (cls, kind) for name, (_, cls, kind) in _METHODS.items()}
 

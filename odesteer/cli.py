@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import odesteer as ods
 from .barrier import certificate, implied_barrier
+from .compose import strength_for_kl
 from .data import (QUESTION_ANSWER, SAMPLING, check_pairs, check_reading, digest, fit_steerer, group_key,
                            group_of, load_pairs, load_prompts, read_rows, sample_batch, texts_to_read, write_jsonl)
 from .euler import load_class, write_atomic
@@ -462,10 +463,18 @@ def _form(template, system) -> dict:
 def _strength_for(o, steerer) -> dict:
     "The strength that was given, in a unit that the steerer knows, or its default"
     strength = _strength_of(o) or steerer.default_strength
-    if set(strength) <= set(steerer.strength_units): return strength
+    if set(strength) <= {"kl", *steerer.strength_units}: return strength
+    if steerer.needs_layer and {"spread", "share"} & set(strength): steerer.resolve(strength)  # says why it knows none
     _refuse_set_point(steerer, steerer.card["method"], "give --T")
-    if "spread" in strength: steerer.resolve(strength)  # says why it knows no spread
     raise ValueError(f"{type(steerer).__name__} has no barrier to stop at: give --spread or --T")
+
+def _spent(o, strength, steerer, layer, model, tokenizer, asked) -> dict:
+    "For a budget of divergence the strength that spends it; any other strength as it is"
+    if "kl" not in strength: return strength
+    how = dict(layer=layer, batch_size=o.batch_size, max_new_tokens=o.max_new_tokens)
+    found = strength_for_kl(model, tokenizer, steerer, [p.text for p in asked[:32]], strength["kl"], **how)
+    log(f"strength {found!r}")
+    return dict(found)
 
 def _refuse_set_point(steerer, method, advice):
     "A ValueError where a strength is counted in nothing but T"
@@ -478,11 +487,15 @@ def _generate(o):
     _check_folder_of(o.out)
     steerer = ods.load_steerer(o.steerer)
     system = steerer.about.get("system") if o.system is None else o.system
-    prompts = load_prompts(o.prompts, o.prompt, steerer.about.get("template", "{answer}"), system)
+    form = o.prompt, steerer.about.get("template", "{answer}"), system
+    prompts = load_prompts(o.prompts, *form)
+    if o.kl_prompts and not o.kl: raise ValueError("--kl-prompts goes with a budget: give --kl")
+    asked = load_prompts(o.kl_prompts, *form) if o.kl_prompts else prompts
     name, revision = _model_of(o, steerer)
     strength, layer = _strength_for(o, steerer), _layer_for(o, steerer, name, revision)
     log(f"{len(prompts)} prompts, {Path(name).name}, {_place(layer)}, {_strength_in_words(strength)}, seed {o.seed}")
     model, tokenizer = load_model(name, revision, o.device, o.dtype)
+    strength = _spent(o, strength, steerer, layer, model, tokenizer, asked)
     settings = dict(seed=o.seed, max_new_tokens=o.max_new_tokens, **_sampling_of(o))
     texts = [p.text for p in prompts]
     def batch(i):
@@ -508,6 +521,7 @@ def _layer_for(o, steerer, name, revision):
     "The layer that was given, or the one the steerer was fitted at; None: all blocks"
     if o.layer is None and not steerer.needs_layer: return None
     layer = steerer.about.get("layer") if o.layer is None else o.layer
+    if layer is None: raise ValueError(f"the card of {o.steerer} names no block: give --layer")
     return check_layer(layer, count_layers(name, revision), steerer.card["method"])
 
 def _check_folder_of(path):
@@ -595,7 +609,7 @@ def _check_pairs(o):
 # %% ../nbs/31_cli.ipynb #39c2e9ed
 def _strength_of(o) -> dict:
     "The one unit of strength that was given, or nothing"
-    units = "T", "spread", "share", "nats", "until"
+    units = "T", "spread", "share", "nats", "until", "kl"
     given = {unit: value for unit in units if (value := getattr(o, unit, None)) is not None}
     if len(given) > 1: raise ValueError(f"give one strength, not {' and '.join('--' + unit for unit in given)}")
     return given
@@ -811,7 +825,8 @@ _EXAMPLES = {
               "--reading last,mean,template --out sites.json",
               "odesteer sites --model smollm2 --pairs pairs.jsonl --shuffle 0"),
     "generate": ("odesteer generate --steerer steerer --prompts prompts.txt --spread 1 --out answers.jsonl",
-                 "odesteer generate --steerer steerer --prompts questions.csv --prompt Question --both"),
+                 "odesteer generate --steerer steerer --prompts questions.csv --prompt Question --both",
+                 "odesteer generate --steerer steerer --prompts prompts.txt --kl 0.1 --kl-prompts others.txt"),
     "check-pairs": ("odesteer check-pairs pairs.jsonl",
                     "odesteer check-pairs comments.csv --columns text,label --group thread"),
     "bench": ("odesteer bench smollm2 --quick", "odesteer bench smollm2 --plan-only", "odesteer bench micro --quick",
@@ -897,6 +912,10 @@ def _generate_options(c):
     _prompt_options(c, required=True)
     _system_option(c, "that of the pairs that were fitted on")
     _strength_options(c, "T", "spread", "share", "nats", "until")
+    c.add_argument("--kl", type=positive_number, metavar="X",
+                   help="strength as a budget: mean divergence from the unsteered model, nats per token")
+    c.add_argument("--kl-prompts", metavar="FILE",
+                   help="whose answers spend it, the first 32 (default: those of --prompts)")
     _sampling_options(c, new_tokens=50)
 
 # %% ../nbs/31_cli.ipynb #31280008

@@ -684,10 +684,12 @@ class EffortMeter(Recorder):
     ):
         super().__init__(part)
         self.sums = {} if sums is None else sums
+        self.counted = set()  # blocks whose tokens are counted here, not by a meter before
 
     def edits(self, model, layer, strength):
         "The edits of what is wrapped, measured."
         found, stack = super().edits(model, layer, strength), decoder_layers(model)
+        self.counted |= found.keys() - self.sums.keys()
         with torch.inference_mode(False):
             for t in found: self.sums.setdefault(t, torch.zeros(2, device=device_of(stack[t])))
         return found
@@ -698,9 +700,15 @@ class EffortMeter(Recorder):
         tiny = torch.finfo(steered.dtype).tiny
         share = (steered - y.float()).norm(dim=-1) / steered.norm(dim=-1).clamp_min(tiny)
         self.sums[t][0] += share.sum()
-        self.sums[t][1] += len(share)
+        self.sums[t][1] += len(share) * (t in self.counted)
 
 # %% ../nbs/15_control.ipynb #8d0f5a25
+def _watched_by(meter, obj):
+    "The same with a meter around each steerer, all of which add to one"
+    if isinstance(obj, dict): return {i: _watched_by(meter, part) for i, part in obj.items()}
+    if isinstance(obj, (list, tuple)): return [_watched_by(meter, part) for part in obj]
+    return EffortMeter(obj, meter.sums)
+
 @patch
 def read(self: EffortMeter,
     depth: int,  # blocks of the model
@@ -725,7 +733,7 @@ def effort(
     model,  # a causal language model
     tokenizer,  # its tokenizer
     prompts,  # list of str or of chats
-    obj,  # a steerer or controller, or {layer: steerer}
+    obj,  # a steerer or controller, a list of them, whose pushes are added up, or {layer: one or a list}
     strength=None,  # as for `steering`
     layer: int = None,  # block of a steerer
     answers=None,  # what the steered model wrote, one or k in a row per prompt; default: generated here
@@ -734,9 +742,8 @@ def effort(
     **generate_kw,  # for `generate_text`, without `answers`
 ) -> dict:  # effort, per_layer (L floats), tokens
     "How hard something pushes: mean |u_t| / |x_{t+1}| over blocks and over the tokens of its own answers."
-    many, depth = isinstance(obj, dict), len(decoder_layers(unwrapped(model)))
-    meter = EffortMeter(None if many else obj)
-    watched = {i: EffortMeter(part, meter.sums) for i, part in obj.items()} if many else meter
+    meter, depth = EffortMeter(None), len(decoder_layers(unwrapped(model)))
+    watched = _watched_by(meter, obj)
     how = dict(layer=layer, strength=strength, positions=positions)
     if answers is None:
         with steering(model, obj, **how):

@@ -250,9 +250,10 @@ class Steering:
         self._watch, self.here, self.last = watch_of(model), _Where(), None
         self._pad = _known_pad(model)
         self._edits, self._values, self._applied = {}, {}, Counter()  # applied: by thread
+        self._at = {}  # block -> keys of its edits, in their order
         self.strength = strength
         self.places = self._places()
-        with torch.inference_mode(False): self._count = {i: _zero(device_of(stack[i])) for i in self._edits}
+        with torch.inference_mode(False): self._count = {i: _zero(device_of(stack[i])) for i in self._at}
         self._watch.add(self)
 
     def is_mine(self) -> bool:
@@ -283,7 +284,7 @@ def _places(self: Steering) -> dict:
         return [self.stack[i].register_forward_hook(partial(watch.steer, i), with_kwargs=True, prepend=True)]
     def on_head(head, names):
         return [head.register_forward_pre_hook(partial(watch.note_labels, names), with_kwargs=True)]
-    places = {("decoder", owner): on_decoder} | {("block", self.stack[i]): partial(on_block, i) for i in self._edits}
+    places = {("decoder", owner): on_decoder} | {("block", self.stack[i]): partial(on_block, i) for i in self._at}
     name = next(n for n, m in self.model.named_modules() if m is owner)
     for depth in range(name.count(".") + 1 if name else 0):
         head = self.model.get_submodule(".".join(name.split(".")[:depth]))
@@ -322,7 +323,7 @@ def __reduce_ex__(self: Steering, protocol):
 
 @patch
 def __repr__(self: Steering):
-    layers = f"layer{'s' * (len(self._edits) > 1)} {', '.join(map(str, self._edits))}"
+    layers = f"layer{'s' * (len(self._at) > 1)} {', '.join(map(str, self._at))}"
     state = "attached" if self.attached else "removed"
     return (f"Steering({layers} of {type(self.model).__name__}, strength={self._strength!r}, "
             f"positions={self.positions!r}, {state}, applied={self.applied})")
@@ -501,7 +502,8 @@ def _put(a, where, steered):
     return torch.cat([a[:, :where], steered], 1) if where else steered.contiguous()
 
 def _spread(values, where, n):
-    "One value per row of the batch, (batch, ...), repeated for each of its chosen tokens"
+    "One value per row of the batch, (batch, ...), repeated for each of its chosen tokens; of several, each"
+    if values is None or isinstance(values, tuple): return values and tuple(_spread(v, where, n) for v in values)
     if not isinstance(where, int): return values[where[0].to(values.device)]
     return values if n - where == 1 else values.repeat_interleave(n - where, 0)
 
@@ -511,32 +513,38 @@ def _steer(self: Steering, layer, args, kwargs, output):
     "After a block has run: its output with the chosen tokens steered"
     where, y = self.here.where, output if isinstance(output, Tensor) else output[0]
     if isinstance(where, str): where = self.last  # autograd computes a block again in a thread of its own
-    if where is None or layer not in self._edits: return output
+    if where is None or layer not in self._at: return output
     check_streams(self.model, y)
     x = (args[0] if args else kwargs["hidden_states"]).to(y.device)
-    edit, value, old, kept = self._edits[layer], self._values[layer].to(y.device), _take(y, where), ()
-    if len(old) == 0: return output
+    n = len(y) * (y.shape[1] - where) if isinstance(where, int) else len(where[0])
+    if n == 0: return output
+    for key in self._at[layer]: y = self._edit(key, x, y, where)
+    recorded = torch.compiler.is_compiling() or (y.is_cuda and torch.cuda.is_current_stream_capturing())
+    if recorded: self._count[layer].add_(n)  # counts again whenever the code or graph runs
+    else: self._applied[threading.get_ident()] += n
+    return y if isinstance(output, Tensor) else (y, *output[1:])
+
+@patch
+def _edit(self: Steering, key, x, y, where):
+    "One edit of a block's output; its key is the block, or (block, number) behind others"
+    edit, value, old, kept = self._edits[key], self._values[key].to(y.device), _take(y, where), ()
     if value.ndim: value = _spread(self._per_row(value, len(y), "strength"), where, y.shape[1])
     with full_precision(y):  # the steerer chooses its own precision
-        if edit.remember is not None: kept = (_spread(self._recall(layer, edit, y, where), where, y.shape[1]),)
+        if edit.remember is not None: kept = (_spread(self._recall(key, edit, y, where), where, y.shape[1]),)
         steered = edit.apply(_take(x, where), old, value, *kept)
     if steered.shape != old.shape or steered.dtype != y.dtype:
-        raise ValueError(f"the edit at layer {layer} was given {tuple(old.shape)} {y.dtype} "
+        raise ValueError(f"the edit at layer {key} was given {tuple(old.shape)} {y.dtype} "
                          f"and returned {tuple(steered.shape)} {steered.dtype}: both must be kept")
-    recorded = torch.compiler.is_compiling() or (y.is_cuda and torch.cuda.is_current_stream_capturing())
-    if recorded: self._count[layer].add_(len(old))  # counts again whenever the code or graph runs
-    else: self._applied[threading.get_ident()] += len(old)
-    new = _put(y, where, steered)
-    return new if isinstance(output, Tensor) else (new, *output[1:])
+    return _put(y, where, steered)
 
 # %% ../nbs/05_hooks.ipynb #df9b9e10
 @patch
-def _recall(self: Steering, layer, edit, y, where):
+def _recall(self: Steering, edit_key, edit, y, where):
     """What an edit makes of the output at each row's last prompt token, (batch, ...).
 
     Kept until `generate` returns, made anew in any other pass."""
     here = self._watch.here
-    kept, key = {} if here.call is None else here.call.kept, (self, layer, here.prompt)
+    kept, key = {} if here.call is None else here.call.kept, (self, edit_key, here.prompt)
     if key not in kept:
         steered = torch.zeros(y.shape[:2], device=y.device)
         if isinstance(where, int): steered[:, where:] = 1.0
@@ -566,17 +574,19 @@ def strength(self: Steering):
 
 @patch(set_prop=True)
 def strength(self: Steering, strength):
-    edits, values = {}, {}
+    edits, values, at = {}, {}, {}
     for layer, part in self.parts:
         value = _resolve(part, strength)
         if isinstance(part, Steerer): _check_range(part, value, strength, self.model)
         for i, edit in part.edits(self.model, layer, strength).items():
-            i = layer_index(self.stack, i)
-            edits[i], values[i] = _as_edit(edit), value.to(device_of(self.stack[i]))
+            keys = at.setdefault(i := layer_index(self.stack, i), [])
+            keys.append(key := (i, len(keys)) if keys else i)
+            edits[key], values[key] = _as_edit(edit), value.to(device_of(self.stack[i]))
     # a number or tensor changes only this tensor, so that compiled code need not be made again
     self._values = {i: _hold(self._values.get(i), value) for i, value in values.items()}
     # a dict of units changes the edits
     if not self._edits or isinstance(strength, dict) or isinstance(self._strength, dict): self._edits = edits
+    self._at = at
     self._strength = strength
 
 # %% ../nbs/05_hooks.ipynb #eeb97392
@@ -616,7 +626,7 @@ def _check_range(steerer, value, strength, model):
 # %% ../nbs/05_hooks.ipynb #203c45c0
 def steering(
     model,  # a causal language model
-    obj,  # a steerer or controller, or {layer: steerer} for several layers at once
+    obj,  # a steerer or controller, a list of them, each steering what the one before leaves, or {layer: one or a list}
     layer: int = None,  # 0-based block whose output is edited, -1 is the last; default: the one on the steerer's card
     strength=None,  # a number, or one per row; 0 changes nothing, bit for bit (but a controller's 0 is a set-point)
     T=None,  # another name for strength
@@ -657,10 +667,16 @@ def _positions(positions, history):
 
 def _parts(obj, layer, stack) -> list:
     "(layer, part) of everything that steers"
-    if not isinstance(obj, dict): return [(_site(part := _as_edits(obj), layer, stack), part)]
+    if not isinstance(obj, dict): return [(_site(part, layer, stack), part) for part in _each(obj)]
     if layer is not None or not obj:
         raise ValueError("give {layer: steerer} with at least one layer, and no layer= beside it")
-    return [(layer_index(stack, i), _as_edits(part)) for i, part in obj.items()]
+    return [(layer_index(stack, i), part) for i, some in obj.items() for part in _each(some)]
+
+def _each(obj) -> list:
+    "One or several that steer, in their order"
+    several = isinstance(obj, (list, tuple))
+    if several and not obj: raise ValueError("give at least one steerer: this list is empty")
+    return [_as_edits(part) for part in (obj if several else [obj])]
 
 # %% ../nbs/05_hooks.ipynb #ee7a6f3c
 class _OnlyEdits:
@@ -680,7 +696,7 @@ def _as_edits(part) -> Edits:
         raise TypeError(f"{part.__name__} is a class: make one and fit it, as in {part.__name__}().fit(...)")
     if not hasattr(part, "edits"):
         raise TypeError(f"cannot steer with {type(part).__name__}: "
-                        "give a fitted steerer or controller, or {layer: steerer}")
+                        "give a fitted steerer or controller, a list of them, or {layer: steerer}")
     return part if isinstance(part, Edits) else _OnlyEdits(part)
 
 # %% ../nbs/05_hooks.ipynb #3f6368f7

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -274,6 +275,40 @@ def test_generate_takes_half_a_spread_where_nothing_is_said(files, tiny, capsys)
     capsys.readouterr()
     assert "knows no spread" in fails(capsys, *run[:2], "old", *run[3:], "--spread", "1")
     assert main([*run[:2], "old", *run[3:], "--out", "d.jsonl"]) == 0 and "share = 0.5" in capsys.readouterr().err
+
+
+def test_generate_keeps_to_a_budget_of_divergence(files, tiny, capsys):
+    main(["fit", "--model", str(tiny), "--pairs", "pairs.jsonl", "--method", "caa", "--layer", "1", "--out", "s"])
+    Path("others.txt").write_text("Who is it?\nWhere?\n")
+    run = ["generate", "--steerer", "s", "--prompts", "prompts.txt", "--greedy", "--max-new-tokens", "5"]
+    capsys.readouterr()
+    assert main([*run, "--kl", ".005", "--kl-prompts", "others.txt", "--out", "a.jsonl"]) == 0
+    said = capsys.readouterr().err
+    spread = re.search(r"strength \{'spread': ([\d.]+)\} \(KL 0\.00[34]\d* of 0.005 nats a token", said).group(1)
+    assert main([*run, "--spread", spread, "--out", "b.jsonl"]) == 0 and read_rows("a.jsonl") == read_rows("b.jsonl")
+    assert main([*run, "--kl", ".005"]) == 0 and "nats a token" in capsys.readouterr().err  # of the prompts themselves
+    assert "give one strength, not --spread and --kl" in fails(capsys, *run, "--kl", ".05", "--spread", "1")
+    assert "'0' is not a number above 0" in fails(capsys, *run, "--kl", "0")
+    assert "no file missing.txt" in fails(capsys, *run, "--kl", ".1", "--kl-prompts", "missing.txt")
+    assert "--kl-prompts goes with a budget: give --kl" in fails(capsys, *run, "--spread", "1", "--kl-prompts", "others.txt")
+    assert main([*run, "--kl", "1e9"]) == 2 and "ask for less than 1e+09" in capsys.readouterr().err
+
+
+def test_steerers_made_by_hand_go_through_the_shell(files, tiny, capsys):
+    main(["fit", "--model", str(tiny), "--pairs", "pairs.jsonl", "--method", "caa", "--layer", "1", "--out", "s"])
+    caa = ods.load_steerer("s")
+    made = {"vector": ods.SteeringVector(3 * caa.vector_field(torch.zeros(caa.width))), "ablation": ods.Ablation(of=caa), "gate": ods.Gate(caa, caa), "sum": 2 * caa + caa}
+    run = ["generate", "--prompts", "prompts.txt", "--greedy", "--max-new-tokens", "5", "--model", str(tiny)]
+    for name, s in made.items():
+        s.save_pretrained(name)
+        assert main([*run, "--steerer", name, "--layer", "1", "--out", f"{name}.jsonl"]) == 0
+        assert "layer 1, T = 1" in capsys.readouterr().err
+    assert read_rows("vector.jsonl") == read_rows("sum.jsonl") != read_rows("ablation.jsonl")
+    assert "names no block: give --layer" in fails(capsys, *run, "--steerer", "ablation")
+    assert "made without activations, so --spread has no unit: give --T" in fails(capsys, *run, "--steerer", "vector", "--layer", 1, "--spread", 1)
+    assert "made without activations, so --share has no unit" in fails(capsys, *run, "--steerer", "vector", "--layer", 1, "--share", 1)
+    assert "vector" in fails(capsys, "fit", "--model", str(tiny), "--pairs", "pairs.jsonl", "--method", "vector", "--out", "t")
+    assert "there is no method 'gate'" in fails(capsys, "bench", "micro-truth", "--methods", "gate")
 
 
 def test_a_bench_in_spreads_is_made_again_from_a_config(files, tiny, capsys):

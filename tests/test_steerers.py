@@ -21,7 +21,7 @@ D, N_POS, N_NEG = 16, 60, 50
 SMALL = {"odesteer": dict(n_components=128), "step-odesteer": dict(n_components=128), "hpr": dict(epochs=5, lr=3e-3), "recontrol": dict(epochs=20),
          "truthflow": dict(epochs=20, lr=3e-3)}  # hyper-parameters that make a method quick to fit
 PLACEBOS = ods.steerer_names(kind="placebo")  # promise everything but a direction that is right
-MADE = ["vector"]  # can also be made without data
+MADE = ["vector", "ablation"]  # can also be made without data
 # What code common to all methods refuses, before a method sees it, is tried on the plainest and the richest method.
 common = pytest.mark.parametrize("name", ["caa", "odesteer"], indirect=True)
 
