@@ -21,17 +21,22 @@ __all__ = ['FORMATS', 'pushes', 'is_constant', 'Format', 'export_vectors', 'form
 
 # %% ../nbs/28_share.ipynb #28000010
 def pushes(
-    obj,  # a fitted steerer, {layer: steerer}, or a controller that adds constant vectors
+    obj,  # a fitted steerer, {layer: one or a list}, or a controller that adds constant vectors
     strength: dict = None,  # such as {"spread": .5}; default: the steerer's own, T = 1 of a published map
     layer: int = None,  # block of a steerer; default: the one on its card
     at=None,  # activations, where the field depends on them: see `as_vectors`
 ) -> tuple:  # {layer: (d,) float32 on the CPU}, and a dict of what is known about them
     "What is added to the outputs of blocks at one strength; a ValueError where no vector says that."
-    parts, made = as_vectors(obj, layer, at), list(obj.values()) if isinstance(obj, dict) else [obj]
+    parts, made = as_vectors(obj, layer, at), _steerers(obj)
     if strength is None: strength = _one_default(made)
     found = {t: part.steer(torch.zeros(part.width), **strength) for t, part in sorted(parts.items())}
     if not all(v.any() for v in found.values()): raise ValueError("at strength 0 there is no push for a file to hold")
     return found, _known(made, parts, strength, at)
+
+def _steerers(obj) -> list:
+    "All that act, whatever the blocks"
+    if isinstance(obj, dict): obj = list(obj.values())
+    return [s for part in obj for s in _steerers(part)] if isinstance(obj, (list, tuple)) else [obj]
 
 def _one_default(made) -> dict:
     default = made[0].default_strength
@@ -146,7 +151,7 @@ FORMATS |= {
 
 # %% ../nbs/28_share.ipynb #28000020
 def export_vectors(
-    obj,  # a fitted steerer, {layer: steerer}, or a controller that adds constant vectors
+    obj,  # a fitted steerer, {layer: one or a list}, or a controller that adds constant vectors
     file,  # to write
     to: str = None,  # one of FORMATS; default: the first with the suffix of the file
     strength: dict = None,  # that a scale of 1 shall mean there, such as {"spread": .5}; default: the steerer's own
@@ -350,7 +355,8 @@ def _use(steerer, name, strength) -> str:
 def _facts_table(steerer) -> str:
     "What it was fitted on, and where"
     card, about = steerer.card, steerer.about
-    fit, params = card["fit"], ", ".join(f"{k}={v!r}" for k, v in card["params"].items())
+    def setting(v): return v["method"] if isinstance(v, dict) and "method" in v else repr(v)  # a part has its own card
+    fit, params = card["fit"], ", ".join(f"{k}={setting(v)}" for k, v in card["params"].items())
     sizes = {"median norm": "median_norm_", "spread": "spread_"} if steerer.needs_layer else {}
     rows = {"method": f"{card['method']}({params})",
             "model": _last_part(about["model"]) if about.get("model") else None,

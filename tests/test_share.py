@@ -124,6 +124,17 @@ def test_formats_go_by_name_or_suffix(tmp_path):
     assert (tmp_path/"v.gguf").read_bytes() == (tmp_path/"w.gguf").read_bytes()
 
 
+def test_steerers_of_one_block_are_one_vector(tmp_path):
+    one, two = fitted("caa"), fitted("caa", 1)
+    torch.testing.assert_close(pushes({3: [one, two]})[0][3], pushes(one)[0][3] + pushes(two)[0][3])
+    ablation = ods.make_steerer("ablation", of=torch.ones(12))
+    gate = ods.make_steerer("gate", steerer=one, when=two)
+    for other in (ablation, gate):
+        assert not is_constant(other)
+        with pytest.raises(ValueError, match="depends on"): export_vectors(other, tmp_path/"v.gguf", layer=3)
+        assert "Nothing was measured" in model_card(other) and max(map(len, model_card(other).split("\n"))) < 600
+
+
 def test_like_gives_the_units(tmp_path):
     vector = ods.SteeringVector(torch.ones(12), layer=3)
     export_vectors(vector, tmp_path/"v.safetensors")
@@ -298,7 +309,21 @@ def test_one_block_off_would_be_seen(name, tmp_path):
         with PROGRAMS[name][0](lm, file) as logits_of: theirs = logits_of(ids).log_softmax(-1)
         for other in (0, 1, 2, 3):
             with ours(lm, {other: ods.SteeringVector(caa.mean_pos_ - caa.mean_neg_)}) as logits_of: off = (theirs - logits_of(ids).log_softmax(-1)).abs().max()
-            assert (off < .1) == (other == block)
+            assert off < .1 if other == block else off > 1
+
+
+def test_pyvene_pushes_the_prompt_when_it_is_told_to(tmp_path):
+    pytest.importorskip("pyvene")
+    import pyvene
+    lm = ods.load_micro()
+    caa, how = of_case(lm, "CAA"), dict(max_new_tokens=8, do_sample=False)
+    export_vectors(caa, tmp_path/"v.safetensors", "pyvene")
+    inputs = [lm.tokenizer(p.text, return_tensors="pt").input_ids for p in lm.world.prompts("truth", "test")[::20]]
+    with ods.steering(lm.model, caa, layer=1, T=1., positions="all"): mine = [lm.model.generate(ids, **how).tolist() for ids in inputs]
+    space = dict(pyvene=pyvene, model=lm.model)
+    exec(FORMATS["pyvene"].use.replace("FILE", str(tmp_path/"v.safetensors")), space)
+    theirs = {told: [space["steered"].generate({"input_ids": ids}, intervene_on_prompt=told, **how)[1].tolist() for ids in inputs] for told in (True, False)}
+    assert theirs[True] == mine != theirs[False]
 
 
 # The hub
