@@ -130,7 +130,7 @@ def field_of_smollm2() -> dict:
             said = ods.generate_text(model, tokenizer, [p.text for p in fold.test], max_new_tokens=40, do_sample=False)
         return int(task.judge(fold.test, said)["hit"].sum())
     rows = {str(x): dict(field=excited(field, x), vector=excited(vector, x)) for x in (.85, 1.1)}
-    return dict(layer=layer, answers=len(fold.test), cosine=dict(median=float(cosines.median()), smallest=float(cosines.min())), excited=rows)
+    return dict(layer=layer, answers=len(fold.test), cosine=dict(texts=len(cosines), median=float(cosines.median()), smallest=float(cosines.min())), excited=rows)
 
 
 def main(names):
