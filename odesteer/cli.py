@@ -918,14 +918,6 @@ def _generate_options(c):
                    help="whose answers spend it, the first 32 (default: those of --prompts)")
     _sampling_options(c, new_tokens=50)
 
-# %% ../nbs/31_cli.ipynb #31280008
-_EXAMPLES |= {
-    "export": ("odesteer export steerer --to gguf --spread 0.5 --out steerer.gguf",
-               "odesteer export steerer --at prompts.txt --to lm-eval --out steerer.pt"),
-    "import": ("odesteer import happy.gguf --layer 13 --out happy",),
-    "push": ("odesteer push steerer owner/truthful --pairs held-out.jsonl",),
-}
-
 # %% ../nbs/31_cli.ipynb #31280009
 def _export_options(c):
     c.add_argument("steerer", metavar="STEERER", help="folder written by fit, or an id on the hub")
@@ -955,6 +947,13 @@ def _push_options(c):
     _pair_options(c)
 
 # %% ../nbs/31_cli.ipynb #31280004
+_EXAMPLES |= {
+    "export": ("odesteer export steerer --to gguf --spread 0.5 --out steerer.gguf",
+               "odesteer export steerer --at prompts.txt --to lm-eval --out steerer.pt"),
+    "import": ("odesteer import happy.gguf --layer 13 --out happy",),
+    "push": ("odesteer push steerer owner/truthful --pairs held-out.jsonl",),
+}
+
 def _report_options(c):
     out = "folder for report.md, tables and figures (default report)"
     c.add_argument("runs", nargs="+", metavar="RUNS", help="folders that bench wrote, of one machine or several")

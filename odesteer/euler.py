@@ -806,7 +806,6 @@ def _try_once(self: Fitted):
 @patch
 def _try(self: Steerer): self.vector_field(torch.ones(1, self.width))
 
-# %% ../nbs/00_euler.ipynb #0aaab002
 @patch
 def _restore(self: Fitted, tensors):
     "Put saved tensors where `fit` would have put them."
@@ -820,8 +819,7 @@ def _restore(self: Steerer, tensors):
     for name in ("median_norm_", "displacement_"):
         if getattr(self, name).ndim: raise ValueError(f"{name} is not one number")
 
-
-# %% ../nbs/00_euler.ipynb #00280001
+# %% ../nbs/00_euler.ipynb #0aaab002
 def _folder(path, revision=None):
     "The local folder of a saved steerer; a hub id is downloaded."
     local, text = Path(path), str(path)
