@@ -354,8 +354,8 @@ def _one_site(steerer, barrier) -> dict:
     for k in ("model", "layer"):
         here, there = steerer.get(k), barrier.get(k)
         if None not in (here, there) and here != there:
-            raise ValueError(f"the steerer was fitted on {k} {here!r}, the barrier on {there!r}, but a gate is asked at "
-                             "the block that it steers: fit both there")
+            raise ValueError(f"the steerer was fitted on {k} {here!r}, the barrier on {there!r}, but a gate is asked "
+                             "at the block that it steers: fit both there")
     known = {k: barrier[k] for k in ("model", "revision", "layer") if barrier.get(k) is not None}
     return known | {k: v for k, v in steerer.items() if v is not None or k not in known}
 

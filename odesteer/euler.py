@@ -742,7 +742,7 @@ def set_aside(
 
 # %% ../nbs/00_euler.ipynb #4d53f967
 def steerer_names(
-    kind="steerer",  # or "controller" (feedback across layers), "placebo" (controls of a claim), "made" (from others); None for all
+    kind="steerer",  # or "controller" (feedback across layers), "placebo", "made" (also by hand); None for all
 ) -> list:
     "Names that `make_steerer` takes."
     return [k for k, (_, of) in odesteer.REGISTRY.items() if kind in (None, of)]
