@@ -403,7 +403,7 @@ def model_card(
     if report is not None and report.steerer != repr(steerer):
         raise ValueError(f"the report is of another steerer ({report.steerer}): give that of this one")
     model = _last_part(steerer.about.get("model") or "the model it was fitted on")
-    limits = [f"Made for {model}, at the place named above. In another model or block it means nothing.",
+    limits = [f"Made for {model}, at the place named above. For another model or block it says nothing.",
               "It pushes the last token of the prompt and the answer, unless `positions=` says otherwise.",
               "A shift of log-odds does not say that answers are good: read some, and watch what else changes.",
               "Strengths beyond those tried above are unknown."]
