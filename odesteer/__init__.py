@@ -31,6 +31,7 @@ _MODULES = {
     "costs": "",
     "plans": "",
     "compose": "as_vectors strength_for_kl",
+    "share": "export_vectors import_vectors",
     "serving": "",
     "scale": "",
     "cli": "",

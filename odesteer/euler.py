@@ -841,7 +841,6 @@ def _try_once(self: Fitted):
 @patch
 def _try(self: Steerer): self.vector_field(torch.ones(1, self.width))
 
-# %% ../nbs/00_euler.ipynb #0aaab002
 @patch
 def _restore(self: Fitted, tensors):
     "Put saved tensors where `fit` would have put them."
@@ -855,6 +854,7 @@ def _restore(self: Steerer, tensors):
     for name in ("median_norm_", "displacement_"):
         if getattr(self, name).ndim: raise ValueError(f"{name} is not one number")
 
+# %% ../nbs/00_euler.ipynb #0aaab002
 def _folder(path, revision=None):
     "The local folder of a saved steerer; a hub id is downloaded."
     local, text = Path(path), str(path)
@@ -865,9 +865,16 @@ def _folder(path, revision=None):
     from huggingface_hub import snapshot_download
     files = ["card.json", "steerer.safetensors"]
     try: return Path(snapshot_download(text, revision=revision, allow_patterns=files))
-    except Exception as e:
-        raise FileNotFoundError(f"no folder {path} here, and the hub could not give it as a repository "
-                                f"({type(e).__name__})") from e
+    except Exception as e: raise FileNotFoundError(_hub_says(text, revision, type(e).__name__)) from e
+
+def _hub_says(name, revision, error) -> str:
+    "Why the hub gives no folder, and what to do"
+    if error == "RevisionNotFoundError":
+        return f"the hub has {name}, but no revision {revision!r} of it: give one of its branches, tags or commits"
+    hints = {"RepositoryNotFoundError": "; if it is private, log in with `hf auth login`",
+             "GatedRepoError": "; ask its owner for access on its page, and log in with `hf auth login`",
+             "LocalEntryNotFoundError": "; it can be read without a network once it was read with one"}
+    return f"no folder {name} here, and the hub could not give it as a repository ({error}){hints.get(error, '')}"
 
 # %% ../nbs/00_euler.ipynb #158bd62e
 _CARD = dict(method=str, params=dict, width=int, fit=dict, chosen=dict, about=dict, tensors_sha256=str)  # it must hold
