@@ -403,7 +403,8 @@ def score(self: Gate,
     "What the gate decides by."
     a = self._check(a)
     x = a if a.dtype == torch.float64 else a.float()
-    if isinstance(self.when, Steerer): return _barrier_of(self.when._on(x)).value(x)
+    if isinstance(self.when, Steerer):
+        return _barrier_of(self.when._on(x)).value(x)
     return self._on(x).when.value(x)
 
 @patch
@@ -421,12 +422,17 @@ def edits(self: Gate,
     layer,  # 0-based decoder block
     strength,  # as for the steerer
 ) -> dict:  # {layer: Edit}
-    "The steerer's edit in rows whose prompt opens the gate; what it remembers of the prompt included."
+    """The steerer's edit in rows whose prompt opens the gate.
+
+    What the steerer remembers of a prompt is kept beside it."""
     (layer, edit), = self.steerer.edits(model, layer, strength).items()
-    def remember(q): return self.opens(q), None if edit.remember is None else edit.remember(q)
+    def remember(q):
+        inner = None if edit.remember is None else edit.remember(q)
+        return self.opens(q), inner
     def apply(block_in, block_out, value, kept):
         opens, inner = kept
-        steered = edit.apply(block_in, block_out, value, *(() if inner is None else (inner,)))
+        more = () if inner is None else (inner,)
+        steered = edit.apply(block_in, block_out, value, *more)
         return torch.where(opens[:, None], steered, block_out)
     return {layer: Edit(apply, remember)}
 
@@ -434,11 +440,14 @@ def edits(self: Gate,
 @patch
 def steer(self: Gate,
     a: Tensor,  # activations, (..., d)
-    T=None, *, spread=None, share=None, nats=None, until=None,  # strength, as for the steerer
-    prompt: Tensor = None,  # activations at the last token of their prompts, (..., d), broadcast; default: `a` itself
+    T=None, *,
+    spread=None, share=None, nats=None, until=None,  # as for the steerer
+    prompt: Tensor = None,  # activations at the last token of their prompts,
+                            # (..., d), broadcast; default: `a` itself
 ) -> Tensor:  # (..., d), dtype and device of `a`
     "Steer the rows whose prompt opens the gate."
-    steered = self.steerer.steer(a, T, spread=spread, share=share, nats=nats, until=until)
+    units = dict(spread=spread, share=share, nats=nats, until=until)
+    steered = self.steerer.steer(a, T, **units)
     opens = self.opens(a if prompt is None else prompt)
     return torch.where(opens[..., None], steered, torch.as_tensor(a))
 
@@ -577,7 +586,7 @@ def strength_for_kl(
     tol: float = .05,  # share of the budget that may be left
     start: float = .125,  # first strength tried
     most: float = 64.,  # last one
-    batch_size: int = 32,
+    batch_size: int = 32,  # prompts at once
     max_new_tokens: int = 20,  # of each answer
     **generate_kw,  # for `generate_text`; default: greedy
 ) -> Calibrated:  # a dict, to be given as strength=
