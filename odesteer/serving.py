@@ -5,11 +5,10 @@
 # %% ../nbs/29_serving.ipynb #29sv0007
 from __future__ import annotations  # vLLM appears in signatures only
 from functools import partial, wraps
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
-import hashlib, json, math, os, sys, warnings
+import hashlib, json, os, sys, warnings
 import torch
 import odesteer as ods
 
