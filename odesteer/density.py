@@ -25,7 +25,8 @@ from .euler import contrast, logistic_regression
 class PolynomialCountSketch(nn.Module):
     """Random features whose inner product estimates the polynomial kernel `(gamma x.y + coef0)^degree`.
 
-    Pham and Pagh, 2013. Grows on this page: `fit`, `forward`, `vjp`, `spectrum`, `score`, `quadratic_form`."""
+    Pham and Pagh, 2013. Grows on this page: `fit`, `forward`, `vjp`, `spectrum`,
+    `score`, `quadratic_form`, `pairs`, `pair_vjp`."""
     def __init__(self,
         n_components=8000,  # width of the sketch, n
         degree=2,  # of the polynomial, D
@@ -598,6 +599,35 @@ def quadratic_form(self: PolynomialCountSketch,
             (self.gamma * self.coef0)**0.5 * M[:d, d],
             self.coef0 / 2 * M[d, d])
 
+# %% ../nbs/02_density.ipynb #f554cb08
+@patch
+def pairs(self: PolynomialCountSketch,
+    w: Tensor,  # (n_components,)
+) -> tuple:  # i conj(fft(w)), buckets to add to, signs on the way in, buckets to read, signs on the way out, and c (d,)
+    "What `pair_vjp` needs of the weights; degree 2 only."
+    n, d = self.n_components, self.indexHash_.shape[1] - (self.coef0 != 0)
+    H, s = self.indexHash_[:, :d], self.gamma**0.5 * self.bitHash_[:, :d].to(w)
+    half = torch.arange(2, device=w.device)[:, None]  # 0: the real part, 1: the imaginary one
+    W = (1j * torch.fft.fft(w).conj()).resolve_conj()
+    c = self.vjp(w.new_zeros(d), w)
+    return W, (2 * H + half).flatten(), s * (1 - 2 * half), (2 * (-H % n) + half).flatten(), s, c
+
+@patch
+def pair_vjp(self: PolynomialCountSketch,
+    x: Tensor,  # (..., d)
+    pairs: tuple,  # of the weights
+) -> Tensor:  # (..., d)
+    "`J(x)^T w` for degree 2, exact: both tables as one complex signal."
+    if not x.numel(): return torch.zeros_like(x)
+    (W, into, s_in, read, s_out, c), rows = pairs, x.reshape(-1, x.shape[-1])
+    if len(rows) > 32 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.cat([self.pair_vjp(r, pairs) for r in rows.split(32)]).view_as(x)
+    signal = rows.new_zeros(len(rows), 2 * len(W)).index_add_(1, into, (rows[:, None] * s_in).flatten(1))
+    spectrum = torch.fft.fft(torch.view_as_complex(signal.unflatten(1, (-1, 2))))
+    back = torch.view_as_real(torch.fft.ifft(spectrum.mul_(W))).flatten(1)
+    own = back.index_select(1, read).unflatten(1, s_out.shape) * s_out
+    return (own[:, 0] + own[:, 1] + c).view_as(x)
+
 # %% ../nbs/02_density.ipynb #0489f0dd
 @patch
 def _score(self: DensityRatioBarrier, u, w):
@@ -613,6 +643,7 @@ def _vjp(self: DensityRatioBarrier, u, w):
     "`J(u)^T w` of the features, (..., d)."
     phi, how = self.features, self._route(u)
     if how is None: return phi.vjp(u, w)
+    if how == "fft" and phi.degree == 2: return phi.pair_vjp(u, self._derived("pairs", w, phi.pairs))
     if how == "fft": return phi.vjp(u, w, self._derived("spectrum", w, phi.spectrum)[0])
     Q, c, _ = self._derived("form", w, phi.quadratic_form)
     return u @ Q + c

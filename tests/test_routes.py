@@ -85,6 +85,24 @@ def test_score_is_the_inner_product_with_the_sketch(degree, n, coef0):
     assert torch.equal(f.score(x, w, read), f.score(x, w)) and torch.equal(f.vjp(x, w, W), f.vjp(x, w)) and f.score(x[:0], w).shape == (0, 3)
 
 
+@pytest.mark.parametrize("n,coef0", [(n, c) for n in (16, 17, 33) for c in (1., 0., .3)])
+def test_two_tables_are_one_complex_signal(n, coef0):
+    "The gradient by a transform there and one back, for whatever shape, also of more rows than are taken at once, and differentiable"
+    g = torch.Generator().manual_seed(5)
+    x, w = torch.randn(2, 35, 9, generator=g, dtype=torch.float64), torch.randn(n, generator=g, dtype=torch.float64)
+    f = PolynomialCountSketch(n, 2, .7, coef0).fit(x)
+    a, pairs = x.clone().requires_grad_(), f.pairs(w)
+    expected, = torch.autograd.grad((f(a) @ w).sum(), a)
+    torch.testing.assert_close(f.pair_vjp(x, pairs), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(f.pair_vjp(x.float(), f.pairs(w.float())).double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(f.pair_vjp(x[0, 0], pairs), expected[0, 0], rtol=1e-10, atol=1e-10)
+    assert f.pair_vjp(x[:0], pairs).shape == (0, 35, 9)
+    Q = f.quadratic_form(w)[0]
+    bent, = torch.autograd.grad(f.pair_vjp(a, pairs)[1, 3, 2], a)
+    torch.testing.assert_close(bent[1, 3], Q[2], rtol=1e-10, atol=1e-10)
+    assert bent.count_nonzero() <= 9
+
+
 @pytest.mark.parametrize("coef0", [1., 0., .3])
 def test_quadratic_form_is_the_score(coef0):
     g = torch.Generator().manual_seed(4)
