@@ -245,9 +245,9 @@ def end(self: Served):
 def cache_key(
     ask: Ask,  # or None
     prompt: int,  # tokens of the prompt of the request
-    end: int,  # the block of the cache holds tokens before this one
-) -> str:  # None: the block is the same for everybody
-    "What tells a block of keys and values from one with the same tokens that was steered otherwise"
+    end: int,  # the page of the cache holds tokens before this one
+) -> str:  # None: the page is the same for everybody
+    "What tells a page of keys and values from one with the same tokens that was steered otherwise"
     if not ask or end <= prompt - 1: return None
     return f"{ask.name}/{ask.id}/{ask.unit}={ask.value!r}/{prompt}"
 
@@ -278,7 +278,7 @@ class Miniature:
     def __init__(self,
         model,  # a causal language model of transformers
         served: Served,
-        block: int = 8,  # tokens in a block of the prefix cache
+        block: int = 8,  # tokens in a page of the prefix cache
         tokens: int = 64,  # that a pass computes at most
         guard: bool = True,  # False: without `cache_key`, to see what happens
     ):
@@ -300,7 +300,7 @@ class Miniature:
 # %% ../nbs/29_serving.ipynb #29sv0032
 @patch
 def _keys(self: Miniature, r):
-    "Hashes of the full blocks of a request, each with that of the block before in it"
+    "Hashes of the full pages of a request, each with that of the page before in it"
     while (len(r.keys) + 1) * self.block <= len(r.ids):
         start = len(r.keys) * self.block
         end = start + self.block
@@ -326,7 +326,7 @@ def _schedule(self: Miniature) -> list:
 # %% ../nbs/29_serving.ipynb #29sv032b
 @patch
 def _mask(self: Miniature, batch, n):
-    "Which token of the flat row sees which of the pool, (1, 1, n, size + n): those of its request up to itself"
+    "Which token of the flat batch sees which of the pool, (1, 1, n, size + n): those of its request up to itself"
     sees, row = torch.zeros(n, self.size + n, dtype=torch.bool), 0
     for r, now in batch:
         for i in range(now):
@@ -339,7 +339,7 @@ def _mask(self: Miniature, batch, n):
 @patch
 @torch.no_grad()
 def step(self: Miniature):
-    "One pass over one flat row; every request whose tokens are all computed gets its next one"
+    "One pass over one flat batch; every request whose tokens are all computed gets its next one"
     batch = self._schedule()
     given = [(r.ask, r.prompt, r.done, r.read) for r, _ in batch]
     ids = [i for r, now in batch for i in r.ids[r.done:r.done + now]]
@@ -598,7 +598,7 @@ def _on_front_end():
 
 # %% ../nbs/29_serving.ipynb #29sv051b
 def _on_cache():
-    "3. Blocks that hold a steered token are told apart"
+    "3. Pages that hold a steered token are told apart"
     from vllm.v1.core import kv_cache_utils
     def keys(old):
         def generate_block_hash_extra_keys(request, start_token_idx, end_token_idx, *args, **kwargs):

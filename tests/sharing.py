@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -112,7 +112,7 @@ def of_case(lm, case):
 
 
 def field_of_smollm2() -> dict:
-    "ODESteer's field on SmolLM2 beside one vector, its mean at the ends of prompts: how far it turns, and excited answers of 24"
+    "ODESteer's field on SmolLM2 beside one vector, its mean at the ends of prompts: how far it turns, and excited answers of 24, those of a random direction beside them"
     from odesteer.cli import _CHOSEN, _SIZES
     from odesteer.data import texts_to_read
     from odesteer.pretrained import load_model
@@ -125,12 +125,14 @@ def field_of_smollm2() -> dict:
     ends, answers = read([p.text for p in fold.val], "last"), read(texts_to_read(fold.texts, ["mean"]), "mean")
     vector = ods.as_vectors(field, layer, at=ends)[layer]
     cosines = torch.cosine_similarity(field.vector_field(answers), vector.vector, dim=-1)
-    def excited(steerer, spread):
-        with ods.steering(model, steerer, layer=layer, spread=spread):
+    def excited(steerer, **strength):
+        with ods.steering(model, steerer, layer=layer, **strength) if steerer else nullcontext():
             said = ods.generate_text(model, tokenizer, [p.text for p in fold.test], max_new_tokens=40, do_sample=False)
         return int(task.judge(fold.test, said)["hit"].sum())
-    rows = {str(x): dict(field=excited(field, x), vector=excited(vector, x)) for x in (.85, 1.1)}
-    return dict(layer=layer, answers=len(fold.test), cosine=dict(texts=len(cosines), median=float(cosines.median()), smallest=float(cosines.min())), excited=rows)
+    chance = fit_steerer(model, tokenizer, fold.texts, "random", layer, reading="mean")
+    ways = dict(field=field, vector=vector, random=chance)
+    rows = {str(x): {name: excited(s, spread=x) for name, s in ways.items()} for x in (.85, 1.1)}
+    return dict(layer=layer, answers=len(fold.test), unsteered=excited(None), cosine=dict(texts=len(cosines), median=float(cosines.median()), smallest=float(cosines.min())), excited=rows)
 
 
 def main(names):
