@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-from odesteer import cli, plans
+from odesteer import cli, commands, demo, plans
 from odesteer.cli import main
 from odesteer.data import ContrastTexts, Pairs, check_pairs, fit_steerer, load_pairs, load_prompts, read_rows
 
