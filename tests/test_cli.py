@@ -164,7 +164,7 @@ print(f"code {code}, imported {heavy}")
 @pytest.mark.parametrize("line, code, said", [
     ("--help", 0, "compare methods on tasks"), ("-h", 0, "compare methods on tasks"), ("--version", 0, ods.__version__), ("", 2, "required: COMMAND"), ("--traceback", 2, "required: COMMAND"),
     ("chek-pairs", 2, "invalid choice: 'chek-pairs'"), ("chek-pairs pairs.csv --help", 2, "invalid choice: 'chek-pairs'"), ("Fit --model m", 2, "invalid choice: 'Fit'"), ("--colour fit-it", 2, "invalid choice: 'fit-it'"),
-    ("paint fit", 2, "invalid choice: 'paint'"), ("-- paint", 2, "invalid choice: 'paint'")])
+    ("paint fit", 2, "invalid choice: 'paint'")])
 def test_what_needs_no_command_imports_nothing_heavy(line, code, said, tmp_path):
     done = subprocess.run([sys.executable, "-c", LIGHT, *line.split()], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.stdout.splitlines()[-1] == f"code {code}, imported []", done
@@ -187,10 +187,6 @@ def test_the_help_and_the_commands_are_one_list(capsys):
         assert helps[0] == helps[1] and "--traceback" in helps[0] and "examples:" in helps[0]
     with pytest.raises(SystemExit): cli.parser(["fit"]).parse_args(["push", "--help"])
     assert "--traceback" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("before", [[], ["--"]])
-def test_the_command_is_found_wherever_it_stands(files, capsys, before): assert main([*before, "check-pairs", "pairs.csv"]) in (0, 1) and "wanted texts" in capsys.readouterr().out
 
 
 def test_help_names_every_command_and_traceback_shows_the_place(files, capsys):
