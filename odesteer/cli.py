@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 # %% ../nbs/33_cli.ipynb #05f4ca09
 def parser(
-    wanted=tuple(_COMMANDS),  # commands whose options are added, for which everything is imported
+    wanted: list = None,  # commands whose options are added, for which all is imported that they need; default: all
 ) -> Parser:
     "All commands, with the options of those that are wanted"
     p = Parser(prog="odesteer", description="Steer a language model by solving an ODE on its activations.")
@@ -45,7 +45,7 @@ def parser(
     for name, help in _COMMANDS.items():
         c = commands.add_parser(name, help=help, description=help + ".",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name in wanted: _complete(c, name)
+        if wanted is None or name in wanted: _complete(c, name)
     return p
 
 def _complete(c, name):

@@ -155,6 +155,7 @@ def _which_demo(o):
     return micro_demo
 
 def _own(o):
+    "Texts of a user have no judge by which to choose"
     if not o.choose: return own_demo
     raise ValueError("--choose needs a judge; the micro model has one, your texts do not: "
                      "look at the right-hand figure and give --spread or --T")
