@@ -34,6 +34,8 @@ _MODULES = {
     "share": "export_vectors import_vectors",
     "serving": "",
     "scale": "",
+    "demo": "",
+    "commands": "",
     "cli": "",
     "plots": "",
 }
@@ -81,15 +83,15 @@ def __dir__(): return sorted({*globals(), *__all__, *_MODULES})
 
 def _command():
     "The `odesteer` command, which Ctrl-C ends in one line, also in the seconds in which its modules are imported"
-    import signal
-    pressed, imported = [], []
+    import signal, sys
+    pressed = []
     def interrupt(*_):
         pressed.append(True)
+        imported = hasattr(sys.modules.get(f"{__name__}.commands"), "COMMANDS")  # the last name of the last to be imported
         if not imported: _stop()  # half-imported modules would swallow an exception, or print it
         raise KeyboardInterrupt
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler: signal.signal(signal.SIGINT, interrupt)
     from .cli import main
-    imported.append(True)
     try: code = main()
     except BaseException:
         if pressed: _stop()  # such as an ImportError of what was imported just then

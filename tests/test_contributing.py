@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import odesteer as ods
-from odesteer import baselines, cli, runs, tasks
+from odesteer import baselines, cli, commands, runs, tasks
 from odesteer.data import read_rows
 
 from . import test_steerers
@@ -109,7 +109,7 @@ def test_a_run_of_the_task_is_made_again_from_its_config(capitals, tmp_path):
 
 def test_the_command_runs_as_it_is_written(capitals, tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "METHODS", [*cli.METHODS, "median"])
+    monkeypatch.setattr(commands, "METHODS", [*commands.METHODS, "median"])
     command, = blocks("Add a task", "")
     words = command.split()
     for option, here in (("--model", str(tiny)), ("--data", capitals)): words[words.index(option) + 1] = here

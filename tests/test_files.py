@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-from odesteer import cli, plans
+from odesteer import cli, commands, demo, plans
 from odesteer.cli import main
 from odesteer.data import ContrastTexts, Pairs, check_pairs, fit_steerer, load_pairs, load_prompts, read_rows
 
@@ -321,7 +321,8 @@ def test_every_command_reads_two_files_and_named_labels(tmp_path, capsys, monkey
     "fit, demo and sites read as check-pairs does; what they refuse is said in the words of the shell"
     monkeypatch.chdir(tmp_path)
     def loaded(*_, **__): raise OSError("the model is asked for")
-    for name in ("load_model", "count_layers"): monkeypatch.setattr(cli, name, loaded)
+    for module in (commands, demo):
+        for name in ("load_model", "count_layers"): monkeypatch.setattr(module, name, loaded)
     for name, texts in zip(("kind", "rude"), TEXTS): Path(f"{name}.txt").write_text("\n".join(texts))
     Path("said.csv").write_text(table(labelled(["yes", "no", "Not sure"] * 6)))
     for command in (["fit", "--out", "s"], ["sites"], ["demo", "--prompts", "kind.txt"]):

@@ -560,6 +560,6 @@ def test_serve_in_the_shell(saved, capsys):
 
 
 def test_serve_without_vllm_says_how_to_get_it(saved, capsys, monkeypatch):
-    monkeypatch.setattr("odesteer.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("odesteer.commands.find_spec", lambda name: None)
     assert main(["serve", "M", "--steerer", f"a={saved/'caa'}"]) == 2
     assert capsys.readouterr().err == "odesteer: serving needs vLLM, in an environment of its own: pip install 'odesteer[vllm]'\n"
