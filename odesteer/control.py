@@ -331,24 +331,21 @@ def _acting(self: ALQR, t, state):
     "For one set-point, with all looked up before the first token: a product with the feature, one with the correction"
     V, W, mu, offset, general = self.V_[t], self.W_[t], self.mu_[t], self.offset_[t], Controller._acting(self, t, state)
     if V.ndim > 1: return general
-    none, place, type_ = torch.zeros_like(mu), V.device, V.dtype
+    none, place, type_, known = torch.zeros_like(mu), V.device, V.dtype, (None, -1, None)
+    def goal(value):
+        "The set-point; that of one number is kept until it changes"
+        nonlocal known
+        if torch.compiler.is_compiling() or value.ndim: return offset + value.to(type_)*mu
+        if known[0] is value and known[1] == value._version: return known[2]
+        made = offset + value.to(type_)*mu
+        plain = not (value.requires_grad or value.is_inference() or torch.is_inference_mode_enabled())
+        if plain: known = value, value._version, made
+        return made
     def act(x, y, value):
         if y.dtype is not type_ or x.dtype is not type_ or y.device != place: return general(x, y, value)
-        goal = offset + value.to(type_)*mu if value.ndim else self._goals(value, state)[t]
-        alpha = torch.addmv(goal, x, V, alpha=-1)
+        alpha = torch.addmv(goal(value), x, V, alpha=-1)
         return y - torch.addr(none, alpha, W, alpha=-1)  # not y + alpha W, where -0. + 0. would be 0.
     return act
-
-@patch
-def _goals(self: FeatureController, value, state):
-    "The set-points of all blocks for one strength, made again when it changes"
-    plain = torch.compiler.is_compiling() or value.requires_grad or value.is_inference()
-    if plain: return self.offset_ + value*self.mu_
-    known = state.get(value.device)
-    if known is None or known[0] is not value or known[1] != value._version:
-        goals = (self.offset_ + value*self.mu_).unbind()
-        known = state[value.device] = value, value._version, goals
-    return known[2]
 
 # %% ../nbs/15_control.ipynb #bf0f153a
 @patch
