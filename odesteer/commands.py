@@ -4,6 +4,7 @@
 
 # %% ../nbs/32_commands.ipynb #32c00007
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 import os, shlex, time
@@ -308,6 +309,9 @@ def _serve(o):
     "This process becomes vLLM's server, with steerers"
     if find_spec("vllm") is None and not o.print:
         raise ValueError("serving needs vLLM, in an environment of its own: pip install 'odesteer[vllm]'")
+    if not (o.print or any(e.name == "odesteer" for e in entry_points(group="vllm.general_plugins"))):
+        raise ValueError("vLLM would not find odesteer's plugin here, and steer nothing: install odesteer again in "
+                         "this environment (an installation from before it had one, or a folder on the path, hides it)")
     if o.model in NAMED:
         raise ValueError(f"vLLM reads folders and hub ids, and {o.model} is neither: save its model and tokenizer in a "
                          f"folder, as in odesteer.load_model({o.model!r})[0].save_pretrained(FOLDER)")

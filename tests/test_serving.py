@@ -563,3 +563,11 @@ def test_serve_without_vllm_says_how_to_get_it(saved, capsys, monkeypatch):
     monkeypatch.setattr("odesteer.commands.find_spec", lambda name: None)
     assert main(["serve", "M", "--steerer", f"a={saved/'caa'}"]) == 2
     assert capsys.readouterr().err == "odesteer: serving needs vLLM, in an environment of its own: pip install 'odesteer[vllm]'\n"
+
+
+def test_serve_where_vllm_would_not_see_the_plugin(saved, capsys, monkeypatch):
+    monkeypatch.setattr("odesteer.commands.find_spec", lambda name: True)
+    monkeypatch.setattr("odesteer.commands.entry_points", lambda group: [])
+    monkeypatch.setattr("os.execvpe", lambda *_: pytest.fail("a server that steers nothing was started"))
+    assert main(["serve", "M", "--steerer", f"a={saved/'caa'}"]) == 2
+    assert "would not find odesteer's plugin" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 ENV = dict(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_NO_USAGE_STATS="1",
@@ -142,6 +142,7 @@ def case_plain(work, ref):
     llm = engine(work, steerers=False)
     out = ask(llm, [(i, {}) for i in ref["ids"]], ref["tokens"], logprobs=1)
     (work/"unsteered.json").write_text(json.dumps([tokens_of(out), logprobs_of(out)]))
+    said = "nothing"
     try: ask(llm, [(ref["ids"][0], {"odesteer": "caa"})], 4)
     except Exception as e: said = str(e)
     return dict(equal=same(tokens_of(out), ref["answers"]["none"]), of=len(out), refused="this server has no steerers" in said)
@@ -368,6 +369,8 @@ def main():
     p.add_argument("--case", help=argparse.SUPPRESS)
     o = p.parse_args()
     os.environ.update({k: v for k, v in ENV.items() if k not in os.environ})
+    if not any(e.name == "odesteer" for e in entry_points(group="vllm.general_plugins")):
+        sys.exit("vLLM does not see odesteer's plugin here: pip install --no-deps -e . in this environment")
     if o.case:
         work = Path(o.work)
         result = globals()[f"case_{o.case}"](work, json.loads((work/"ref.json").read_text()))
