@@ -9,6 +9,12 @@ __all__ = ['Parser', 'parser', 'main']
 import argparse, inspect, re, shlex, sys, warnings  # and nothing that takes time
 from . import __version__
 
+def __getattr__(name):
+    "What the commands are made of was once to be had here, and still is, on demand"
+    if name.startswith("__"): raise AttributeError(name)  # asked for by Python itself
+    from odesteer import commands
+    return getattr(commands, name)
+
 # %% ../nbs/33_cli.ipynb #b8e4693c
 _COMMANDS = {  # name -> its line in the help
     "demo": "steer and measure: a pretrained model if it is installed, the micro model, or your model and texts",

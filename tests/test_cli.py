@@ -1201,3 +1201,9 @@ def test_ctrl_c_that_the_shell_has_ignored_stays_ignored(tmp_path):
     (tmp_path/"pairs.csv").write_text("wanted,unwanted\n" + "".join(f"good {i},bad {i}\n" for i in range(30)))
     done = subprocess.run([sys.executable, "-c", INTERRUPTED, "torch", "ignored"], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode in (0, 1) and "stopped" not in done.stderr and "Traceback" not in done.stderr, done
+
+
+def test_what_commands_are_made_of_is_still_to_be_had():
+    import odesteer.cli as cli
+    from odesteer.data import load_prompts
+    assert cli.load_prompts is load_prompts and not hasattr(cli, "no_such_name") and not hasattr(cli, "__path__")
