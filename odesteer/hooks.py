@@ -538,7 +538,8 @@ def _edit(self: Steering, key, x, y, where):
         if edit.remember is not None: kept = (_spread(self._recall(key, edit, y, where), where, y.shape[1]),)
         steered = edit.apply(_take(x, where), old, value, *kept)
     if steered.shape != old.shape or steered.dtype != y.dtype:
-        raise ValueError(f"the edit at layer {key} was given {tuple(old.shape)} {y.dtype} "
+        layer = key if isinstance(key, int) else key[0]
+        raise ValueError(f"the edit at layer {layer} was given {tuple(old.shape)} {y.dtype} "
                          f"and returned {tuple(steered.shape)} {steered.dtype}: both must be kept")
     return _put(y, where, steered)
 

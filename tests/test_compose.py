@@ -604,3 +604,13 @@ def test_a_controllers_zero_is_a_set_point(llama):
     with pytest.raises(ValueError, match="already at T 0 the divergence"): strength_for_kl(llama, TOK, spid, PROMPTS, kl=at_zero / 2, answers=answers)
     found = strength_for_kl(llama, TOK, spid, PROMPTS, kl=2 * at_zero, answers=answers)
     assert found.tried[0] == (0., pytest.approx(at_zero, rel=1e-3)) and found.kl <= 2 * at_zero
+
+
+def test_an_edit_behind_others_that_changes_the_shape_is_named_by_its_block():
+    from odesteer.euler import Edit
+    lm = ods.load_micro()
+    class Bad:
+        width, unit, about = None, "fraction", {}
+        def edits(self, model, layer, strength): return {layer: Edit(lambda x, y, value: y[:, :3])}
+    good = ods.SteeringVector(torch.ones(lm.model.config.hidden_size))
+    with pytest.raises(ValueError, match=r"the edit at layer 2 was given \(1, "), ods.steering(lm.model, {2: [good, Bad()]}, strength=1.): lm.model(torch.tensor([[1, 2, 3]]))
