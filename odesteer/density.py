@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['PolynomialCountSketch', 'DensityRatioBarrier', 'in_chunks', 'IdentityFeatures', 'RandomFourierFeatures', 'Quality',
-           'platt', 'quality', 'barrier_quality', 'grouped_folds', 'held_out_values', 'choose', 'route', 'Streamed',
-           'logistic_newton', 'SpectralBarrier']
+           'platt', 'quality', 'barrier_quality', 'grouped_folds', 'held_out_values', 'choose', 'route',
+           'product_costs', 'Streamed', 'logistic_newton', 'SpectralBarrier']
 
 # %% ../nbs/02_density.ipynb #d9791aa0
 import copy
+import functools
 import itertools
 import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +28,7 @@ class PolynomialCountSketch(nn.Module):
     """Random features whose inner product estimates the polynomial kernel `(gamma x.y + coef0)^degree`.
 
     Pham and Pagh, 2013. Grows on this page: `fit`, `forward`, `vjp`, `spectrum`,
-    `score`, `quadratic_form`, `pairs`, `pair_vjp`."""
+    `score`, `quadratic_form`, `pairs`, `pair_product`."""
     def __init__(self,
         n_components=8000,  # width of the sketch, n
         degree=2,  # of the polynomial, D
@@ -604,7 +606,7 @@ def quadratic_form(self: PolynomialCountSketch,
 def pairs(self: PolynomialCountSketch,
     w: Tensor,  # (n_components,)
 ) -> tuple:  # i conj(fft(w)), buckets to add to, signs on the way in, buckets to read, signs on the way out, and c (d,)
-    "What `pair_vjp` needs of the weights; degree 2 only."
+    "What `pair_product` needs of the weights, and `c`; degree 2 only."
     n, d = self.n_components, self.indexHash_.shape[1] - (self.coef0 != 0)
     H, s = self.indexHash_[:, :d], self.gamma**0.5 * self.bitHash_[:, :d].to(w)
     half = torch.arange(2, device=w.device)[:, None]  # 0: the real part, 1: the imaginary one
@@ -613,20 +615,20 @@ def pairs(self: PolynomialCountSketch,
     return W, (2 * H + half).flatten(), s * (1 - 2 * half), (2 * (-H % n) + half).flatten(), s, c
 
 @patch
-def pair_vjp(self: PolynomialCountSketch,
+def pair_product(self: PolynomialCountSketch,
     x: Tensor,  # (..., d)
     pairs: tuple,  # of the weights
-) -> Tensor:  # (..., d)
-    "`J(x)^T w` for degree 2, exact: both tables as one complex signal."
+) -> Tensor:  # Qx, (..., d)
+    "The product with the matrix of degree 2, exact and without it: both tables as one complex signal."
     if not x.numel(): return torch.zeros_like(x)
-    (W, into, s_in, read, s_out, c), rows = pairs, x.reshape(-1, x.shape[-1])
-    if len(rows) > 32 and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.cat([self.pair_vjp(r, pairs) for r in rows.split(32)]).view_as(x)
+    (W, into, s_in, read, s_out, _), rows = pairs, x.reshape(-1, x.shape[-1])
+    if len(rows) > 16 and x.device.type == "cpu" and not torch.compiler.is_compiling():  # what fits into its cache
+        return torch.cat([self.pair_product(r, pairs) for r in rows.split(16)]).view_as(x)
     signal = rows.new_zeros(len(rows), 2 * len(W)).index_add_(1, into, (rows[:, None] * s_in).flatten(1))
     spectrum = torch.fft.fft(torch.view_as_complex(signal.unflatten(1, (-1, 2))))
     back = torch.view_as_real(torch.fft.ifft(spectrum.mul_(W))).flatten(1)
     own = back.index_select(1, read).unflatten(1, s_out.shape) * s_out
-    return (own[:, 0] + own[:, 1] + c).view_as(x)
+    return (own[:, 0] + own[:, 1]).view_as(x)
 
 # %% ../nbs/02_density.ipynb #0489f0dd
 @patch
@@ -643,10 +645,19 @@ def _vjp(self: DensityRatioBarrier, u, w):
     "`J(u)^T w` of the features, (..., d)."
     phi, how = self.features, self._route(u)
     if how is None: return phi.vjp(u, w)
-    if how == "fft" and phi.degree == 2: return phi.pair_vjp(u, self._derived("pairs", w, phi.pairs))
-    if how == "fft": return phi.vjp(u, w, self._derived("spectrum", w, phi.spectrum)[0])
+    if phi.degree != 2: return phi.vjp(u, w, self._derived("spectrum", w, phi.spectrum)[0])
+    product, c = self._form(w, how)
+    return product(u) + c
+
+@patch
+def _form(self: DensityRatioBarrier, w, how):
+    "Of a sketch of degree 2: the product `x -> Qx`, by the matrix or by transforms, and `c`."
+    phi = self.features
+    if how == "fft":
+        pairs = self._derived("pairs", w, phi.pairs)
+        return lambda x: phi.pair_product(x, pairs), pairs[-1]
     Q, c, _ = self._derived("form", w, phi.quadratic_form)
-    return u @ Q + c
+    return lambda x: x @ Q, c
 
 # %% ../nbs/02_density.ipynb #96b5447f
 def route(
@@ -655,18 +666,47 @@ def route(
     device="cpu",
     rows=1,  # activations at once
     diagonal=True,  # whether the way may be followed in other coordinates
-) -> str:  # "spectral", "dense" or "fft"
+    costs=None,  # of a product, by the matrix and by transforms; default: `product_costs`, on a CPU
+) -> str:  # "spectral", "krylov", "dense" or "fft"
     "The fastest exact way to follow a sketched score, or one near it: as measured on CPUs, as reasoned for GPUs."
     if degree != 2: return "fft"
-    spectral = diagonal and evaluations > 2
+    many = diagonal and evaluations > 2
     if torch.device(device).type != "cpu":
         if width > 8192: return "fft"
-        return "spectral" if spectral else "dense"
-    if width > 4096: spectral = False  # preparing it would take minutes
-    products = 2 if spectral else evaluations
-    worth = 500 if rows >= 64 else 250  # operations of a product in the time of one number of a transform
-    if products * width**2 > worth * (n_components + width) * evaluations: return "fft"
-    return "spectral" if spectral else "dense"
+        return "spectral" if many else "dense"
+    dense, fft = costs or product_costs(width, n_components, rows)
+    ways = dict(dense=evaluations * dense, fft=evaluations * fft)
+    if many:
+        ways["krylov"] = 6 * min(dense, fft)  # four or five, and the rest
+        if width <= 1024: ways["spectral"] = 2 * dense  # wider, its preparation takes too long to pay
+    return min(ways, key=ways.get)
+
+# %% ../nbs/02_density.ipynb #rout0002
+@functools.cache
+def _seconds(width, n_components, rows, threads):
+    "Seconds of one product, by the matrix and by transforms; nothing random is drawn."
+    x, w = torch.ones(rows, width), torch.ones(n_components)
+    Q, phi = torch.ones(width, width), PolynomialCountSketch(n_components).fit(x)
+    pairs = phi.pairs(w)
+    def best(f):
+        seconds = []
+        for _ in range(4):
+            start = time.perf_counter()
+            f()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds[1:])
+    with torch.inference_mode(): return best(lambda: x @ Q), best(lambda: phi.pair_product(x, pairs))
+
+def product_costs(
+    width, n_components,  # of the sketch
+    rows=1,  # activations at once
+) -> tuple:  # with the matrix and by transforms; only their ratio means anything
+    "What a product with `Q` costs on this CPU: counted where the count is clear, else measured once and remembered."
+    counted = width**2, (250 if rows >= 16 else 125) * (n_components + width)
+    if not 1 / 4 < counted[0] / counted[1] < 4 or torch.compiler.is_compiling(): return counted
+    few = 1 if rows < 8 else 8 if rows < 32 else 32  # a class of batches
+    dense, fft = _seconds(width, n_components, few, torch.get_num_threads())
+    return counted if 0.8 < dense / fft < 1.25 else (dense, fft)  # near a tie every run should choose alike
 
 # %% ../nbs/02_density.ipynb #e38e25f8
 @patch
@@ -881,20 +921,25 @@ def _unit(self: SpectralBarrier, y):
     return y / r, r
 
 @patch
+def _pull(self: SpectralBarrier, u, share=1.0):
+    "`c` and a share of the product of the form with `u`."
+    return torch.addcmul(self.c, self.l, u, value=share)
+
+@patch
 def value(self: SpectralBarrier,
     y: Tensor,  # coordinates, (..., r)
 ) -> Tensor:  # (...), nats
     "The barrier `h` of the activations with these coordinates."
     u, _ = self._unit(y)
     return (self.size
-            * (torch.addcmul(self.c, self.l, u, value=0.5) * u).sum(-1)
+            * (self._pull(u, 0.5) * u).sum(-1)
             + self.k)
 
 @patch
 def slope(self: SpectralBarrier, y):
     "The gradient but for its length, (..., r) -> (..., r): enough to follow."
     u, _ = self._unit(y)
-    g = torch.addcmul(self.c, self.l, u)
+    g = self._pull(u)
     return (torch.addcmul(g, u, (u * g).sum(-1, keepdim=True), value=-1)
             if self.normalize else g)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOLVERS', 'ADAPTIVE', 'euler', 'midpoint', 'rk4', 'integrate', 'ODESteer', 'StepODESteer', 'Stopped', 'climb',
-           'metric_root']
+           'metric_root', 'KrylovBarrier']
 
 # %% ../nbs/03_ode.ipynb #0acd96b1
 import copy
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from fastcore.basics import patch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .barrier import AllOf, Barrier, ascent
 from .density import DensityRatioBarrier, IdentityFeatures, PolynomialCountSketch, RandomFourierFeatures
-from .density import choose, quality, route
+from .density import SpectralBarrier, choose, quality, route
 from .euler import Steerer, in_full_precision, per_row
 
 # %% ../nbs/03_ode.ipynb #c0a088a2
@@ -127,7 +127,8 @@ class ODESteer(Steerer):
         max_T=None,  # longest way to a barrier level; default: the median norm
                      # of the fitted activations
         barrier=None,  # a Barrier to climb in place of the ratio fitted here
-        method="auto",  # fastest exact route; or "spectral", "dense" or "fft"
+        method="auto",  # fastest exact route; or "spectral", "krylov", "dense"
+                        # or "fft"
         rank=None,  # not exact: directions of the quadratic form to keep;
                     # `rank_error_` says what it costs
         coordinates="raw",  # of activations in the barrier (published),
@@ -182,7 +183,7 @@ def _is_unfitted(b): return isinstance(b, DensityRatioBarrier) and not hasattr(b
 # %% ../nbs/03_ode.ipynb #vali0002
 @patch
 def _validate_choices(self: ODESteer):
-    methods = "auto", "spectral", "dense", "fft"
+    methods = "auto", "spectral", "krylov", "dense", "fft"
     choices = dict(metric=("euclidean", "covariance"), features=("count-sketch", "rff", "linear"), method=methods,
                    coordinates=("raw", "centred", "standardised"), calibrate=(True, False))
     for name, allowed in choices.items():
@@ -327,19 +328,14 @@ def _route(self: ODESteer, x, evaluations):
 @patch
 def _coordinates(self: ODESteer, x, evaluations):
     "The barrier in the coordinates to work in; None where activations themselves are best."
-    return self.barrier.spectral(self.rank) if self._route(x, evaluations) == "spectral" else None
+    how = self._route(x, evaluations)
+    if how == "krylov" and _is_plain(x): return KrylovBarrier(self.barrier, x)
+    return self.barrier.spectral(self.rank) if how == "spectral" else None
 
 @patch
 def _evaluations(self: ODESteer):
     "How often a flow will look at the field, about."
     return 100 if self.solver in ADAPTIVE else self.steps * getattr(_step_function(self.solver), "order", 4)
-
-@patch
-def _step(self: ODESteer, x):
-    "The solver; with `retract`, one whose steps end on the sphere that `x` lies on."
-    if not self.retract: return self.solver
-    r, step = x.norm(dim=-1, keepdim=True), _step_function(self.solver)
-    return lambda f, a, dt: r * ascent(step(f, a, dt))
 
 # %% ../nbs/03_ode.ipynb #3e744cae
 def _euler_along(f, y, dt):
@@ -356,17 +352,26 @@ def _flow(self: ODESteer, x, T, path=False):
     """The activations a time `T` later, (..., d).
 
     With `path` every state, (steps + 1, ..., d)."""
+    def walk(y0):
+        field, step = way.direction, self._step(y0)
+        if step == "euler": field, step = way.slope, _euler_along
+        return integrate(field, y0, T, self.steps, step, path)
     way = self._coordinates(x, self._evaluations())
-    if way is None:
+    found = None if way is None else way.follow(x, walk)
+    if found is None:
         return integrate(self._field, x, T, self.steps, self._step(x), path)
-    y0 = way.enter(x)
-    field, step = way.direction, self._step(y0)
-    if step == "euler": field, step = way.slope, _euler_along
-    y = integrate(field, y0, T, self.steps, step, path)
+    y0, y = found
     if path: return torch.stack([way.leave(x, y0, state) for state in y])
     return way.leave(x, y0, y)
 
 # %% ../nbs/03_ode.ipynb #traj0002
+@patch
+def _step(self: ODESteer, x):
+    "The solver; with `retract`, one whose steps end on the sphere that `x` lies on."
+    if not self.retract: return self.solver
+    r, step = x.norm(dim=-1, keepdim=True), _step_function(self.solver)
+    return lambda f, a, dt: r * ascent(step(f, a, dt))
+
 @patch
 @in_full_precision
 def trajectory(self: ODESteer,
@@ -538,16 +543,16 @@ def _stop(self: ODESteer, x, cap, nats, until):
         level = h + per_row(nats, x, "nats")
         sign = torch.where(per_row(nats, x) < 0, -1.0, 1.0).to(level)
     there, goal = sign * h >= sign * level, sign * level
+    def walk(y, field, value, margin=0.0):
+        def f(z): return sign[..., None] * field(z)
+        def rising(z): return sign * value(z)
+        return climb(f, rising, y, torch.where(there, -torch.inf, goal + margin), cap, self.steps, self._step(y))
+    def within(y):  # with a margin: no row may end below its level by the way back
+        return walk(y, way.direction, way.value, way.rounding(level, y))
     way = self._coordinates(x, 2 * self._evaluations() + 12)
-    if way is None: y, field, value = x, self._field, self.barrier.value
-    else:
-        y, field, value = way.enter(x), way.direction, way.value
-        goal = goal + way.rounding(level, y)  # no row may end below its level by the way back
-    goal = torch.where(there, -torch.inf, goal)
-    def f(z): return sign[..., None] * field(z)
-    def rising(z): return sign * value(z)
-    stop = climb(f, rising, y, goal, cap, self.steps, self._step(y))
-    end = stop.a if way is None else way.leave(x, y, stop.a)
+    found = None if way is None else way.follow(x, within, lambda stop: stop.a)
+    stop = walk(x, self._field, self.barrier.value) if found is None else found[1]
+    end = stop.a if found is None else way.leave(x, found[0], stop.a)
     end, h = torch.where(there[..., None], x, end), torch.where(there, h, sign * stop.h)
     return Stopped(end, sign * stop.T, h, stop.reached)
 
@@ -615,7 +620,149 @@ def metric_root(
 @patch
 def route(self: ODESteer,
     a: Tensor,  # activations, (..., d)
-) -> str:  # "spectral", "dense", "fft"; None for barriers that have one way only
+) -> str:  # "spectral", "krylov", "dense", "fft"; None for barriers that have one way only
     "How `steer` will follow the field from `a`."
     _, x, me = self._ready(a)
     return me._route(x, me._evaluations())
+
+# %% ../nbs/03_ode.ipynb #kryl0002
+class _Lanczos:
+    """Orthonormal bases of a, Qa, QQa, ... of each row, in which Q is
+    tridiagonal. Lanczos, 1950."""
+    def __init__(self, product, a, most):
+        tiny = torch.finfo(a.dtype).tiny
+        self.product = product  # (rows, d) -> (rows, d), times Q
+        self.bases = a.new_empty(len(a), most, a.shape[-1])
+        self.norm = torch.linalg.vector_norm(a, dim=-1, keepdim=True)
+        self.next = a / self.norm.clamp_min(tiny)
+        self.alphas, self.betas = [], []  # the diagonal, and beside it
+
+    def grow(self):
+        "One vector more."
+        m, q = len(self.alphas), self.product(self.next)
+        self.bases[:, m] = self.next
+        X = self.bases[:, :m + 1]
+        along = torch.bmm(q[:, None], X.mT)
+        whole = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
+        q = torch.baddbmm(q[:, None], along, X, alpha=-1)[:, 0]
+        beta = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
+        new = beta > 1e3 * torch.finfo(q.dtype).eps * whole
+        # where only rounding is left, the chain is complete
+        self.next = q / torch.where(new, beta, torch.inf)
+        self.alphas.append(along[:, :, m])
+        self.betas.append(beta)
+
+# %% ../nbs/03_ode.ipynb #kryl0003
+@patch
+def matrix(self: _Lanczos):
+    "Q in the bases, (rows, m, m)."
+    beside = torch.cat(self.betas[:-1], 1)
+    return torch.diag_embed(torch.cat(self.alphas, 1)) + beside.diag_embed(1) + beside.diag_embed(-1)
+
+_FIRST, _MOST = 4, 10  # vectors of a chain
+
+class KrylovBarrier(SpectralBarrier):
+    """A barrier of degree 2 in the few coordinates that a way from given activations visits.
+
+    Grows on this page: `enter`, `leave`, `error`, `follow`."""
+    def __init__(self,
+        barrier,  # fitted DensityRatioBarrier over a sketch of degree 2, in raw or centred coordinates
+        a: Tensor,  # where the way begins, (..., d)
+    ):
+        super(SpectralBarrier, self).__init__()
+        w, self.normalize, self.shift = barrier._weights(a), barrier.normalize, None
+        if barrier.coordinates == "centred": self.shift = barrier.shift_.to(w)
+        x = self._relative(a).reshape(-1, a.shape[-1])
+        product, c = barrier._form(w, barrier._route(x))
+        self.shape, self.k = a.shape[:-1], barrier.intercept_ + barrier.log_prior_
+        self.c_chain, self.size = barrier._derived("chain", w, lambda _: _chain(product, c))
+        self.a_chain = _Lanczos(lambda v: product(v) / self.size, x, _MOST)
+        for _ in range(_FIRST): self.a_chain.grow()
+
+# %% ../nbs/03_ode.ipynb #kryl0004
+def _chain(product, c):
+    "The longest chain of `c`, and the size that it was divided by."
+    even = torch.full_like(c, len(c)**-0.5)
+    size = torch.maximum(c.norm(), 2 * product(even[None]).norm()).clamp_min(1e-30)
+    chain = _Lanczos(lambda v: product(v) / size, c[None] / size, _MOST + 1)
+    for _ in range(_MOST + 1): chain.grow()
+    return chain, size
+
+def _is_plain(x):
+    "Whether nobody traces what happens to `x`, so that numbers in it may decide what is done."
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return x.numel() > 0 and not traced and not (torch.is_grad_enabled() and x.requires_grad)
+
+# %% ../nbs/03_ode.ipynb #kryl0006
+@patch
+def enter(self: KrylovBarrier,
+    a: Tensor,  # activations, those that the barrier was made for
+) -> Tensor:  # coordinates, (..., 2m)
+    "Coordinates of activations; `H` is the form and `c` its slope in them."
+    rows, m = self.a_chain, len(self.a_chain.alphas)
+    W, T = self.c_chain.bases[0, :m + 1], self.c_chain.matrix()[0]
+    across = rows.bases[:, :m] @ W.T
+    G = torch.eye(2 * m).to(W).repeat(len(across), 1, 1)
+    F = torch.zeros_like(G)  # the form in vectors of both chains
+    G[:, m:, :m] = across[..., :m]
+    F[:, :m, :m], F[:, m:, m:] = T[:m, :m], rows.matrix()
+    F[:, m:, :m] = across @ T[:m + 1, :m]
+    F[:, :m, m:] = F[:, m:, :m].mT
+    L, _ = torch.linalg.cholesky_ex(G)
+    # no: a lies in the chain of c, or is no number
+    self.sound = L.diagonal(0, -2, -1).min() > torch.finfo(a.dtype).eps**(1/3)
+    R = torch.linalg.solve_triangular(L, torch.eye(2 * m).to(W), upper=False)
+    self.H = (R @ F @ R.mT).view(*self.shape, 2 * m, 2 * m)
+    self.R = R.view(*self.shape, 2 * m, 2 * m)
+    self.c = nn.functional.pad(self.c_chain.norm[0], (0, 2 * m - 1))
+    return (rows.norm * L[:, m]).view(*self.shape, 2 * m)
+
+@patch
+def _pull(self: KrylovBarrier, u, share=1.0):
+    return torch.add(self.c, (self.H @ u[..., None])[..., 0], alpha=share)
+
+# %% ../nbs/03_ode.ipynb #kryl0007
+@patch
+def leave(self: KrylovBarrier,
+    a: Tensor,  # activations that entered, (..., d)
+    y0: Tensor,  # where: their coordinates, (..., 2m)
+    y: Tensor,  # where they are now, (..., 2m)
+) -> Tensor:  # (..., d)
+    "Activations back from their coordinates."
+    m = y.shape[-1] // 2
+    by = ((y - y0)[..., None, :] @ self.R).view(-1, 1, 2 * m)  # multiples of the vectors of both chains
+    way = torch.baddbmm(by[..., :m] @ self.c_chain.bases[0, :m], by[..., m:], self.a_chain.bases[:, :m])
+    return a + way.view_as(a)
+
+@patch
+def error(self: KrylovBarrier,
+    y: Tensor,  # coordinates of ends, or of states on the way, (..., 2m)
+) -> Tensor:  # (), a share of the way
+    "About how far the farthest end is off: what the field has outside grows like the m-th power of time."
+    u, m = self._unit(y)[0], y.shape[-1] // 2
+    by = (u[..., None, :] @ self.R)[..., 0, :].abs()
+    outside = by[..., m - 1] * self.c_chain.betas[m - 1][0, 0] + by[..., -1] * self.a_chain.betas[-1].view(self.shape)
+    return (outside / torch.linalg.vector_norm(self.slope(y), dim=-1)).max() / m
+
+# %% ../nbs/03_ode.ipynb #kryl0009
+@patch
+def follow(self: SpectralBarrier,
+    a: Tensor,  # activations, (..., d)
+    walk,  # coordinates where the way begins -> result
+    where=lambda y: y,  # result -> coordinates at the end of the way
+) -> tuple:  # coordinates of `a`, and the result
+    "Walk in coordinates."
+    y0 = self.enter(a)
+    return y0, walk(y0)
+
+@patch
+def follow(self: KrylovBarrier, a, walk, where=lambda y: y):
+    "Walk in as many coordinates as it needs; None if there are too many."
+    while True:
+        y0 = self.enter(a)
+        if not self.sound: return None
+        result = walk(y0)
+        y = where(result)
+        if self.error(y) < 20 * torch.finfo(y.dtype).eps: return y0, result
+        if len(self.a_chain.alphas) == _MOST: return None
+        self.a_chain.grow()
