@@ -385,6 +385,16 @@ def trajectory(self: ODESteer,
     a, x, me = self._ready(a)
     return me._flow(x, me._time(x, T=T, spread=spread, share=share), path=True)
 
+@patch
+def follow(self: SpectralBarrier,
+    a: Tensor,  # activations, (..., d)
+    walk,  # coordinates where the way begins -> result
+    where=lambda y: y,  # result -> coordinates at the end of the way
+) -> tuple:  # coordinates of `a`, and the result
+    "Walk in coordinates."
+    y0 = self.enter(a)
+    return y0, walk(y0)
+
 # %% ../nbs/03_ode.ipynb #525b6125
 class StepODESteer(ODESteer):
     "ODESteer in a single Euler step: the same barrier, no path."
@@ -659,7 +669,7 @@ def matrix(self: _Lanczos):
     beside = torch.cat(self.betas[:-1], 1)
     return torch.diag_embed(torch.cat(self.alphas, 1)) + beside.diag_embed(1) + beside.diag_embed(-1)
 
-_FIRST, _MOST = 4, 10  # vectors of a chain
+_FIRST, _LONGEST = 4, 10  # vectors of a chain
 
 class KrylovBarrier(SpectralBarrier):
     """A barrier of degree 2 in the few coordinates that a way from given activations visits.
@@ -674,19 +684,21 @@ class KrylovBarrier(SpectralBarrier):
         if barrier.coordinates == "centred": self.shift = barrier.shift_.to(w)
         x = self._relative(a).reshape(-1, a.shape[-1])
         product, c = barrier._form(w, barrier._route(x))
-        self.shape, self.k = a.shape[:-1], barrier.intercept_ + barrier.log_prior_
-        self.c_chain, self.size = barrier._derived("chain", w, lambda _: _chain(product, c))
-        self.a_chain = _Lanczos(lambda v: product(v) / self.size, x, _MOST)
+        self.shape = a.shape[:-1]
+        *self.c_chain, self.size, k = barrier._derived(
+            "chain", w, lambda w: (*_chain(product, c), barrier._score(torch.zeros_like(c), w)))
+        self.k = k + barrier.intercept_ + barrier.log_prior_
+        self.a_chain = _Lanczos(lambda v: product(v) / self.size, x, _LONGEST)
         for _ in range(_FIRST): self.a_chain.grow()
 
 # %% ../nbs/03_ode.ipynb #kryl0004
 def _chain(product, c):
-    "The longest chain of `c`, and the size that it was divided by."
+    "Of the longest chain of `c`: bases, `Q` in them, lengths, the length of `c`, and the size that all were divided by."
     even = torch.full_like(c, len(c)**-0.5)
     size = torch.maximum(c.norm(), 2 * product(even[None]).norm()).clamp_min(1e-30)
-    chain = _Lanczos(lambda v: product(v) / size, c[None] / size, _MOST + 1)
-    for _ in range(_MOST + 1): chain.grow()
-    return chain, size
+    chain = _Lanczos(lambda v: product(v) / size, c[None] / size, _LONGEST + 1)
+    for _ in range(_LONGEST + 1): chain.grow()
+    return chain.bases[0], chain.matrix()[0], torch.cat(chain.betas)[:, 0], chain.norm[0], size
 
 def _is_plain(x):
     "Whether nobody traces what happens to `x`, so that numbers in it may decide what is done."
@@ -700,8 +712,8 @@ def enter(self: KrylovBarrier,
 ) -> Tensor:  # coordinates, (..., 2m)
     "Coordinates of activations; `H` is the form and `c` its slope in them."
     rows, m = self.a_chain, len(self.a_chain.alphas)
-    W, T = self.c_chain.bases[0, :m + 1], self.c_chain.matrix()[0]
-    across = rows.bases[:, :m] @ W.T
+    W, T, _, length = self.c_chain
+    across = rows.bases[:, :m] @ W[:m + 1].T
     G = torch.eye(2 * m).to(W).repeat(len(across), 1, 1)
     F = torch.zeros_like(G)  # the form in vectors of both chains
     G[:, m:, :m] = across[..., :m]
@@ -714,7 +726,7 @@ def enter(self: KrylovBarrier,
     R = torch.linalg.solve_triangular(L, torch.eye(2 * m).to(W), upper=False)
     self.H = (R @ F @ R.mT).view(*self.shape, 2 * m, 2 * m)
     self.R = R.view(*self.shape, 2 * m, 2 * m)
-    self.c = nn.functional.pad(self.c_chain.norm[0], (0, 2 * m - 1))
+    self.c = nn.functional.pad(length, (0, 2 * m - 1))
     return (rows.norm * L[:, m]).view(*self.shape, 2 * m)
 
 @patch
@@ -731,7 +743,7 @@ def leave(self: KrylovBarrier,
     "Activations back from their coordinates."
     m = y.shape[-1] // 2
     by = ((y - y0)[..., None, :] @ self.R).view(-1, 1, 2 * m)  # multiples of the vectors of both chains
-    way = torch.baddbmm(by[..., :m] @ self.c_chain.bases[0, :m], by[..., m:], self.a_chain.bases[:, :m])
+    way = torch.baddbmm(by[..., :m] @ self.c_chain[0][:m], by[..., m:], self.a_chain.bases[:, :m])
     return a + way.view_as(a)
 
 @patch
@@ -741,20 +753,10 @@ def error(self: KrylovBarrier,
     "About how far the farthest end is off: what the field has outside grows like the m-th power of time."
     u, m = self._unit(y)[0], y.shape[-1] // 2
     by = (u[..., None, :] @ self.R)[..., 0, :].abs()
-    outside = by[..., m - 1] * self.c_chain.betas[m - 1][0, 0] + by[..., -1] * self.a_chain.betas[-1].view(self.shape)
+    outside = by[..., m - 1] * self.c_chain[2][m - 1] + by[..., -1] * self.a_chain.betas[-1].view(self.shape)
     return (outside / torch.linalg.vector_norm(self.slope(y), dim=-1)).max() / m
 
 # %% ../nbs/03_ode.ipynb #kryl0009
-@patch
-def follow(self: SpectralBarrier,
-    a: Tensor,  # activations, (..., d)
-    walk,  # coordinates where the way begins -> result
-    where=lambda y: y,  # result -> coordinates at the end of the way
-) -> tuple:  # coordinates of `a`, and the result
-    "Walk in coordinates."
-    y0 = self.enter(a)
-    return y0, walk(y0)
-
 @patch
 def follow(self: KrylovBarrier, a, walk, where=lambda y: y):
     "Walk in as many coordinates as it needs; None if there are too many."
@@ -764,5 +766,5 @@ def follow(self: KrylovBarrier, a, walk, where=lambda y: y):
         result = walk(y0)
         y = where(result)
         if self.error(y) < 20 * torch.finfo(y.dtype).eps: return y0, result
-        if len(self.a_chain.alphas) == _MOST: return None
+        if len(self.a_chain.alphas) == _LONGEST: return None
         self.a_chain.grow()

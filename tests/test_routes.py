@@ -9,16 +9,17 @@ import torch
 
 import odesteer as ods
 from odesteer.barrier import Barrier, ascent
-from odesteer.density import DensityRatioBarrier, PolynomialCountSketch, RandomFourierFeatures, _diagonal, route
-from odesteer.ode import ODESteer
+from odesteer import density
+from odesteer.density import DensityRatioBarrier, PolynomialCountSketch, RandomFourierFeatures, _diagonal, product_costs, route
+from odesteer.ode import KrylovBarrier, ODESteer, integrate
 
 from .project import rewrite
 from .test_density import reference_sketch
 from .test_ode import NoHostSync
 
 D = 20
-ROUTES = "spectral", "dense", "fft"
-def routes(coordinates="raw", **kw): return ROUTES[coordinates == "standardised":]
+ROUTES = "spectral", "krylov", "dense", "fft"
+def routes(coordinates="raw", **kw): return ROUTES[2:] if coordinates == "standardised" else ROUTES
 
 
 def draw(n, shift, seed):
@@ -93,12 +94,12 @@ def test_two_tables_are_one_complex_signal(n, coef0):
     f = PolynomialCountSketch(n, 2, .7, coef0).fit(x)
     a, pairs = x.clone().requires_grad_(), f.pairs(w)
     expected, = torch.autograd.grad((f(a) @ w).sum(), a)
-    torch.testing.assert_close(f.pair_vjp(x, pairs), expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(f.pair_vjp(x.float(), f.pairs(w.float())).double(), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(f.pair_vjp(x[0, 0], pairs), expected[0, 0], rtol=1e-10, atol=1e-10)
-    assert f.pair_vjp(x[:0], pairs).shape == (0, 35, 9)
+    torch.testing.assert_close(f.pair_product(x, pairs) + pairs[-1], expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close((f.pair_product(x.float(), f.pairs(w.float())) + pairs[-1].float()).double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(f.pair_product(x[0, 0], pairs) + pairs[-1], expected[0, 0], rtol=1e-10, atol=1e-10)
+    assert f.pair_product(x[:0], pairs).shape == (0, 35, 9)
     Q = f.quadratic_form(w)[0]
-    bent, = torch.autograd.grad(f.pair_vjp(a, pairs)[1, 3, 2], a)
+    bent, = torch.autograd.grad(f.pair_product(a, pairs)[1, 3, 2], a)
     torch.testing.assert_close(bent[1, 3], Q[2], rtol=1e-10, atol=1e-10)
     assert bent.count_nonzero() <= 9
 
@@ -174,7 +175,7 @@ def test_rows_of_zeros_and_odd_rows_do_not_spoil_others(method):
 def test_gradients_pass_through_every_route():
     x = NEW[:3].double()
     def jacobian(s): return torch.autograd.functional.jacobian(lambda a: s.steer(a, 1.5).sum(0), x)
-    for method in "spectral", "dense": torch.testing.assert_close(jacobian(fitted(method=method)), jacobian(fitted(method="fft")), rtol=1e-6, atol=1e-8)
+    for method in "spectral", "krylov", "dense": torch.testing.assert_close(jacobian(fitted(method=method)), jacobian(fitted(method="fft")), rtol=1e-6, atol=1e-8)
     low = NEW[:3].double().requires_grad_()
     fitted(n_components=6).steer(low, 1.5).sum().backward()
     assert torch.isfinite(low.grad).all() and (low.grad != 0).any()
@@ -237,12 +238,80 @@ def test_error_of_rank_falls_is_shown_and_saved(tmp_path):
 # ---- the rule
 
 def test_the_rule():
-    assert [route(2, d, 8000, 10) for d in (64, 1024, 2048, 4096)] == ["spectral", "spectral", "spectral", "fft"]
-    assert route(2, 4096, 8000, 10, rows=64) == route(2, 4096, 8000, 100) == "spectral" and route(2, 5000, 8000, 100, rows=64) == "fft"
-    assert [route(2, d, 8000) for d in (64, 1024, 2048, 4096)] == ["dense", "dense", "fft", "fft"]
-    assert [route(2, d, 8000, 10, diagonal=False) for d in (64, 1024, 2048)] == ["dense", "dense", "fft"]
+    "By what a product costs, with the matrix and by transforms: here as a quiet machine may say"
+    def by(dense, fft, width=2048, evaluations=10, **kw): return route(2, width, 8000, evaluations, costs=(dense, fft), **kw)
+    assert by(1, 1, 1024) == "spectral" and by(1, .3, 1024) == "krylov" and by(1, 1) == by(5, 1) == "krylov"  # wide: no decomposition
+    assert [by(*costs, evaluations=1) for costs in ((1, 2), (2, 1))] == [by(*costs, diagonal=False) for costs in ((1, 2), (2, 1))] == ["dense", "fft"]
+    assert by(1, 2, evaluations=4) == "dense" and by(2, 1, evaluations=4) == "fft" and by(1, 2, 64, 3) == "spectral"
+    assert [route(2, d, 8000, 10) for d in (64, 576, 8192)] == ["spectral", "spectral", "krylov"] and [route(2, d, 8000) for d in (64, 8192)] == ["dense", "fft"]
     assert {route(D, d, 8000, e, dev) for D in (1, 3) for d in (64, 4096) for e in (1, 10) for dev in ("cpu", "cuda")} == {"fft"}
     assert [route(2, d, 8000, 10, "cuda") for d in (64, 4096, 16384)] == ["spectral", "spectral", "fft"] and route(2, 4096, 8000, 1, "cuda") == "dense"
+
+
+def test_a_cost_is_counted_where_that_tells_and_measured_once_where_not(monkeypatch):
+    asked = []
+    def seconds(width, n_components, rows, threads):
+        asked.append((width, n_components, rows, threads))
+        return ratio, 1.
+    monkeypatch.setattr(density, "_seconds", seconds)
+    for ratio in 1 / 3, 3., 1.1:
+        dense, fft = product_costs(1024, 8000)
+        assert (dense / fft == ratio) == (ratio != 1.1) and (dense < fft or ratio == 3)  # a near tie is counted
+    assert asked == 3 * [(1024, 8000, 1, torch.get_num_threads())] and product_costs(400, 8000)[0] == 400**2 and len(asked) == 3
+    for rows in (7, 8, 31, 32, 500): product_costs(1500, 8000, rows)
+    assert [a[2] for a in asked[3:]] == [1, 8, 8, 32, 32]
+    before = torch.get_rng_state()
+    monkeypatch.undo()
+    assert density._seconds(96, 50, 2, 0) is density._seconds(96, 50, 2, 0) and min(density._seconds(96, 50, 2, 0)) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- a path in a few coordinates
+
+def wide(d=300, **kw):
+    g = torch.Generator().manual_seed(9)
+    pos, neg, new = torch.randn(3, 40, d, generator=g) + torch.tensor([.3, -.3, -.3])[:, None, None]
+    return ODESteer(**{**dict(n_components=400), **kw}).fit(pos, neg), new
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(coef0=0.), dict(gamma=3., C=100.), dict(coordinates="centred"), dict(normalize=False, gamma=.01), dict(retract=True, solver="rk4")], ids=str)
+def test_a_krylov_path_beside_float64_and_its_foreseen_error(kw):
+    (s, new), (slow, _) = wide(method="krylov", **kw), wide(method="fft", **kw)
+    T = .3 * s.median_norm_
+    exact = slow.steer(new.double(), T.double())
+    for x, tol in (new, 1e-5), (new.double(), 1e-11): assert ((s.steer(x, T.to(x)) - exact).norm(dim=-1) / T).max() < tol
+    rows = slow._on(new.double())
+    way = KrylovBarrier(rows.barrier, new.double())
+    for _ in range(3):
+        y0 = way.enter(new.double())
+        torch.testing.assert_close(way.leave(new.double(), y0, y0), new.double(), rtol=0, atol=0)
+        torch.testing.assert_close(way.value(y0), rows.barrier.value(new.double()), rtol=1e-9, atol=1e-9)
+        y = integrate(way.direction, y0, T.double(), 10, s._step(y0))
+        off = ((way.leave(new.double(), y0, y) - exact).norm(dim=-1) / T).max()
+        assert off < 3 * way.error(y) + 1e-11
+        way.a_chain.grow()
+    one, shaped = s.steer(new[0], T), s.steer(new.view(4, 10, -1), T)
+    torch.testing.assert_close(one, s.steer(new, T)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shaped.view_as(new), s.steer(new, T), rtol=1e-5, atol=1e-5)
+
+
+def test_a_path_that_needs_more_is_followed_by_the_field(monkeypatch):
+    s, new = wide(method="krylov", gamma=30., C=1e4)
+    T, took = 3 * s.median_norm_, []
+    follow = KrylovBarrier.follow
+    monkeypatch.setattr(KrylovBarrier, "follow", lambda self, *args: took.append((self, follow(self, *args))) or took[-1][1])
+    end = s.steer(new, T)
+    assert took[0][1] is None and len(took[0][0].a_chain.alphas) == 10 and torch.equal(end, wide(method="dense", gamma=30., C=1e4)[0].steer(new, T))
+    for rows in s.barrier._vjp(torch.zeros(1, 300), s.barrier.coef_), torch.full((1, 300), torch.nan), torch.zeros(1, 300):  # in the chain of c, no number, nowhere
+        assert torch.equal(s.steer(rows, T).isnan(), wide(method="fft", gamma=30., C=1e4)[0].steer(rows, T).isnan())
+
+
+def test_the_widest_need_no_preparation():
+    s, new = wide(1100, n_components=2000)
+    assert s.route(new) == "krylov"
+    end = s.steer(new, share=.2)
+    assert not any(name == ("spectral", None) for name, *_ in s.barrier._derived_tables) and closest(end, wide(1100, n_components=2000, method="fft")[0].steer(new.double(), share=.2)) < 1e-5
+    s.steer(new, nats=1.), s.steer(new[:0], share=.2)
 
 
 def test_which_route_is_said():
@@ -252,7 +321,7 @@ def test_which_route_is_said():
     assert ODESteer(barrier=own).fit(POS, NEG).route(NEW) == "fft" and ODESteer(barrier=own, method="spectral").fit(POS, NEG).route(NEW) == "spectral"
 
 
-@pytest.mark.parametrize("kw,message", [(dict(method="fast"), "method must be one of auto, spectral, dense, fft; got 'fast'"), (dict(method="dense", degree=3), "method='dense' needs features='count-sketch' with degree=2"),
+@pytest.mark.parametrize("kw,message", [(dict(method="fast"), "method must be one of auto, spectral, krylov, dense, fft; got 'fast'"), (dict(method="dense", degree=3), "method='dense' needs features='count-sketch' with degree=2"),
                                      (dict(method="fft", features="rff"), "method='fft' needs features='count-sketch'"), (dict(rank=-1), "rank must be a whole number"), (dict(rank=2.5), "rank must be"), (dict(rank=3, method="fft"), "rank= is for the spectral route")])
 def test_routes_that_do_not_exist(kw, message):
     with pytest.raises(ValueError, match=message): ODESteer(**kw)
@@ -321,7 +390,7 @@ def test_one_graph_and_no_wait(kw):
             with NoHostSync(): (s.steer if unit in ("T", "share") else s.stop_at)(NEW, **{unit: value})
 
 
-@pytest.mark.parametrize("method", ["spectral", "dense", "fft"])
+@pytest.mark.parametrize("method", ["spectral", "krylov", "dense", "fft"])
 def test_autocast_does_not_lower_the_precision(method):
     s = fitted(method=method)
     def results(s): return s.steer(NEW, 1.), s.trajectory(NEW, 1.), s.stop_at(NEW, nats=1.).a, s.vector_field(NEW)
@@ -340,7 +409,7 @@ def test_forward_derivatives_and_vmap(kw):
     torch.testing.assert_close(torch.vmap(f)(x), f(x))
 
 
-@pytest.mark.parametrize("method", ["spectral", "dense", "fft"])
+@pytest.mark.parametrize("method", ["spectral", "krylov", "dense", "fft"])
 def test_a_number_that_changes_does_not_break_the_graph(method):
     s = fitted(method=method)
     s.steer(NEW, 1.)
@@ -350,7 +419,7 @@ def test_a_number_that_changes_does_not_break_the_graph(method):
         for T in (1., 2., -3.): torch.testing.assert_close(compiled(NEW, T), s.steer(NEW, T))
 
 
-@pytest.mark.parametrize("method", ["spectral", "dense", "fft"])
+@pytest.mark.parametrize("method", ["spectral", "krylov", "dense", "fft"])
 def test_a_row_without_slope_stays_finite(method):
     s, zero = fitted(method=method, coef0=0.), torch.zeros(2, NEW.shape[1])
     for T in (0., 1., torch.tensor([0., 1.])): assert s.trajectory(zero, T).isfinite().all()
