@@ -712,8 +712,13 @@ def _locked(path, work):
         except BaseException:
             f.close()
             raise
-        if Path(path).exists() and os.path.samestat(os.fstat(f.fileno()), os.stat(path)): return f, waited
+        if _lies_at(f, path): return f, waited
         f.close()  # who had it is done, and has removed it
+
+def _lies_at(f, path):
+    "Whether an open file is still the one with this name, which may go at any moment."
+    try: return os.path.samestat(os.fstat(f.fileno()), os.stat(path))
+    except FileNotFoundError: return False
 
 # %% ../nbs/00_euler.ipynb #dd211fc7
 def _lock(f, work) -> bool:

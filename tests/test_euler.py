@@ -341,7 +341,18 @@ def turn(lock, pace, order, name, work="the same"):
 def test_what_must_not_interleave_takes_turns(tmp_path):
     order = []
     with ThreadPoolExecutor(8) as pool: waited = list(pool.map(lambda i: turn(tmp_path/"lock", .02, order, i), range(8)))
-    assert len(order) == 16 and order[::2] == order[1::2] and sum(waited) >= 7 and os.listdir(tmp_path) == []
+    assert len(order) == 16 and order[::2] == order[1::2] and sum(waited) >= 3 and os.listdir(tmp_path) == []
+
+
+def test_a_lock_file_that_goes_at_the_worst_moment(tmp_path, monkeypatch):
+    "Who had it removes it after it was locked and before it was looked at: another is made, and the old one is let go"
+    stat, gone = os.stat, []
+    def late(path, **kw):
+        if not gone: gone.append(os.unlink(path))
+        return stat(path, **kw)
+    monkeypatch.setattr(os, "stat", late)
+    with alone(tmp_path/"lock") as waited: assert gone and not waited and os.listdir(tmp_path) == ["lock"]
+    assert os.listdir(tmp_path) == []
 
 
 def test_processes_take_turns_and_one_that_dies_lets_go(tmp_path):
