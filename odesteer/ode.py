@@ -8,6 +8,7 @@ __all__ = ['SOLVERS', 'ADAPTIVE', 'euler', 'midpoint', 'rk4', 'integrate', 'ODES
 
 # %% ../nbs/03_ode.ipynb #0acd96b1
 import copy
+import itertools
 import math
 import warnings
 from dataclasses import dataclass
@@ -356,6 +357,9 @@ def _flow(self: ODESteer, x, T, path=False):
         field, step = way.direction, self._step(y0)
         if step == "euler": field, step = way.slope, _euler_along
         return integrate(field, y0, T, self.steps, step, path)
+    if self._is_long(x, self._evaluations()):
+        parts = [self._flow(*part, path) for part in _parts(x, T)]
+        return torch.cat(parts, -2).unflatten(-2, x.shape[:-1])
     way = self._coordinates(x, self._evaluations())
     found = None if way is None else way.follow(x, walk)
     if found is None:
@@ -547,6 +551,10 @@ def _time(self: ODESteer, x, **units):
 def _stop(self: ODESteer, x, cap, nats, until):
     "`stop_at` for checked activations; `cap` is the longest time, None for `max_T`. Rows that go down climb `-h`."
     if cap is None: cap = per_row(self.max_T or self.median_norm_, x)
+    evaluations = 2 * self._evaluations() + 12
+    if self._is_long(x, evaluations):
+        parts = zip(*(vars(self._stop(*part)).values() for part in _parts(x, cap, nats, until)))
+        return Stopped(*(torch.cat(v).unflatten(0, x.shape[:-1]) for v in parts))
     h = self.barrier.value(x)
     if nats is None: level, sign = per_row(until, x, "until"), torch.ones_like(h)
     else:
@@ -559,7 +567,7 @@ def _stop(self: ODESteer, x, cap, nats, until):
         return climb(f, rising, y, torch.where(there, -torch.inf, goal + margin), cap, self.steps, self._step(y))
     def within(y):  # with a margin: no row may end below its level by the way back
         return walk(y, way.direction, way.value, way.rounding(level, y))
-    way = self._coordinates(x, 2 * self._evaluations() + 12)
+    way = self._coordinates(x, evaluations)
     found = None if way is None else way.follow(x, within, lambda stop: stop.a)
     stop = walk(x, self._field, self.barrier.value) if found is None else found[1]
     end = stop.a if found is None else way.leave(x, found[0], stop.a)
@@ -704,6 +712,17 @@ def _is_plain(x):
     "Whether nobody traces what happens to `x`, so that numbers in it may decide what is done."
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return x.numel() > 0 and not traced and not (torch.is_grad_enabled() and x.requires_grad)
+
+_AT_ONCE = 128  # rows that are followed together: their chains take memory
+
+@patch
+def _is_long(self: ODESteer, x, evaluations):
+    return x.shape[:-1].numel() > _AT_ONCE and self._route(x, evaluations) == "krylov" and _is_plain(x)
+
+def _parts(x, *values):
+    "A few rows at a time, with what belongs to them; values are numbers, one a row, or None."
+    def split(v): return itertools.repeat(v) if v is None else per_row(v, x).flatten().split(_AT_ONCE)
+    return zip(x.flatten(0, -2).split(_AT_ONCE), *map(split, values))
 
 # %% ../nbs/03_ode.ipynb #kryl0006
 @patch

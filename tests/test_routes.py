@@ -311,7 +311,11 @@ def test_the_widest_need_no_preparation():
     assert s.route(new) == "krylov"
     end = s.steer(new, share=.2)
     assert not any(name == ("spectral", None) for name, *_ in s.barrier._derived_tables) and closest(end, wide(1100, n_components=2000, method="fft")[0].steer(new.double(), share=.2)) < 1e-5
-    s.steer(new, nats=1.), s.steer(new[:0], share=.2)
+    many, strengths = new.repeat(5, 1).view(2, 100, -1), torch.linspace(.1, .3, 200).view(2, 100)  # more than are followed together
+    for unit in "T", "nats": torch.testing.assert_close(s.steer(many, **{unit: strengths}).view(200, -1)[3::40], s.steer(new[3].expand(5, -1), **{unit: strengths.flatten()[3::40]}), rtol=1e-5, atol=1e-5)
+    path, stop = s.trajectory(many, 2.), s.stop_at(many, nats=.1)
+    assert path.shape == (11, 2, 100, 1100) and torch.equal(path[0], many) and torch.equal(path[-1], s.steer(many, 2.))
+    assert stop.a.shape == many.shape and stop.T.shape == stop.h.shape == stop.reached.shape == (2, 100) and s.steer(new[:0], share=.2).shape == (0, 1100)
 
 
 def test_which_route_is_said():
