@@ -705,7 +705,7 @@ class KrylovBarrier(SpectralBarrier):
 
 # %% ../nbs/03_ode.ipynb #kryl0004
 def _chain(product, c):
-    "Of the longest chain of `c`: bases, `Q` in them, lengths, the length of `c`, and the size that all were divided by."
+    "Of the longest chain of `c`: bases, `Q` in them, lengths, the length of `c`, and the size that divided all."
     even = torch.full_like(c, len(c)**-0.5)
     size = torch.maximum(c.norm(), 2 * product(even[None]).norm()).clamp_min(1e-30)
     chain = _Lanczos(lambda v: product(v) / size, c[None] / size, _LONGEST + 1)
