@@ -294,14 +294,14 @@ def measure_compiled(
     compiler: dict = None,  # arguments of `torch.compile`
     device="cpu",  # where it is measured
     **timing,  # of `trials`
-) -> list:  # one row for each batch, number of steps, and eager or compiled; none where there is no compiler
+) -> list:  # one row for each batch, number of steps, eager or compiled; none without a compiler
     "Time of `ODESteer.steer`, eager and compiled, and the seconds of the first call; ratios are to eager."
     compiler, rows, both = compiler or {}, [], activations(64, width, device=device)
     if not compiler and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))): return rows
     for batch, n in itertools.product(batches, steps):
         s, a = ods.ODESteer(n_components=n_components, steps=n).fit(*both), activations(batch, width, 1, device)[1]
-        arms = {fused: functools.partial(f, a, share=.3) for fused, f in ((False, s.steer),
-                                                                         (True, torch.compile(s.steer, **compiler)))}
+        ways = {False: s.steer, True: torch.compile(s.steer, **compiler)}
+        arms = {fused: functools.partial(f, a, share=.3) for fused, f in ways.items()}
         first = {}
         with torch.no_grad():
             for fused, f in arms.items():  # eager first: it makes what the route needs
@@ -633,8 +633,8 @@ def _on_model(part, shape, sizes, rounds, device) -> list:
     gpu, large = torch.device(device).type == "cuda", shape in ("1b", "8b")
     truth, (model, tokenizer) = ods.load_micro().world.contrast("truth"), _loaded(shape, device)
     if part == "collect":
-        texts = truth.neg[:sizes["texts"] // (3 if large else 1)]
-        texts = [" ".join(texts[i:i + 1 + i % 4]) for i in range(len(texts))]  # one to four sentences
+        few = truth.neg[:sizes["texts"] // (3 if large else 1)]
+        texts = [" ".join(few[i:i + 1 + i % 4]) for i in range(len(few))]  # one to four sentences
         return measure_collect(model, tokenizer, texts, 16, rounds=min(rounds, 3) if large else rounds, shape=shape)
     texts = _endings(truth.pos[:8])
     methods = fitted_methods(model, tokenizer, n_components=sizes["n_components"], texts=texts)
@@ -653,11 +653,6 @@ def _loaded(shape, device) -> tuple:
     if shape == "micro": return lm.model.to(device), lm.tokenizer
     if shape == "smollm2": return ods.load_model("smollm2", dtype="float32", device=device)
     return random_llama(shape, device, torch.bfloat16 if shape == "8b" else torch.float32), lm.tokenizer
-
-def _endings(texts) -> tuple:
-    "Two classes that even a random model can tell apart at the last token."
-    words = texts[0].split()
-    return tuple([f"{t} {w}" for t in texts] for w in (words[0], words[-1]))
 
 # %% ../nbs/23_speed.ipynb #f5db5e5d
 def keep(
@@ -701,6 +696,11 @@ def _earlier(path, machine) -> dict:
 
 _RATIO = dict(steer="times as fast", compile="times as fast", collect="times as fast", fit="times as fast",
               decode="times as long", **{"import": "times as long"})  # what the ratio of a part means
+
+def _endings(texts) -> tuple:
+    "Two classes that even a random model can tell apart at the last token."
+    words = texts[0].split()
+    return tuple([f"{t} {w}" for t in texts] for w in (words[0], words[-1]))
 
 # %% ../nbs/23_speed.ipynb #e5a94330
 def show(
