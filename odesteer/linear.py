@@ -7,13 +7,15 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from .models import (
@@ -154,10 +156,13 @@ class FrozenCache:
         keys: Tensor,  # (n, heads, S - 1, d_head)
         values: Tensor,  # the same shape
     ):
-        self.keys, self.values = keys, values
+        self.keys, self.values, self.new = keys, values, None
 
     def update(self, keys, values, *_, **__):
-        "Old and new keys joined, and old and new values; nothing is kept."
+        """Old and new keys joined, and old and new values.
+
+        They are not kept: the next call joins to the old ones again."""
+        self.new = keys, values
         return (torch.cat([self.keys, keys], -2),
                 torch.cat([self.values, values], -2))
 
@@ -198,8 +203,8 @@ def _computing(stack, t):
     return stack[t], t, {k: w.detach().float() for k, w in narrow.items()}
 
 # %% ../nbs/14_linear.ipynb #b0c5e103
-def _block_map(block, t, narrow, context):
-    "Block t of n states at once; the float32 weights in `narrow` stand in for its own"
+def _block_map(block, t, narrow, context, lean=False):
+    "Block t of n states at once; float32 weights in `narrow` stand in for its own; `lean`: `_Lean` where it can be"
     prefix, where = context.prefix[t], device_of(block)
     dtype = torch.float32 if narrow else prefix[0].dtype
     def ready(v):
@@ -218,51 +223,123 @@ def _block_map(block, t, narrow, context):
             kwargs["alibi"] = alibi.repeat(n, 1, 1)  # texts and heads share a dimension
         tokens = x[:, None].to(where, dtype)
         if len(old) == 1: tokens = torch.cat([*old, tokens], 1)
-        with _still(block):
+        with _still(block), _Lean(cache) if lean and cache else nullcontext():
             if narrow: y = torch.func.functional_call(block, narrow, (tokens, *args), kwargs)
             else: y = block(tokens, *args, **kwargs)
         return (y if isinstance(y, Tensor) else y[0])[:, -1].to(x)
     return f
 
 # %% ../nbs/14_linear.ipynb #553ebac1
-def _pull(f, x, z): return torch.autograd.grad(f(x), x, z)[0]
+# what is differentiated, and by what
+def _pull(f, x): return f(x), x
 
-def _push(f, x, z):
-    w = torch.zeros_like(z).requires_grad_()
-    pulled = torch.autograd.grad(f(x), x, w, create_graph=True)[0]
-    return torch.autograd.grad(pulled, w, z)[0]
+def _push(f, x):
+    w = torch.zeros_like(x).requires_grad_()
+    return torch.autograd.grad(f(x), x, w, create_graph=True)[0], w
+
+def _ask(product, f, x, Z, chunk):
+    y, leaf = product(f, x[None].clone().requires_grad_())
+    def row(z): return torch.autograd.grad(y, leaf, z, retain_graph=True)[0]
+    return torch.func.vmap(row, chunk_size=chunk)(Z[:, None])[:, 0]
+
+# %% ../nbs/14_linear.ipynb #d8ea6974
+def _ask_copies(product, f, x, Z, chunk):
+    "The same without vmap: a copy of the token for each row, run forward and backward"
+    def rows(z):
+        y, leaf = product(f, x.expand(len(z), -1).clone().requires_grad_())
+        return torch.autograd.grad(y, leaf, z)[0]
+    return torch.cat([rows(z) for z in Z.split(chunk)])
+
+@contextmanager
+def _no_loops():
+    "vmap must not go through the rows one by one, which it does for operators that it has no rule for"
+    switch = getattr(torch._C._functorch, "_set_vmap_fallback_enabled", lambda on: None)
+    switch(False)
+    try: yield
+    finally: switch(True)
+
+# %% ../nbs/14_linear.ipynb #48542967
+class _Lean(TorchFunctionMode):
+    "Within, attention of one token's copies takes old keys and values as constants, of which no copies are made"
+    def __init__(self, cache):
+        super().__init__()
+        self.cache = cache
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        y = _attend(self.cache, *args, **kwargs) if func is scaled_dot_product_attention else None
+        return func(*args, **kwargs) if y is None else y
+
+def _attend(cache, q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
+    "Attention of the last token; None where it is not one over what the cache has joined"
+    if is_causal or q.shape[-2] != 1 or not _joined(cache, k, v): return None
+    heads, float_ = cache.keys.shape[1], torch.promote_types(q.dtype, torch.float32)
+    scale = q.shape[-1]**-.5 if scale is None else scale
+    bias = torch.zeros(1, 1, 1, 1).to(q) if attn_mask is None else attn_mask
+    if bias.dtype == torch.bool: bias = torch.zeros_like(bias, dtype=float_).masked_fill(~bias, -math.inf)
+    bias = bias.expand(-1, q.shape[1], -1, -1).unflatten(1, (heads, -1))[..., 0, :]
+    q = scale * q.to(float_).unflatten(1, (heads, -1))[..., 0, :]  # heads that share keys, then their queries
+    new_k, new_v = (new.to(float_) for new in cache.new)
+    def head(i):
+        old_k, old_v = cache.keys[0, i].to(float_), cache.values[0, i].to(float_)
+        scores = torch.cat([q[:, i] @ old_k.T, (q[:, i] * new_k[:, i]).sum(-1, keepdim=True)], -1)
+        p = (scores + bias[:, i]).softmax(-1)
+        return p[..., :-1] @ old_v + p[..., -1:] * new_v[:, i]
+    return torch.cat([head(i) for i in range(heads)], 1)[:, :, None].to(v.dtype)
+
+# %% ../nbs/14_linear.ipynb #9d67231f
+def _joined(cache, *given):
+    "Are the keys and values that attention is given old and new ones of the cache, repeated for heads that share them?"
+    if cache.new is None: return False
+    for x, old, new in zip(given, (cache.keys, cache.values), cache.new):
+        want = torch.cat([old[:1], new[:1]], -2)
+        if x.shape[1] % want.shape[1]: return False
+        if not torch.equal(x[:1], want.repeat_interleave(x.shape[1] // want.shape[1], 1)): return False
+    return True
+
+# %% ../nbs/14_linear.ipynb #c1760650
+def _way(product, maps, x):
+    """The fastest way to ask a block: what asks, and whether the map is the lean one; None where there is none.
+
+    Kernels may raise, or drop out of a second derivative silently: then |z J^T|^2 is not (z J^T J) . z"""
+    def plain(z): return _ask_copies(_pull, maps(lean=False), x, z, 2)
+    z = torch.linspace(-1, 1, 2*len(x)).cos().view(2, -1).to(x)
+    want = plain(z) if product is _pull else None
+    for ask, lean in ((_ask, True), (_ask_copies, True), (_ask_copies, False)):
+        try:
+            with _no_loops(): y = ask(product, maps(lean=lean), x, z, 2)
+        except Exception: continue  # whatever it is, the slower way is the remedy
+        if product is _pull: off, size = (y - want).norm(), want.norm()
+        else: off, size = (y.square().sum() - (plain(y) * z).sum()).abs(), y.square().sum()
+        if off < .02 * size: return ask, lean
+    return (_ask_copies, False) if product is _pull else None
 
 # %% ../nbs/14_linear.ipynb #3dbcc6f0
-def _twice(model, contexts, t):
-    """Can block t be differentiated twice?
-
-    Kernels for packed weights or experts may raise, or drop out silently: then z J^T . z J^T is not (z J^T J) . z.
-    Processes that share the weights would not meet in the second derivative"""
-    if is_split(model): return False
-    one = contexts[:1]
-    z = torch.linspace(-1, 1, text_config(model).hidden_size)[None].cos()
-    try: y = _mean_product(_push, model, one, t, z, 1)
-    except (RuntimeError, NotImplementedError): return False
-    size, back = y.square().sum(), _mean_product(_pull, model, one, t, y, 1)
-    return bool((size - (back * z.to(y)).sum()).abs() < .02 * size)
-
 def _mean_product(product, model, contexts, t, Z, chunk, progress=False):
-    "One of the two products, text by text and chunk by chunk"
+    "One of the two products, text by text and chunk by chunk; None where a block has no second derivative"
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from tqdm.auto import tqdm
     if len(contexts) == 0: raise ValueError("contexts is empty: a mean Jacobian needs at least one text")
     block, t, narrow = _computing(decoder_layers(_unsteered(model)), t)
+    split, ways = is_split(model), {}
+    # processes that share the weights must all go the same way, and would not meet in a second derivative
+    if split and product is _push: return None
     differentiable = sdpa_kernel(SDPBackend.MATH)  # the other kernels have no second derivative
     with torch.inference_mode(False), torch.enable_grad(), differentiable:
         Z = Z.clone().to(device_of(block), torch.promote_types(Z.dtype, torch.float32))
         mean = torch.zeros_like(Z)
-        for context in tqdm(contexts, desc=f"block {t}", unit="text", leave=False, disable=not progress):
-            f, x = _block_map(block, t, narrow, context), context.states[t].to(Z)
-            for i in range(0, len(Z), chunk):
-                z = Z[i:i + chunk]
-                rows = x.expand(len(z), -1).clone().requires_grad_()
-                mean[i:i + chunk] += product(f, rows, z) / len(contexts)
+        for context in _with_bar(contexts, t, progress):
+            maps, x = partial(_block_map, block, t, narrow, context), context.states[t].to(Z)
+            kind = len(context.prefix[t])
+            if kind not in ways: ways[kind] = (_ask_copies, False) if split else _way(product, maps, x)
+            if ways[kind] is None: return None
+            ask, lean = ways[kind]
+            with _no_loops(): mean += ask(product, maps(lean=lean), x, Z, chunk) / len(contexts)
         return mean
+
+def _with_bar(contexts, t, progress):
+    "The contexts with a bar for block t, or as `progress` shows them"
+    from tqdm.auto import tqdm
+    if callable(progress): return progress(contexts)
+    return tqdm(contexts, desc=f"block {t}", unit="text", leave=False, disable=not progress)
 
 # %% ../nbs/14_linear.ipynb #b0c5e104
 def mean_vjp(
@@ -285,7 +362,8 @@ def mean_jvp(
     progress: bool = False,  # show a bar
 ) -> Tensor:  # Z A_t^T, (k, d)
     "The Jacobian of block t applied to rows, averaged over texts in float32 or better."
-    if _twice(model, contexts, t): return _mean_product(_push, model, contexts, t, Z, chunk, progress)
+    product = _mean_product(_push, model, contexts, t, Z, chunk, progress)
+    if product is not None: return product
     A = mean_jacobian(model, contexts, t, chunk, progress)
     Z = Z.to(A.device, torch.promote_types(Z.dtype, A.dtype))
     return Z @ A.to(Z.dtype).T
