@@ -223,7 +223,7 @@ def _block_map(block, t, narrow, context, lean=False):
             kwargs["alibi"] = alibi.repeat(n, 1, 1)  # texts and heads share a dimension
         tokens = x[:, None].to(where, dtype)
         if len(old) == 1: tokens = torch.cat([*old, tokens], 1)
-        with _still(block), _Lean(cache) if lean and cache else nullcontext():
+        with _still(block), _Lean(cache) if lean else nullcontext():
             if narrow: y = torch.func.functional_call(block, narrow, (tokens, *args), kwargs)
             else: y = block(tokens, *args, **kwargs)
         return (y if isinstance(y, Tensor) else y[0])[:, -1].to(x)
@@ -253,10 +253,11 @@ def _ask_copies(product, f, x, Z, chunk):
 @contextmanager
 def _no_loops():
     "vmap must not go through the rows one by one, which it does for operators that it has no rule for"
-    switch = getattr(torch._C._functorch, "_set_vmap_fallback_enabled", lambda on: None)
-    switch(False)
+    known = torch._C._functorch
+    before = known._is_vmap_fallback_enabled()
+    known._set_vmap_fallback_enabled(False)
     try: yield
-    finally: switch(True)
+    finally: known._set_vmap_fallback_enabled(before)
 
 # %% ../nbs/14_linear.ipynb #48542967
 class _Lean(TorchFunctionMode):
@@ -265,36 +266,59 @@ class _Lean(TorchFunctionMode):
         super().__init__()
         self.cache = cache
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        y = _attend(self.cache, *args, **kwargs) if func is scaled_dot_product_attention else None
-        return func(*args, **kwargs) if y is None else y
+        how = _LEAN.get(func)
+        y = how and how(self.cache, *args, **kwargs or {})
+        return func(*args, **kwargs or {}) if y is None else y
 
 def _attend(cache, q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
     "Attention of the last token; None where it is not one over what the cache has joined"
-    if is_causal or q.shape[-2] != 1 or not _joined(cache, k, v): return None
-    heads, float_ = cache.keys.shape[1], torch.promote_types(q.dtype, torch.float32)
-    scale = q.shape[-1]**-.5 if scale is None else scale
-    bias = torch.zeros(1, 1, 1, 1).to(q) if attn_mask is None else attn_mask
-    if bias.dtype == torch.bool: bias = torch.zeros_like(bias, dtype=float_).masked_fill(~bias, -math.inf)
-    bias = bias.expand(-1, q.shape[1], -1, -1).unflatten(1, (heads, -1))[..., 0, :]
-    q = scale * q.to(float_).unflatten(1, (heads, -1))[..., 0, :]  # heads that share keys, then their queries
-    new_k, new_v = (new.to(float_) for new in cache.new)
-    def head(i):
-        old_k, old_v = cache.keys[0, i].to(float_), cache.values[0, i].to(float_)
-        scores = torch.cat([q[:, i] @ old_k.T, (q[:, i] * new_k[:, i]).sum(-1, keepdim=True)], -1)
-        p = (scores + bias[:, i]).softmax(-1)
-        return p[..., :-1] @ old_v + p[..., -1:] * new_v[:, i]
-    return torch.cat([head(i) for i in range(heads)], 1)[:, :, None].to(v.dtype)
+    if is_causal or not (_is_joined(cache, k, 0) and _is_joined(cache, v, 1)): return None
+    q = q.to(torch.promote_types(q.dtype, torch.float32)) * (q.shape[-1]**-.5 if scale is None else scale)
+    scores, mask = _by_keys(cache, q), attn_mask
+    if mask is not None: scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return _by_values(cache, scores.softmax(-1)).to(v.dtype)
 
-# %% ../nbs/14_linear.ipynb #9d67231f
-def _joined(cache, *given):
-    "Are the keys and values that attention is given old and new ones of the cache, repeated for heads that share them?"
-    if cache.new is None: return False
-    for x, old, new in zip(given, (cache.keys, cache.values), cache.new):
-        want = torch.cat([old[:1], new[:1]], -2)
-        if x.shape[1] % want.shape[1]: return False
-        if not torch.equal(x[:1], want.repeat_interleave(x.shape[1] // want.shape[1], 1)): return False
-    return True
+def _matmul(cache, a, b):
+    "The two products of attention that is written out"
+    if b.ndim != 4 or a.ndim != 4: return None
+    if _is_joined(cache, b.mT, 0): return _by_keys(cache, a)
+    return _by_values(cache, a) if _is_joined(cache, b, 1) else None
+
+def _grouped(cache, a, b, offs=None, bias=None, out_dtype=None):
+    "The products of chosen experts with their rows, one by one: vmap has no rule for them together"
+    usual = a.ndim == 2 and b.ndim == 3 and bias is None and out_dtype is None
+    if not usual or offs is None or offs[-1] != len(a): return None
+    ends = offs.tolist()
+    return torch.cat([a[i:j] @ w for i, j, w in zip([0, *ends], ends, b) if i < j])
+
+_LEAN = {scaled_dot_product_attention: _attend, getattr(torch, "_grouped_mm", None): _grouped,
+         **dict.fromkeys((torch.matmul, Tensor.matmul), _matmul)}
+
+# %% ../nbs/14_linear.ipynb #287be355
+def _is_joined(cache, x, which):
+    "Are these the old and new keys (0) or values (1) of the cache, repeated for heads that share them?"
+    if cache is None or cache.new is None: return False
+    want = torch.cat([(cache.keys, cache.values)[which][:1], cache.new[which][:1]], -2)
+    times, rest = divmod(x.shape[1], want.shape[1])
+    return not rest and torch.equal(x[:1], want.repeat_interleave(times, 1))
+
+def _by_keys(cache, q):
+    "q K^T, (n, heads, rows, S)"
+    def head(q, old, new): return torch.cat([q @ old.T, (q * new).sum(-1, keepdim=True)], -1)
+    return _by_head(head, q, cache.keys, cache.new[0])
+
+def _by_values(cache, p):
+    "p V, (n, heads, rows, d_head)"
+    def head(p, old, new):
+        p_old, p_new = p.split([len(old), 1], -1)
+        return p_old @ old + p_new * new
+    return _by_head(head, p, cache.values, cache.new[1])
+
+def _by_head(product, a, old, new):
+    "A product for each head of the cache, with all heads of `a` that share it"
+    rows = a.unflatten(1, (old.shape[1], -1)).flatten(2, 3).transpose(0, 1)
+    heads = zip(rows.unbind(), old[0].to(a).unbind(), new.to(a).transpose(0, 1).unbind())
+    return torch.stack([product(*head) for head in heads], 1).view(*a.shape[:-1], -1)
 
 # %% ../nbs/14_linear.ipynb #c1760650
 def _way(product, maps, x):
@@ -332,7 +356,7 @@ def _mean_product(product, model, contexts, t, Z, chunk, progress=False):
             if kind not in ways: ways[kind] = (_ask_copies, False) if split else _way(product, maps, x)
             if ways[kind] is None: return None
             ask, lean = ways[kind]
-            with _no_loops(): mean += ask(product, maps(lean=lean), x, Z, chunk) / len(contexts)
+            mean += ask(product, maps(lean=lean), x, Z, chunk) / len(contexts)
         return mean
 
 def _with_bar(contexts, t, progress):
@@ -347,7 +371,7 @@ def mean_vjp(
     contexts: list,  # of Context
     t: int,  # block
     Z: Tensor,  # directions at the block's output, (k, d)
-    chunk: int = 256,  # rows at once
+    chunk: int = 256,  # rows of Z at once: fewer take less memory
     progress: bool = False,  # show a bar
 ) -> Tensor:  # Z A_t, (k, d)
     "Rows times the Jacobian of block t, averaged over texts in float32 or better."
@@ -358,7 +382,7 @@ def mean_jvp(
     contexts: list,  # of Context
     t: int,  # block
     Z: Tensor,  # directions at the block's input, (k, d)
-    chunk: int = 256,  # rows at once
+    chunk: int = 256,  # rows of Z at once: fewer take less memory
     progress: bool = False,  # show a bar
 ) -> Tensor:  # Z A_t^T, (k, d)
     "The Jacobian of block t applied to rows, averaged over texts in float32 or better."
@@ -386,18 +410,18 @@ def mean_jacobian(
 class Jacobians(Sequence):
     """The mean Jacobians A_0, ..., A_{L-1}, each made when asked for, or read from its file.
 
-    Grows on this page: `jacobians[t]`, `jvp`, `vjp`."""
+    Grows on this page: `jacobians[t]`, `jvp`, `vjp`, `one_bar`."""
     def __init__(self,
         model,  # a causal language model that is not being steered
         tokenizer,  # its tokenizer
         texts,  # list of str, chats, or pairs (prompt, answer): the Jacobians are averaged over these
         max_tokens: int = None,  # a longer text keeps its first token and its last ones
-        chunk: int = 256,  # rows at once
+        chunk: int = 256,  # rows at once: fewer take less memory and more time
         cache_dir=None,  # folder that keeps one file per block
-        progress: bool = True,  # show a bar per block
+        progress: bool = True,  # show a bar per block; `one_bar` makes one of them
     ):
         self.model, self.chunk, self.cache_dir, self.progress = _unsteered(model), chunk, cache_dir, progress
-        self._encoded = _encoded(self.model, tokenizer, texts, max_tokens)
+        self._encoded, self._bar, self._begun = _encoded(self.model, tokenizer, texts, max_tokens), None, []
 
     @cached_property
     def contexts(self):
@@ -418,10 +442,11 @@ def _matrix(self: Jacobians, t: int) -> Tensor:
         raise IndexError(f"block {t} of {len(self)}")  # which ends a loop
     stack = decoder_layers(self.model)
     t = layer_index(stack, t)
-    A = self._cache.load(t)
+    A, progress = self._cache.load(t), self._shown(t)
     if A is None:
-        A = mean_jacobian(self.model, self.contexts, t, self.chunk, self.progress).cpu()
+        A = mean_jacobian(self.model, self.contexts, t, self.chunk, progress).cpu()
         self._cache.save(t, A)
+    elif self._bar is not None: list(progress(self._encoded))
     return A.to(device_of(stack[t]))
 
 @patch
@@ -430,7 +455,7 @@ def jvp(self: Jacobians,
     Z: Tensor,  # directions at its input, (k, d)
 ) -> Tensor:  # Z A_t^T, (k, d)
     "Where small pushes go, without the matrix."
-    return mean_jvp(self.model, self.contexts, t, Z, self.chunk, self.progress)
+    return mean_jvp(self.model, self.contexts, t, Z, self.chunk, self._shown(t))
 
 @patch
 def vjp(self: Jacobians,
@@ -438,7 +463,34 @@ def vjp(self: Jacobians,
     Z: Tensor,  # directions at its output, (k, d)
 ) -> Tensor:  # Z A_t, (k, d)
     "Which pushes move the output along rows of Z, without the matrix."
-    return mean_vjp(self.model, self.contexts, t, Z, self.chunk, self.progress)
+    return mean_vjp(self.model, self.contexts, t, Z, self.chunk, self._shown(t))
+
+# %% ../nbs/14_linear.ipynb #65849dca
+@patch
+@contextmanager
+def one_bar(self: Jacobians):
+    "Within, all blocks share one bar. It counts texts, and each block once, however often it is asked."
+    from tqdm.auto import tqdm
+    total = len(self) * len(self._encoded)
+    # a bar that is never moved is not shown
+    with tqdm(total=total, desc="Jacobians", unit="text", delay=1e-9, disable=not self.progress) as self._bar:
+        try: yield self
+        finally: self._bar, self._begun = None, []
+
+@patch
+def _shown(self: Jacobians, t):
+    "How the texts of block t are shown: by a bar of their own, or a function that moves the bar of all blocks"
+    if self._bar is None: return self.progress
+    t = layer_index(decoder_layers(self.model), t)
+    new = t not in self._begun
+    if new: self._begun.append(t)
+    bar, place = self._bar, len(self._begun)
+    def moved(texts):
+        bar.set_description(f"Jacobians, block {t} ({place} of {len(self)})", refresh=False)
+        for text in texts:
+            yield text
+            bar.update(new)
+    return moved
 
 # %% ../nbs/14_linear.ipynb #8bfb1458
 def riccati_steps(
