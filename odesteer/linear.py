@@ -356,7 +356,8 @@ def _mean_product(product, model, contexts, t, Z, chunk, progress=False):
             if kind not in ways: ways[kind] = (_ask_copies, False) if split else _way(product, maps, x)
             if ways[kind] is None: return None
             ask, lean = ways[kind]
-            mean += ask(product, maps(lean=lean), x, Z, chunk) / len(contexts)
+            rows = chunk or (1024 if lean and ask is _ask else 256)
+            mean += ask(product, maps(lean=lean), x, Z, rows) / len(contexts)
         return mean
 
 def _with_bar(contexts, t, progress):
@@ -371,7 +372,7 @@ def mean_vjp(
     contexts: list,  # of Context
     t: int,  # block
     Z: Tensor,  # directions at the block's output, (k, d)
-    chunk: int = 256,  # rows of Z at once: fewer take less memory
+    chunk: int = None,  # rows of Z at once, see `mean_jacobian`
     progress: bool = False,  # show a bar
 ) -> Tensor:  # Z A_t, (k, d)
     "Rows times the Jacobian of block t, averaged over texts in float32 or better."
@@ -382,7 +383,7 @@ def mean_jvp(
     contexts: list,  # of Context
     t: int,  # block
     Z: Tensor,  # directions at the block's input, (k, d)
-    chunk: int = 256,  # rows of Z at once: fewer take less memory
+    chunk: int = None,  # rows of Z at once, see `mean_jacobian`
     progress: bool = False,  # show a bar
 ) -> Tensor:  # Z A_t^T, (k, d)
     "The Jacobian of block t applied to rows, averaged over texts in float32 or better."
@@ -397,7 +398,8 @@ def mean_jacobian(
     model,  # a causal language model
     contexts: list,  # of Context
     t: int,  # block
-    chunk: int = 256,  # rows at once: fewer take less memory and more time
+    chunk: int = None,  # rows at once: fewer take less memory and more time;
+                        # default: 1024, or 256 for blocks whose rows share less
     progress: bool = False,  # show a bar
 ) -> Tensor:  # A_t, (d, d), float32 (float64 where the states are):
               # A_t[i, j] = d y_i / d x_j
@@ -416,7 +418,7 @@ class Jacobians(Sequence):
         tokenizer,  # its tokenizer
         texts,  # list of str, chats, or pairs (prompt, answer): the Jacobians are averaged over these
         max_tokens: int = None,  # a longer text keeps its first token and its last ones
-        chunk: int = 256,  # rows at once: fewer take less memory and more time
+        chunk: int = None,  # rows at once, see `mean_jacobian`
         cache_dir=None,  # folder that keeps one file per block
         progress: bool = True,  # show a bar per block; `one_bar` makes one of them
     ):
