@@ -14,6 +14,7 @@ from functools import cached_property, partial
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -261,7 +262,7 @@ def _no_loops():
 
 # %% ../nbs/14_linear.ipynb #48542967
 class _Lean(TorchFunctionMode):
-    "Within, attention of one token's copies takes old keys and values as constants, of which no copies are made"
+    "Within, attention takes keys and values of earlier tokens as constants, and experts compute one by one"
     def __init__(self, cache):
         super().__init__()
         self.cache = cache
@@ -322,25 +323,24 @@ def _by_head(product, a, old, new):
 
 # %% ../nbs/14_linear.ipynb #c1760650
 def _way(product, maps, x):
-    """The fastest way to ask a block: what asks, and whether the map is the lean one; None where there is none.
+    """The fastest way to ask a block that is right: what asks, and whether by the lean map; None where there is none.
 
-    Kernels may raise, or drop out of a second derivative silently: then |z J^T|^2 is not (z J^T J) . z"""
+    Kernels may raise, or drop out of a derivative silently"""
     def plain(z): return _ask_copies(_pull, maps(lean=False), x, z, 2)
     z = torch.linspace(-1, 1, 2*len(x)).cos().view(2, -1).to(x)
     want = plain(z) if product is _pull else None
-    for ask, lean in ((_ask, True), (_ask_copies, True), (_ask_copies, False)):
+    for ask, lean in ((_ask, True), (_ask, False), (_ask_copies, True), (_ask_copies, False)):
         try:
             with _no_loops(): y = ask(product, maps(lean=lean), x, z, 2)
         except Exception: continue  # whatever it is, the slower way is the remedy
         if product is _pull: off, size = (y - want).norm(), want.norm()
         else: off, size = (y.square().sum() - (plain(y) * z).sum()).abs(), y.square().sum()
         if off < .02 * size: return ask, lean
-    return (_ask_copies, False) if product is _pull else None
+    return (_ask_copies, False) if product is _pull else None  # not a number: found further on
 
 # %% ../nbs/14_linear.ipynb #3dbcc6f0
 def _mean_product(product, model, contexts, t, Z, chunk, progress=False):
     "One of the two products, text by text and chunk by chunk; None where a block has no second derivative"
-    from torch.nn.attention import SDPBackend, sdpa_kernel
     if len(contexts) == 0: raise ValueError("contexts is empty: a mean Jacobian needs at least one text")
     block, t, narrow = _computing(decoder_layers(_unsteered(model)), t)
     split, ways = is_split(model), {}
