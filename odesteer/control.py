@@ -418,9 +418,8 @@ class Tracker(Controller):
         "Store the path of a prompt's last token and its gains; returns itself."
         self.width, self._copies = None, {}
         states = block_inputs(model, tokenizer, [prompt])
-        A = Jacobians(model, tokenizer, [prompt], cache_dir=cache_dir,
-                      progress=progress)
-        with A.one_bar():
+        with Jacobians(model, tokenizer, [prompt], cache_dir=cache_dir,
+                       progress=progress).one_bar() as A:
             K = _gain_matrices(A, self.q, self.r, self.qf, states)
         self._store(path_=states[:-1, 0], K_=K)
         self._fitted_on = dict(n_pos=1, n_neg=0, of="texts",

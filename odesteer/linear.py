@@ -285,16 +285,6 @@ def _matmul(cache, a, b):
     if _is_joined(cache, b.mT, 0): return _by_keys(cache, a)
     return _by_values(cache, a) if _is_joined(cache, b, 1) else None
 
-def _grouped(cache, a, b, offs=None, bias=None, out_dtype=None):
-    "The products of chosen experts with their rows, one by one: vmap has no rule for them together"
-    usual = a.ndim == 2 and b.ndim == 3 and bias is None and out_dtype is None
-    if not usual or offs is None or offs[-1] != len(a): return None
-    ends = offs.tolist()
-    return torch.cat([a[i:j] @ w for i, j, w in zip([0, *ends], ends, b) if i < j])
-
-_LEAN = {scaled_dot_product_attention: _attend, getattr(torch, "_grouped_mm", None): _grouped,
-         **dict.fromkeys((torch.matmul, Tensor.matmul), _matmul)}
-
 # %% ../nbs/14_linear.ipynb #287be355
 def _is_joined(cache, x, which):
     "Are these the old and new keys (0) or values (1) of the cache, repeated for heads that share them?"
@@ -320,6 +310,17 @@ def _by_head(product, a, old, new):
     rows = a.unflatten(1, (old.shape[1], -1)).flatten(2, 3).transpose(0, 1)
     heads = zip(rows.unbind(), old[0].to(a).unbind(), new.to(a).transpose(0, 1).unbind())
     return torch.stack([product(*head) for head in heads], 1).view(*a.shape[:-1], -1)
+
+# %% ../nbs/14_linear.ipynb #3bf26e31
+def _grouped(cache, a, b, offs=None, bias=None, out_dtype=None):
+    "The products of chosen experts with their rows, one by one: vmap has no rule for them together"
+    usual = a.ndim == 2 and b.ndim == 3 and bias is None and out_dtype is None
+    if not usual or offs is None or offs[-1] != len(a): return None
+    ends = offs.tolist()
+    return torch.cat([a[i:j] @ w for i, j, w in zip([0, *ends], ends, b) if i < j])
+
+_LEAN = {scaled_dot_product_attention: _attend, getattr(torch, "_grouped_mm", None): _grouped,
+         **dict.fromkeys((torch.matmul, Tensor.matmul), _matmul)}
 
 # %% ../nbs/14_linear.ipynb #c1760650
 def _way(product, maps, x):
