@@ -7,7 +7,7 @@ from __future__ import annotations  # models appear in signatures, transformers 
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-import os, shlex, time
+import os, shlex, shutil, time
 import torch
 import odesteer as ods
 from .compose import strength_for_kl
@@ -191,10 +191,12 @@ def _fit(o):
     reading = check_reading(o.reading or "last", o.method)
     pairs, layer = _read_pairs(o), _layer_of(o)
     model, tokenizer = load_model(o.model, o.revision, o.device, o.dtype)
-    steerer = fit_steerer(model, tokenizer, pairs, o.method, layer, o.batch_size, reading, **params)
+    kept = None if load_class(o.method).needs_layer else out/"jacobians"  # a fit that was stopped goes on from there
+    steerer = fit_steerer(model, tokenizer, pairs, o.method, layer, o.batch_size, reading, kept, **params)
     n_groups = len(set(pairs.groups))
     steerer.about.update(asked_as(pairs), pairs=str(o.pairs), groups=n_groups)
     steerer.save_pretrained(out)
+    if kept: shutil.rmtree(kept, ignore_errors=True)
     norm = "" if layer is None else f", {steerer._facts()}"
     print(f"{o.method} fitted on {len(pairs.pos)} wanted and {len(pairs.neg)} unwanted texts in {n_groups} groups; "
           f"{place_of(layer)}{norm}; saved in {o.out}/")

@@ -5,6 +5,7 @@
 # %% ../nbs/15_control.ipynb #8d0f5a12
 from __future__ import annotations
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -197,7 +198,8 @@ def fit(self: Controller,
     if len(jacobians) != len(pos) - 1:
         raise ValueError(f"{len(jacobians)} Jacobians were given, but the model has {len(pos) - 1} blocks: "
                          "one for each is needed")
-    self._fit(Rollouts(pos, neg, jacobians, model, tokenizer, (pos_texts, neg_texts), also))
+    with jacobians.one_bar() if isinstance(jacobians, Jacobians) else nullcontext():
+        self._fit(Rollouts(pos, neg, jacobians, model, tokenizer, (pos_texts, neg_texts), also))
     self._fitted_on = dict(n_pos=len(pos_texts), n_neg=len(neg_texts), of="texts", data_sha256=hash_tensors(pos, neg))
     return self._finish(model, tokenizer, pos, pos_texts[0])
 
@@ -411,15 +413,15 @@ class Tracker(Controller):
         tokenizer,  # its tokenizer
         prompt,  # whose path is to be followed: a str or a chat
         cache_dir=None,  # folder that keeps Jacobians
-        progress: bool = True,  # show a bar per block
+        progress: bool = True,  # show a bar
     ):
         "Store the path of a prompt's last token and its gains; returns itself."
         self.width, self._copies = None, {}
         states = block_inputs(model, tokenizer, [prompt])
-        A = Jacobians(model, tokenizer, [prompt], cache_dir=cache_dir,
-                      progress=progress)
-        self._store(path_=states[:-1, 0],
-                    K_=_gain_matrices(A, self.q, self.r, self.qf, states))
+        with Jacobians(model, tokenizer, [prompt], cache_dir=cache_dir,
+                       progress=progress).one_bar() as A:
+            K = _gain_matrices(A, self.q, self.r, self.qf, states)
+        self._store(path_=states[:-1, 0], K_=K)
         self._fitted_on = dict(n_pos=1, n_neg=0, of="texts",
                                data_sha256=hash_tensors(states))
         return self._finish(model, tokenizer, states, prompt)

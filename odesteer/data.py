@@ -948,6 +948,7 @@ def fit_steerer(
     layer: int = 1,  # block whose output is read, and later edited; a controller reads and edits all of them
     batch_size: int = 32,  # texts in one pass
     reading: str = "last",  # where in the answers: one of READINGS (page 04); a controller reads the last token
+    cache_dir=None,  # folder that keeps activations, or a controller's Jacobians: a killed fit goes on from there
     **params,  # hyper-parameters of the method
 ):  # the fitted steerer or controller
     "Fit a method of any kind on contrastive texts; ValueError for a controller that is told where to read"
@@ -955,7 +956,7 @@ def fit_steerer(
     if not isinstance(texts, ContrastTexts):
         raise ValueError("texts are ContrastTexts(pos, neg, pos_groups, neg_groups), or what load_pairs makes of a "
                          f"file or table; got {type(texts).__name__}")
-    how = dict(batch_size=batch_size, progress=sys.stderr.isatty())
+    how = dict(batch_size=batch_size, cache_dir=cache_dir, progress=sys.stderr.isatty())
     if not load_class(method).needs_layer:
         return ods.make_steerer(method, **params).fit(model, tokenizer, texts.pos, texts.neg, **how)
     acts = ods.collect_activations(model, tokenizer, texts_to_read(texts, [reading]), [layer], reading, **how)[layer]

@@ -7,13 +7,16 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from .models import (
@@ -154,10 +157,13 @@ class FrozenCache:
         keys: Tensor,  # (n, heads, S - 1, d_head)
         values: Tensor,  # the same shape
     ):
-        self.keys, self.values = keys, values
+        self.keys, self.values, self.new = keys, values, None
 
     def update(self, keys, values, *_, **__):
-        "Old and new keys joined, and old and new values; nothing is kept."
+        """Old and new keys joined, and old and new values.
+
+        They are not kept: the next call joins to the old ones again."""
+        self.new = keys, values
         return (torch.cat([self.keys, keys], -2),
                 torch.cat([self.values, values], -2))
 
@@ -198,8 +204,8 @@ def _computing(stack, t):
     return stack[t], t, {k: w.detach().float() for k, w in narrow.items()}
 
 # %% ../nbs/14_linear.ipynb #b0c5e103
-def _block_map(block, t, narrow, context):
-    "Block t of n states at once; the float32 weights in `narrow` stand in for its own"
+def _block_map(block, t, narrow, context, lean=False):
+    "Block t of n states at once; float32 weights in `narrow` stand in for its own; `lean`: `_Lean` where it can be"
     prefix, where = context.prefix[t], device_of(block)
     dtype = torch.float32 if narrow else prefix[0].dtype
     def ready(v):
@@ -218,51 +224,148 @@ def _block_map(block, t, narrow, context):
             kwargs["alibi"] = alibi.repeat(n, 1, 1)  # texts and heads share a dimension
         tokens = x[:, None].to(where, dtype)
         if len(old) == 1: tokens = torch.cat([*old, tokens], 1)
-        with _still(block):
+        with _still(block), _Lean(cache) if lean else nullcontext():
             if narrow: y = torch.func.functional_call(block, narrow, (tokens, *args), kwargs)
             else: y = block(tokens, *args, **kwargs)
         return (y if isinstance(y, Tensor) else y[0])[:, -1].to(x)
     return f
 
 # %% ../nbs/14_linear.ipynb #553ebac1
-def _pull(f, x, z): return torch.autograd.grad(f(x), x, z)[0]
+# what is differentiated, and by what
+def _pull(f, x): return f(x), x
 
-def _push(f, x, z):
-    w = torch.zeros_like(z).requires_grad_()
-    pulled = torch.autograd.grad(f(x), x, w, create_graph=True)[0]
-    return torch.autograd.grad(pulled, w, z)[0]
+def _push(f, x):
+    w = torch.zeros_like(x).requires_grad_()
+    return torch.autograd.grad(f(x), x, w, create_graph=True)[0], w
+
+def _ask(product, f, x, Z, chunk):
+    y, leaf = product(f, x[None].clone().requires_grad_())
+    def row(z): return torch.autograd.grad(y, leaf, z, retain_graph=True)[0]
+    return torch.func.vmap(row, chunk_size=chunk)(Z[:, None])[:, 0]
+
+# %% ../nbs/14_linear.ipynb #d8ea6974
+def _ask_copies(product, f, x, Z, chunk):
+    "The same without vmap: a copy of the token for each row, run forward and backward"
+    def rows(z):
+        y, leaf = product(f, x.expand(len(z), -1).clone().requires_grad_())
+        return torch.autograd.grad(y, leaf, z)[0]
+    return torch.cat([rows(z) for z in Z.split(chunk)])
+
+@contextmanager
+def _no_loops():
+    "vmap must not go through the rows one by one, which it does for operators that it has no rule for"
+    known = torch._C._functorch
+    before = known._is_vmap_fallback_enabled()
+    known._set_vmap_fallback_enabled(False)
+    try: yield
+    finally: known._set_vmap_fallback_enabled(before)
+
+# %% ../nbs/14_linear.ipynb #48542967
+class _Lean(TorchFunctionMode):
+    "Within, attention takes keys and values of earlier tokens as constants, and experts compute one by one"
+    def __init__(self, cache):
+        super().__init__()
+        self.cache = cache
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        how = _LEAN.get(func)
+        y = how and how(self.cache, *args, **kwargs or {})
+        return func(*args, **kwargs or {}) if y is None else y
+
+def _attend(cache, q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
+    "Attention of the last token; None where it is not one over what the cache has joined"
+    if is_causal or not (_is_joined(cache, k, 0) and _is_joined(cache, v, 1)): return None
+    q = q.to(torch.promote_types(q.dtype, torch.float32)) * (q.shape[-1]**-.5 if scale is None else scale)
+    scores, mask = _by_keys(cache, q), attn_mask
+    if mask is not None: scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return _by_values(cache, scores.softmax(-1)).to(v.dtype)
+
+def _matmul(cache, a, b):
+    "The two products of attention that is written out"
+    if b.ndim != 4 or a.ndim != 4: return None
+    if _is_joined(cache, b.mT, 0): return _by_keys(cache, a)
+    return _by_values(cache, a) if _is_joined(cache, b, 1) else None
+
+# %% ../nbs/14_linear.ipynb #287be355
+def _is_joined(cache, x, which):
+    "Are these the old and new keys (0) or values (1) of the cache, repeated for heads that share them?"
+    if cache is None or cache.new is None: return False
+    want = torch.cat([(cache.keys, cache.values)[which][:1], cache.new[which][:1]], -2)
+    times, rest = divmod(x.shape[1], want.shape[1])
+    return not rest and torch.equal(x[:1], want.repeat_interleave(times, 1))
+
+def _by_keys(cache, q):
+    "q K^T, (n, heads, rows, S)"
+    def head(q, old, new): return torch.cat([q @ old.T, (q * new).sum(-1, keepdim=True)], -1)
+    return _by_head(head, q, cache.keys, cache.new[0])
+
+def _by_values(cache, p):
+    "p V, (n, heads, rows, d_head)"
+    def head(p, old, new):
+        p_old, p_new = p.split([len(old), 1], -1)
+        return p_old @ old + p_new * new
+    return _by_head(head, p, cache.values, cache.new[1])
+
+def _by_head(product, a, old, new):
+    "A product for each head of the cache, with all heads of `a` that share it"
+    rows = a.unflatten(1, (old.shape[1], -1)).flatten(2, 3).transpose(0, 1)
+    heads = zip(rows.unbind(), old[0].to(a).unbind(), new.to(a).transpose(0, 1).unbind())
+    return torch.stack([product(*head) for head in heads], 1).view(*a.shape[:-1], -1)
+
+# %% ../nbs/14_linear.ipynb #3bf26e31
+def _grouped(cache, a, b, offs=None, bias=None, out_dtype=None):
+    "The products of chosen experts with their rows, one by one: vmap has no rule for them together"
+    usual = a.ndim == 2 and b.ndim == 3 and bias is None and out_dtype is None
+    if not usual or offs is None or offs[-1] != len(a): return None
+    ends = offs.tolist()
+    return torch.cat([a[i:j] @ w for i, j, w in zip([0, *ends], ends, b) if i < j])
+
+_LEAN = {scaled_dot_product_attention: _attend, getattr(torch, "_grouped_mm", None): _grouped,
+         **dict.fromkeys((torch.matmul, Tensor.matmul), _matmul)}
+
+# %% ../nbs/14_linear.ipynb #c1760650
+def _way(product, maps, x):
+    """The fastest way to ask a block that is right: what asks, and whether by the lean map; None where there is none.
+
+    Kernels may raise, or drop out of a derivative silently"""
+    def plain(z): return _ask_copies(_pull, maps(lean=False), x, z, 2)
+    z = torch.linspace(-1, 1, 2*len(x)).cos().view(2, -1).to(x)
+    want = plain(z) if product is _pull else None
+    for ask, lean in ((_ask, True), (_ask, False), (_ask_copies, True), (_ask_copies, False)):
+        try:
+            with _no_loops(): y = ask(product, maps(lean=lean), x, z, 2)
+        except Exception: continue  # whatever it is, the slower way is the remedy
+        if product is _pull: off, size = (y - want).norm(), want.norm()
+        else: off, size = (y.square().sum() - (plain(y) * z).sum()).abs(), y.square().sum()
+        if off < .02 * size: return ask, lean
+    return (_ask_copies, False) if product is _pull else None  # not a number: found further on
 
 # %% ../nbs/14_linear.ipynb #3dbcc6f0
-def _twice(model, contexts, t):
-    """Can block t be differentiated twice?
-
-    Kernels for packed weights or experts may raise, or drop out silently: then z J^T . z J^T is not (z J^T J) . z.
-    Processes that share the weights would not meet in the second derivative"""
-    if is_split(model): return False
-    one = contexts[:1]
-    z = torch.linspace(-1, 1, text_config(model).hidden_size)[None].cos()
-    try: y = _mean_product(_push, model, one, t, z, 1)
-    except (RuntimeError, NotImplementedError): return False
-    size, back = y.square().sum(), _mean_product(_pull, model, one, t, y, 1)
-    return bool((size - (back * z.to(y)).sum()).abs() < .02 * size)
-
 def _mean_product(product, model, contexts, t, Z, chunk, progress=False):
-    "One of the two products, text by text and chunk by chunk"
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from tqdm.auto import tqdm
+    "One of the two products, text by text and chunk by chunk; None where a block has no second derivative"
     if len(contexts) == 0: raise ValueError("contexts is empty: a mean Jacobian needs at least one text")
     block, t, narrow = _computing(decoder_layers(_unsteered(model)), t)
+    split, ways = is_split(model), {}
+    # processes that share the weights must all go the same way, and would not meet in a second derivative
+    if split and product is _push: return None
     differentiable = sdpa_kernel(SDPBackend.MATH)  # the other kernels have no second derivative
     with torch.inference_mode(False), torch.enable_grad(), differentiable:
         Z = Z.clone().to(device_of(block), torch.promote_types(Z.dtype, torch.float32))
         mean = torch.zeros_like(Z)
-        for context in tqdm(contexts, desc=f"block {t}", unit="text", leave=False, disable=not progress):
-            f, x = _block_map(block, t, narrow, context), context.states[t].to(Z)
-            for i in range(0, len(Z), chunk):
-                z = Z[i:i + chunk]
-                rows = x.expand(len(z), -1).clone().requires_grad_()
-                mean[i:i + chunk] += product(f, rows, z) / len(contexts)
+        for context in _with_bar(contexts, t, progress):
+            maps, x = partial(_block_map, block, t, narrow, context), context.states[t].to(Z)
+            kind = len(context.prefix[t])
+            if kind not in ways: ways[kind] = (_ask_copies, False) if split else _way(product, maps, x)
+            if ways[kind] is None: return None
+            ask, lean = ways[kind]
+            rows = chunk or (1024 if lean and ask is _ask else 256)
+            mean += ask(product, maps(lean=lean), x, Z, rows) / len(contexts)
         return mean
+
+def _with_bar(contexts, t, progress):
+    "The contexts with a bar for block t, or as `progress` shows them"
+    from tqdm.auto import tqdm
+    if callable(progress): return progress(contexts)
+    return tqdm(contexts, desc=f"block {t}", unit="text", leave=False, disable=not progress)
 
 # %% ../nbs/14_linear.ipynb #b0c5e104
 def mean_vjp(
@@ -270,7 +373,7 @@ def mean_vjp(
     contexts: list,  # of Context
     t: int,  # block
     Z: Tensor,  # directions at the block's output, (k, d)
-    chunk: int = 256,  # rows at once
+    chunk: int = None,  # rows of Z at once, see `mean_jacobian`
     progress: bool = False,  # show a bar
 ) -> Tensor:  # Z A_t, (k, d)
     "Rows times the Jacobian of block t, averaged over texts in float32 or better."
@@ -281,11 +384,12 @@ def mean_jvp(
     contexts: list,  # of Context
     t: int,  # block
     Z: Tensor,  # directions at the block's input, (k, d)
-    chunk: int = 256,  # rows at once
+    chunk: int = None,  # rows of Z at once, see `mean_jacobian`
     progress: bool = False,  # show a bar
 ) -> Tensor:  # Z A_t^T, (k, d)
     "The Jacobian of block t applied to rows, averaged over texts in float32 or better."
-    if _twice(model, contexts, t): return _mean_product(_push, model, contexts, t, Z, chunk, progress)
+    product = _mean_product(_push, model, contexts, t, Z, chunk, progress)
+    if product is not None: return product
     A = mean_jacobian(model, contexts, t, chunk, progress)
     Z = Z.to(A.device, torch.promote_types(Z.dtype, A.dtype))
     return Z @ A.to(Z.dtype).T
@@ -295,7 +399,8 @@ def mean_jacobian(
     model,  # a causal language model
     contexts: list,  # of Context
     t: int,  # block
-    chunk: int = 256,  # rows at once: fewer take less memory and more time
+    chunk: int = None,  # rows at once: fewer take less memory and more time;
+                        # default: 1024, or 256 for blocks whose rows share less
     progress: bool = False,  # show a bar
 ) -> Tensor:  # A_t, (d, d), float32 (float64 where the states are):
               # A_t[i, j] = d y_i / d x_j
@@ -308,18 +413,18 @@ def mean_jacobian(
 class Jacobians(Sequence):
     """The mean Jacobians A_0, ..., A_{L-1}, each made when asked for, or read from its file.
 
-    Grows on this page: `jacobians[t]`, `jvp`, `vjp`."""
+    Grows on this page: `jacobians[t]`, `jvp`, `vjp`, `one_bar`."""
     def __init__(self,
         model,  # a causal language model that is not being steered
         tokenizer,  # its tokenizer
         texts,  # list of str, chats, or pairs (prompt, answer): the Jacobians are averaged over these
         max_tokens: int = None,  # a longer text keeps its first token and its last ones
-        chunk: int = 256,  # rows at once
+        chunk: int = None,  # rows at once, see `mean_jacobian`
         cache_dir=None,  # folder that keeps one file per block
-        progress: bool = True,  # show a bar per block
+        progress: bool = True,  # show a bar per block; `one_bar` makes one of them
     ):
         self.model, self.chunk, self.cache_dir, self.progress = _unsteered(model), chunk, cache_dir, progress
-        self._encoded = _encoded(self.model, tokenizer, texts, max_tokens)
+        self._encoded, self._bar, self._begun = _encoded(self.model, tokenizer, texts, max_tokens), None, []
 
     @cached_property
     def contexts(self):
@@ -340,10 +445,11 @@ def _matrix(self: Jacobians, t: int) -> Tensor:
         raise IndexError(f"block {t} of {len(self)}")  # which ends a loop
     stack = decoder_layers(self.model)
     t = layer_index(stack, t)
-    A = self._cache.load(t)
+    A, progress = self._cache.load(t), self._shown(t)
     if A is None:
-        A = mean_jacobian(self.model, self.contexts, t, self.chunk, self.progress).cpu()
+        A = mean_jacobian(self.model, self.contexts, t, self.chunk, progress).cpu()
         self._cache.save(t, A)
+    elif self._bar is not None: list(progress(self._encoded))
     return A.to(device_of(stack[t]))
 
 @patch
@@ -352,7 +458,7 @@ def jvp(self: Jacobians,
     Z: Tensor,  # directions at its input, (k, d)
 ) -> Tensor:  # Z A_t^T, (k, d)
     "Where small pushes go, without the matrix."
-    return mean_jvp(self.model, self.contexts, t, Z, self.chunk, self.progress)
+    return mean_jvp(self.model, self.contexts, t, Z, self.chunk, self._shown(t))
 
 @patch
 def vjp(self: Jacobians,
@@ -360,7 +466,34 @@ def vjp(self: Jacobians,
     Z: Tensor,  # directions at its output, (k, d)
 ) -> Tensor:  # Z A_t, (k, d)
     "Which pushes move the output along rows of Z, without the matrix."
-    return mean_vjp(self.model, self.contexts, t, Z, self.chunk, self.progress)
+    return mean_vjp(self.model, self.contexts, t, Z, self.chunk, self._shown(t))
+
+# %% ../nbs/14_linear.ipynb #65849dca
+@patch
+@contextmanager
+def one_bar(self: Jacobians):
+    "Within, all blocks share one bar. It counts texts, and each block once, however often it is asked."
+    from tqdm.auto import tqdm
+    total = len(self) * len(self._encoded)
+    # a bar that is never moved is not shown
+    with tqdm(total=total, desc="Jacobians", unit="text", delay=1e-9, disable=not self.progress) as self._bar:
+        try: yield self
+        finally: self._bar, self._begun = None, []
+
+@patch
+def _shown(self: Jacobians, t):
+    "How the texts of block t are shown: by a bar of their own, or a function that moves the bar of all blocks"
+    if self._bar is None: return self.progress
+    t = layer_index(decoder_layers(self.model), t)
+    new = t not in self._begun
+    if new: self._begun.append(t)
+    bar, place = self._bar, len(self._begun)
+    def moved(texts):
+        bar.set_description(f"Jacobians, block {t} ({place} of {len(self)})", refresh=False)
+        for text in texts:
+            yield text
+            bar.update(new)
+    return moved
 
 # %% ../nbs/14_linear.ipynb #8bfb1458
 def riccati_steps(

@@ -235,6 +235,21 @@ def test_controllers_go_the_same_way(files, tiny, capsys, method):
     with ods.steering(model, ods.load_steerer("s"), T=30.): assert [r["output"] for r in read_rows("a.jsonl")] == ods.generate_text(model, tokenizer, [r["prompt"] for r in read_rows("a.jsonl")], do_sample=False, max_new_tokens=6)
 
 
+def test_a_fit_that_was_stopped_goes_on(files, tiny, monkeypatch):
+    from odesteer import linear
+    real, made = linear.mean_vjp, []
+    def dies(model, contexts, t, *rest):
+        if t == 0: raise MemoryError("killed")
+        return real(model, contexts, t, *rest)
+    run = ["fit", "--model", str(tiny), "--pairs", "pairs.csv", "--question", "q", "--method", "alqr", "--set", "n_jacobian=2", "--out"]
+    monkeypatch.setattr(linear, "mean_vjp", dies)
+    with pytest.raises(MemoryError): main([*run, "s", "--traceback"])
+    monkeypatch.setattr(linear, "mean_vjp", lambda *a: made.append(a[2]) or real(*a))
+    assert len(list(Path("s/jacobians").glob("*/*"))) == 2 and not Path("s/card.json").exists()
+    assert main([*run, "s"]) == 0 and made == [0] and not Path("s/jacobians").exists()
+    assert main([*run, "t"]) == 0 and torch.equal(ods.load_steerer("s").W_, ods.load_steerer("t").W_)
+
+
 def test_demo_with_a_controller(files, capsys, monkeypatch):
     whole = demo.micro_task
     monkeypatch.setattr(demo, "micro_task", lambda lm, axis: shorter(whole(lm, axis), 6, 8))

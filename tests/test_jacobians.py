@@ -13,7 +13,7 @@ from odesteer.models import decoder_layers
 from tests.archs import CONFIGS, LAYERS, WIDTH, tiny_model, tiny_tokenizer
 
 TEXTS = ["hello there, this is a text of many more than sixteen tokens.", " a short one", "q: is it so?\na: yes"]
-NAMED = ["llama", "gemma2", "qwen2", "gpt2", "falcon", "mixtral", "bloom", "deepseek_v3", "gpt_oss", "mamba"]  # mamba has no keys and values
+NAMED = ["llama", "gemma2", "gemma3_text", "qwen2", "gpt2", "falcon", "mixtral", "bloom", "deepseek_v3", "gpt_oss", "mamba"]  # mamba has no keys and values
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,10 @@ def test_mean_jacobian_is_that_of_the_whole_sequence(arch, tok):
     model = precise(arch)
     seen = contexts(model, tok, TEXTS)
     assert all(len(prefix) == (1 if arch == "mamba" else 2) for c in seen for prefix in c.prefix)
+    rows = []
+    decoder_layers(model)[2].register_forward_pre_hook(lambda m, args, kwargs: rows.append(len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True)
+    mean_jacobian(model, seen, 2)
+    assert sum(rows) < WIDTH and rows[-len(seen) + 1:] == [1] * (len(seen) - 1)  # one run forward for a text, whatever the width: no copy for each row
     for t in (0, 1, LAYERS - 1):  # in gemma2 and gpt_oss every other block has a window of 16 tokens, which the first text exceeds
         A = mean_jacobian(model, seen, t, chunk=7)
         want = dense(model, tok, TEXTS, t)
@@ -62,6 +66,32 @@ def test_every_architecture(arch, tok):
     model = tiny_model(arch)
     A = mean_jacobian(model, contexts(model, tok, TEXTS[:1]), 1)
     assert distance(A, dense(model, tok, TEXTS[:1], 1)) < 1e-4
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt2", "granite"])
+def test_attention_that_is_written_out(arch, tok):
+    model = tiny_model(arch, attn_implementation="eager").double()
+    seen, Z = contexts(model, tok, TEXTS), rows(4, dtype=torch.float64)
+    want = dense(model, tok, TEXTS, 1)
+    assert distance(mean_vjp(model, seen, 1, Z), Z @ want) < 1e-6 and distance(mean_jvp(model, seen, 1, Z), Z @ want.T) < 1e-6
+
+
+@pytest.mark.parametrize("gate", [lambda x: 1 + x.tanh(), lambda x: x.exp() / x.exp().detach()], ids=["another value", "the same value"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_old_keys_that_are_no_constants(gate, attention, tok):
+    "What attention reads of earlier tokens may depend on this one: then it is not enough that the values are those of the cache"
+    model = tiny_model("llama", attn_implementation=attention).double()
+    class Gated(type(decoder_layers(model)[1].self_attn)):
+        def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
+            by = gate(hidden_states[:, -1:].mean(-1, keepdim=True))[:, None]
+            class Cache:
+                def update(_, *new, **more): return tuple(x * by for x in past_key_values.update(*new, **more))
+            return super().forward(hidden_states, *args, past_key_values=past_key_values and Cache(), **kwargs)
+    decoder_layers(model)[1].self_attn.__class__ = Gated
+    seen = contexts(model, tok, TEXTS[:1])
+    f, x = block_map(model, seen[0], 1), seen[0].states[1]
+    want = torch.autograd.functional.jacobian(lambda x: f(x[None])[0], x)
+    assert len(seen[0].prefix[1]) == 2 and distance(mean_jacobian(model, seen, 1), want) < 1e-6 and distance(mean_jvp(model, seen, 1, torch.eye(WIDTH).double()), want.T) < 1e-6
 
 
 def test_attention_with_linear_biases(tok):
@@ -167,6 +197,42 @@ def test_kernels_that_are_differentiable_once_only(loudly, tok):
     assert distance(mean_jvp(model, seen, 2, Z), Z @ dense(model, tok, TEXTS, 2).T) < 1e-4
 
 
+class Unbatched(Int8Linear):
+    "Kernels that know nothing of a batch of gradients: one reads memory, one takes what it is given for something else, one is an operator without a rule"
+    kind = "raises"
+    class Raises(Int8Linear.Multiply):
+        @staticmethod
+        def backward(ctx, grad): return torch.from_numpy(grad.numpy().copy()) @ (ctx.saved_tensors[0] * ctx.saved_tensors[1]), None, None
+    class Lies(Int8Linear.Multiply):
+        @staticmethod
+        def backward(ctx, grad):
+            back, *none = Int8Linear.Multiply.backward(ctx, grad)
+            return back / (2 if torch._C._functorch.is_batchedtensor(grad) else 1), *none
+    class Loops(Int8Linear.Multiply):
+        @staticmethod
+        def backward(ctx, grad): return back(grad.reshape(-1, grad.shape[-1]), *ctx.saved_tensors).view(*grad.shape[:-1], -1), None, None
+    def forward(self, x): return getattr(self, self.kind.title()).apply(x, self.weight, self.scale)
+
+calls = []
+@torch.library.custom_op("odesteer_tests::back", mutates_args=())
+def back(grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    calls.append(len(grad))
+    return grad @ (weight * scale)
+
+@pytest.mark.parametrize("kind", ["raises", "lies", "loops"])
+def test_kernels_that_are_asked_row_by_row(kind, tok):
+    model = tiny_model("llama")
+    for block in decoder_layers(model): block.mlp.up_proj = Unbatched(block.mlp.up_proj); block.mlp.up_proj.kind = kind
+    seen = contexts(model, tok, TEXTS)
+    calls.clear()
+    A = mean_jacobian(model, seen, 2)
+    assert kind != "loops" or calls[-3:] == [WIDTH] * 3  # all rows at once, not one by one
+    assert distance(A, dense(model, tok, TEXTS, 2)) < 1e-4
+    Z = rows(4)
+    assert distance(mean_jvp(model, seen, 2, Z), Z @ A.T) < 1e-4
+    assert torch._C._functorch._is_vmap_fallback_enabled()  # what others use is as it was
+
+
 def test_packed_weights_compute_as_they_are(tok):
     model = tiny_model("llama")
     for block in decoder_layers(model): block.mlp.up_proj, block.self_attn.q_proj = Int8Linear(block.mlp.up_proj), Int8Linear(block.self_attn.q_proj)
@@ -267,6 +333,27 @@ def test_files_are_found_again_and_only_for_the_same_weights_and_texts(tok, tmp_
     ask(3, texts=TEXTS[:2])
     ask(3, model=tiny_model("llama", seed=1))
     assert made == [3, 2, 1, 3, 3]
+
+
+def test_a_fit_that_was_stopped_goes_on_with_the_next_block(tok, tmp_path, monkeypatch, capfd):
+    import odesteer.linear as linear
+    model, real, made = tiny_model("llama").to(torch.bfloat16), linear.mean_vjp, []
+    def dies(m, c, t, Z, chunk, progress):
+        if t == 1: c = [c[0], None]  # in the middle of a block
+        try: return real(m, c, t, Z, chunk, progress)
+        except AttributeError: raise KeyboardInterrupt
+    def fit(**kw): return ods.ALQR(n_jacobian=2).fit(model, tok, TEXTS, [" no.", "not so", "a dog"], **kw)
+    monkeypatch.setattr(linear, "mean_vjp", dies)
+    with pytest.raises(KeyboardInterrupt): fit(cache_dir=tmp_path)
+    assert [f.name for f in files(tmp_path)] == ["layer_002.safetensors", "layer_003.safetensors"]
+    first = capfd.readouterr()
+    monkeypatch.setattr(linear, "mean_vjp", lambda m, c, t, *rest: made.append(t) or real(m, c, t, *rest))
+    resumed, second = fit(cache_dir=tmp_path), capfd.readouterr()
+    assert len(files(tmp_path)) == LAYERS and made == [1, 0]
+    assert torch.equal(resumed.W_, fit(progress=False).W_) and capfd.readouterr() == ("", "")
+    # one bar for all: blocks from the last to the first, 4 blocks of 2 texts, those on disk too
+    assert first.out == second.out == "" and "block 1 (3 of 4)" in first.err and "8/8 [" not in first.err
+    assert "block 0 (4 of 4)" in second.err and "8/8 [" in second.err and "/2 [" not in second.err
 
 
 def test_a_kill_leaves_only_whole_files(tok, tmp_path, monkeypatch):
