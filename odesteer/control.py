@@ -6,11 +6,13 @@
 from __future__ import annotations
 import math
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from .barrier import Barrier, ascent
 from .euler import Edit, Fitted, hash_tensors
@@ -285,7 +287,7 @@ def edits(self: Controller,
                          "is it the same model?")
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     def here(block): return self._on(torch.empty(0, device=device_of(block), dtype=dtype))
-    return {t: Edit(here(stack[t])._acting(t, state)) for t in self._blocks()}
+    return {t: here(stack[t])._edit(t, state) for t in self._blocks()}
 
 @patch
 def _acting(self: Controller, t, state):
@@ -327,24 +329,21 @@ def _try(self: Controller):
 
 # %% ../nbs/15_control.ipynb #a121c710
 @patch
-def _acting(self: ALQR, t, state):
-    "For one set-point, with all looked up before the first token: a product with the feature, one with the correction"
-    V, W, mu, offset, general = self.V_[t], self.W_[t], self.mu_[t], self.offset_[t], Controller._acting(self, t, state)
-    if V.ndim > 1: return general
-    none, place, type_, known = torch.zeros_like(mu), V.device, V.dtype, (None, -1, None)
-    def goal(value):
-        "The set-point; that of one number is kept until it changes"
-        nonlocal known
-        if torch.compiler.is_compiling() or value.ndim: return offset + value.to(type_)*mu
-        if known[0] is value and known[1] == value._version: return known[2]
-        made = offset + value.to(type_)*mu
-        plain = not (value.requires_grad or value.is_inference() or torch.is_inference_mode_enabled())
-        if plain: known = value, value._version, made
-        return made
-    def act(x, y, value):
-        if y.dtype is not type_ or x.dtype is not type_ or y.device != place: return general(x, y, value)
-        alpha = torch.addmv(goal(value), x, V, alpha=-1)
-        return y - torch.addr(none, alpha, W, alpha=-1)  # not y + alpha W, where -0. + 0. would be 0.
+def _edit(self: Controller, t, state): return Edit(self._acting(t, state))
+
+@patch
+def _edit(self: ALQR, t, state):
+    if self.setpoint == "angular": return Controller._edit(self, t, state)
+    return Edit(self._acting(t, state), prepare=partial(self._held, t, self.W_[t]))
+
+@patch
+def _held(self: FeatureController, t, W, value):
+    "What is done at block t at one strength: a product with the features, one with the corrections"
+    V, W, mu = self.V_[t].view(-1, self.width), W.view(-1, self.width).T, self.mu_[t].view(-1)
+    kind, goal = mu.dtype, -(self.offset_[t].view(-1) + value.to(mu.dtype)*mu)
+    def act(x, y):
+        u = linear(linear(x.to(kind), V, goal), W)
+        return (y - u).to(y.dtype)
     return act
 
 # %% ../nbs/15_control.ipynb #bf0f153a

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from numbers import Real
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -521,6 +521,8 @@ class Edit:
                      # -> new block_out; rows (n, d), dtype and shape kept
     remember: Callable = None  # (batch, d), outputs at each row's last prompt
                                # token -> what is kept, (batch, ...)
+    prepare: Callable = None  # (value,), one number for all -> what `apply`
+                              # then does, of (block_in, block_out), (..., d)
 
     def __call__(self, *args): return self.apply(*args)
 
@@ -554,7 +556,8 @@ def edits(self: Steerer,
     unit, _, limits = self._unit(strength)
     def apply(block_in, block_out, value):
         return self.steer(block_out, **{unit: value}, **limits)
-    return {layer: Edit(apply)}
+    def prepare(value): return partial(apply, value=value)
+    return {layer: Edit(apply, prepare=prepare)}
 
 @patch
 def resolve(self: Steerer,
