@@ -332,19 +332,24 @@ def _try(self: Controller):
 def _edit(self: Controller, t, state): return Edit(self._acting(t, state))
 
 @patch
-def _edit(self: ALQR, t, state):
-    if self.setpoint == "angular": return Controller._edit(self, t, state)
-    return Edit(self._acting(t, state), prepare=partial(self._held, t, self.W_[t]))
+def _beyond(self: FeatureController, t, value):
+    "How far features are beyond their set-points at one strength, (..., d) -> (..., m), with all looked up beforehand"
+    V, mu = self.V_[t].view(-1, self.width), self.mu_[t].view(-1)
+    return partial(linear, weight=V, bias=-(self.offset_[t].view(-1) + value.to(mu.dtype)*mu))
 
 @patch
 def _held(self: FeatureController, t, W, value):
-    "What is done at block t at one strength: a product with the features, one with the corrections"
-    V, W, mu = self.V_[t].view(-1, self.width), W.view(-1, self.width).T, self.mu_[t].view(-1)
-    kind, goal = mu.dtype, -(self.offset_[t].view(-1) + value.to(mu.dtype)*mu)
+    "What is done at block t at one strength, to each token: a product with the features, one with the corrections"
+    beyond, W = self._beyond(t, value), W.reshape(-1, self.width).T
     def act(x, y):
-        u = linear(linear(x.to(kind), V, goal), W)
-        return (y - u).to(y.dtype)
+        if x.dtype is y.dtype is W.dtype: return y - linear(beyond(x), W)
+        return (y - linear(beyond(x.to(W.dtype)), W)).to(y.dtype)
     return act
+
+@patch
+def _edit(self: ALQR, t, state):
+    if self.setpoint == "angular": return Controller._edit(self, t, state)
+    return Edit(self._acting(t, state), prepare=partial(self._held, t, self.W_[t]))
 
 # %% ../nbs/15_control.ipynb #bf0f153a
 @patch
@@ -540,6 +545,9 @@ class SPID(FeatureController):
 
     def _control(self, t, x, y, value, state):
         error = self._alpha(t, x, value)[:, None] * self.V_[t]
+        return self._pid(t, error, state)
+
+    def _pid(self, t, error, state):
         if t == 0: state.clear()  # whatever an interrupted pass has left
         before, total = (old.to(error.device)  # before block 0: the same
                          for old in state.pop("spid", (error, error)))
@@ -548,6 +556,20 @@ class SPID(FeatureController):
         if t + 1 < len(self.V_):  # and nothing outlives the pass
             state["spid"] = error, total
         return self.kp * error + self.ki * total + self.kd * (error - before)
+
+
+# %% ../nbs/15_control.ipynb #5a1d100b
+@patch
+def _edit(self: SPID, t, state): return Edit(self._acting(t, state), prepare=partial(self._looped, t, state))
+
+@patch
+def _looped(self: SPID, t, state, value):
+    "What is done at block t at one strength, to each token"
+    beyond, V = self._beyond(t, value), -self.V_[t][:, None]
+    def act(x, y):
+        error = linear(beyond(x.flatten(0, -2).to(V.dtype)), V)
+        return (y - (0 - self._pid(t, error, state)).view(y.shape)).to(y.dtype)
+    return act
 
 # %% ../nbs/15_control.ipynb #3ed4401f
 class Recorder:
@@ -603,6 +625,7 @@ class ActAddLFS(FeatureController):
 
     def _blocks(self): return self.chosen["layers"]
     def _control(self, t, x, y, value, state): return self.kp * (self._alpha(t, x, value)[:, None] * self.V_[t])
+    def _edit(self, t, state): return Edit(self._acting(t, state), prepare=partial(self._held, t, self.kp * self.V_[t]))
 
 # %% ../nbs/15_control.ipynb #66769e5a
 class PIDAcT(Controller):
@@ -632,6 +655,12 @@ class PIDAcT(Controller):
         self._store(errors_=torch.stack(errors), push_=torch.stack(pushes))
 
     def _control(self, t, x, y, value, state): return value[..., None] * self.push_[t].expand_as(y)
+
+    def _edit(self, t, state):
+        def prepare(value):
+            back = 0 - value * self.push_[t]
+            return lambda x, y: (y - back).to(y.dtype)
+        return Edit(self._acting(t, state), prepare=prepare)
 
 # %% ../nbs/15_control.ipynb #553ace85
 @patch

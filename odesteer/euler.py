@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from numbers import Real
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -522,7 +522,7 @@ class Edit:
     remember: Callable = None  # (batch, d), outputs at each row's last prompt
                                # token -> what is kept, (batch, ...)
     prepare: Callable = None  # (value,), one number for all -> what `apply`
-                              # then does, of (block_in, block_out), (..., d)
+                              # then does to (block_in, block_out), (..., d)
 
     def __call__(self, *args): return self.apply(*args)
 
@@ -556,8 +556,7 @@ def edits(self: Steerer,
     unit, _, limits = self._unit(strength)
     def apply(block_in, block_out, value):
         return self.steer(block_out, **{unit: value}, **limits)
-    def prepare(value): return partial(apply, value=value)
-    return {layer: Edit(apply, prepare=prepare)}
+    return {layer: Edit(apply)}
 
 @patch
 def resolve(self: Steerer,

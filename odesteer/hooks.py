@@ -330,6 +330,18 @@ def __repr__(self: Steering):
             f"positions={self.positions!r}, {state}, applied={self.applied})")
 
 # %% ../nbs/05_hooks.ipynb #db6ef968
+class _All(int): "Every token of a pass, each in the same way"
+_ALL = _All(0)
+
+@patch
+def _all_or(self: Steering, where):
+    "`_ALL` where a pass has all its tokens steered and asks for no more, such as a gradient; else `where`"
+    if not (isinstance(where, int) and where == 0 and self._alike): return where
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or in_processes(): return where
+    kinds = {device.type for device, _ in self._alike.values()} - {"meta"}
+    recorded = "cuda" in kinds and torch.cuda.is_current_stream_capturing()
+    return where if recorded or any(map(torch.is_autocast_enabled, kinds)) else _ALL
+
 @patch
 def look(self: Watch, names, module, args, kwargs):
     "Before the decoder runs: who steers this pass, and which of its tokens?"
@@ -543,46 +555,19 @@ def _edit(self: Steering, key, x, y, where):
         steered = edit.apply(_take(x, where), old, value, *kept)
     return _put(y, where, _kept(steered, old, key))
 
+# %% ../nbs/05_hooks.ipynb #a11a11ce
 def _kept(steered, old, key):
     "What an edit returned, which has the shape and dtype of what it was given"
     if steered.shape == old.shape and steered.dtype == old.dtype: return steered
     raise ValueError(f"the edit at layer {key if isinstance(key, int) else key[0]} was given {tuple(old.shape)} "
                      f"{old.dtype} and returned {tuple(steered.shape)} {steered.dtype}: both must be kept")
 
-# %% ../nbs/05_hooks.ipynb #a11a11ce
-class _All(int): "Every token of the pass, in the same way"
-_ALL = _All(0)
-
-@patch
-@torch.no_grad()
-def _prepared(self: Steering) -> dict:
-    "{block: (device, functions of its input and output)}, where one number is the strength and nothing is remembered"
-    if self._remembers() or any(v.ndim or v.requires_grad for v in self._values.values()): return {}
-    with torch.inference_mode(False):
-        return {i: (self._values[keys[0]].device, [_prepare(self._edits[key], self._values[key], key) for key in keys])
-                for i, keys in self._at.items()}
-
-def _prepare(edit, value, key):
-    "What an edit does to a whole output, (batch, n, d), at one strength"
-    if edit.prepare is not None: return edit.prepare(value)
-    def on_rows(x, y):
-        old = y.flatten(0, 1)
-        return _kept(edit.apply(x.flatten(0, 1), old, value), old, key).reshape(y.shape)
-    return on_rows
-
-@patch
-def _all_or(self: Steering, where):
-    "`_ALL` where a pass that begins has all its tokens steered and asks for nothing else, such as a gradient"
-    if not (isinstance(where, int) and where == 0 and self._alike) or torch.is_grad_enabled() or in_processes(): return where
-    kinds = {device.type for device, _ in self._alike.values()}
-    special = any(kind != "meta" and torch.is_autocast_enabled(kind) for kind in kinds) or torch.compiler.is_compiling()
-    return where if special or ("cuda" in kinds and torch.cuda.is_current_stream_capturing()) else _ALL
-
 @patch
 def _steer_all(self: Steering, layer, x, y):
-    "A block's output with every token steered; None where more must be asked"
-    place, edits = self._alike[layer]
-    if type(y) is not Tensor or y.ndim != 3 or not x.device == y.device == place or torch.compiler.is_compiling(): return None
+    "A block's output with every token steered; None where it must be looked at more closely"
+    place, edits = self._alike.get(layer, (None, ()))
+    if type(y) is not Tensor or y.ndim != 3 or not x.device == y.device == place: return None
+    if torch.compiler.is_compiling() or len(y) == 0: return None
     for edit in edits: y = edit(x, y)
     self._applied[threading.get_ident()] += y.shape[0] * y.shape[1]
     return y
@@ -650,6 +635,24 @@ def _hold(old, new):
         if old is None or old.requires_grad or old.shape != new.shape or old.dtype != new.dtype: return new.clone()
         return old.copy_(new)
 
+@patch
+@torch.no_grad()
+def _prepared(self: Steering) -> dict:
+    "{block: (device, functions of input and output)}, where one number is the strength and nothing is remembered"
+    if self._remembers() or any(v.ndim or v.requires_grad for v in self._values.values()): return {}
+    with torch.inference_mode(False):
+        return {i: (self._values[keys[0]].device, [_prepare(self._edits[key], self._values[key], key) for key in keys])
+                for i, keys in self._at.items()}
+
+def _prepare(edit, value, key):
+    "What an edit does to a whole output, (batch, n, d), at one strength"
+    if edit.prepare is not None: return edit.prepare(value)
+    def on_rows(x, y):
+        old = y.flatten(0, 1)
+        return _kept(edit.apply(x.flatten(0, 1), old, value), old, key).reshape(y.shape)
+    return on_rows
+
+# %% ../nbs/05_hooks.ipynb #54f699f9
 def _resolve(part: Edits, strength) -> Tensor:
     "The strength as a tensor, () or one value per row"
     value = part.resolve(strength)
@@ -660,7 +663,6 @@ def _resolve(part: Edits, strength) -> Tensor:
         raise ValueError(f"strength must be finite, in float32 too; got {strength!r}")
     return value
 
-# %% ../nbs/05_hooks.ipynb #54f699f9
 @torch.no_grad()
 def _check_range(steerer, value, strength, model):
     "In float16, where numbers end at 65504, a great strength would give infinity"
