@@ -543,10 +543,6 @@ class SPID(FeatureController):
 
     def _fit(self, data): self._fit_features(data)
 
-    def _control(self, t, x, y, value, state):
-        error = self._alpha(t, x, value)[:, None] * self.V_[t]
-        return self._pid(t, error, state)
-
     def _pid(self, t, error, state):
         if t == 0: state.clear()  # whatever an interrupted pass has left
         before, total = (old.to(error.device)  # before block 0: the same
@@ -557,8 +553,11 @@ class SPID(FeatureController):
             state["spid"] = error, total
         return self.kp * error + self.ki * total + self.kd * (error - before)
 
-
 # %% ../nbs/15_control.ipynb #5a1d100b
+@patch
+def _control(self: SPID, t, x, y, value, state):
+    return self._pid(t, self._alpha(t, x, value)[:, None] * self.V_[t], state)
+
 @patch
 def _edit(self: SPID, t, state): return Edit(self._acting(t, state), prepare=partial(self._looped, t, state))
 
@@ -656,11 +655,6 @@ class PIDAcT(Controller):
 
     def _control(self, t, x, y, value, state): return value[..., None] * self.push_[t].expand_as(y)
 
-    def _edit(self, t, state):
-        def prepare(value):
-            back = 0 - value * self.push_[t]
-            return lambda x, y: (y - back).to(y.dtype)
-        return Edit(self._acting(t, state), prepare=prepare)
 
 # %% ../nbs/15_control.ipynb #553ace85
 @patch
@@ -674,6 +668,15 @@ def _reached(self: PIDAcT, data, pushes):
         outputs = collect_activations(data.model, data.tokenizer, data.texts[1], layers=m,
                                       batch_size=self.batch_size, progress=False)
     return outputs[m].mean(0)
+
+@patch
+def _edit(self: PIDAcT, t, state): return Edit(self._acting(t, state), prepare=partial(self._pushed, t))
+
+@patch
+def _pushed(self: PIDAcT, t, value):
+    "What is done at block t at one strength, to each token"
+    back = 0 - value * self.push_[t]
+    return lambda x, y: (y - back).to(y.dtype)
 
 # %% ../nbs/15_control.ipynb #cbd53edb
 def newton_climb(
@@ -747,7 +750,7 @@ def _fit(self: BarrierLQR, data):
 @patch
 def _control(self: BarrierLQR, t, x, y, value, state):
     barrier, K = self.parts[t].barrier, self.K_[t]
-    level = self.low_[t] + value * (self.high_[t] - self.low_[t])
+    level = self.low_[t] + value.to(x.dtype) * (self.high_[t] - self.low_[t])
     error = newton_climb(barrier, x, level, self.steps, self.leash_[t]) - x
     return K * error if K.numel() == 1 else error @ K.T
 
