@@ -7,11 +7,13 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from .barrier import Barrier, ascent
 from .euler import Edit, Fitted, hash_tensors
@@ -287,7 +289,7 @@ def edits(self: Controller,
                          "is it the same model?")
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     def here(block): return self._on(torch.empty(0, device=device_of(block), dtype=dtype))
-    return {t: Edit(here(stack[t])._acting(t, state)) for t in self._blocks()}
+    return {t: here(stack[t])._edit(t, state) for t in self._blocks()}
 
 @patch
 def _acting(self: Controller, t, state):
@@ -329,25 +331,27 @@ def _try(self: Controller):
 
 # %% ../nbs/15_control.ipynb #a121c710
 @patch
-def _acting(self: ALQR, t, state):
-    "For one set-point, with all looked up before the first token: a product with the feature, one with the correction"
-    V, W, mu, offset, general = self.V_[t], self.W_[t], self.mu_[t], self.offset_[t], Controller._acting(self, t, state)
-    if V.ndim > 1: return general
-    none, place, type_, known = torch.zeros_like(mu), V.device, V.dtype, (None, -1, None)
-    def goal(value):
-        "The set-point; that of one number is kept until it changes"
-        nonlocal known
-        if torch.compiler.is_compiling() or value.ndim: return offset + value.to(type_)*mu
-        if known[0] is value and known[1] == value._version: return known[2]
-        made = offset + value.to(type_)*mu
-        plain = not (value.requires_grad or value.is_inference() or torch.is_inference_mode_enabled())
-        if plain: known = value, value._version, made
-        return made
-    def act(x, y, value):
-        if y.dtype is not type_ or x.dtype is not type_ or y.device != place: return general(x, y, value)
-        alpha = torch.addmv(goal(value), x, V, alpha=-1)
-        return y - torch.addr(none, alpha, W, alpha=-1)  # not y + alpha W, where -0. + 0. would be 0.
+def _edit(self: Controller, t, state): return Edit(self._acting(t, state))
+
+@patch
+def _beyond(self: FeatureController, t, value):
+    "How far features are beyond their set-points at one strength, (..., d) -> (..., m), with all looked up beforehand"
+    V, mu = self.V_[t].view(-1, self.width), self.mu_[t].view(-1)
+    return partial(linear, weight=V, bias=-(self.offset_[t].view(-1) + value.to(mu.dtype)*mu))
+
+@patch
+def _held(self: FeatureController, t, W, value):
+    "What is done at block t at one strength, to each token: a product with the features, one with the corrections"
+    beyond, W = self._beyond(t, value), W.reshape(-1, self.width).T
+    def act(x, y):
+        if x.dtype is y.dtype is W.dtype: return y - linear(beyond(x), W)
+        return (y - linear(beyond(x.to(W.dtype)), W)).to(y.dtype)
     return act
+
+@patch
+def _edit(self: ALQR, t, state):
+    if self.setpoint == "angular": return Controller._edit(self, t, state)
+    return Edit(self._acting(t, state), prepare=partial(self._held, t, self.W_[t]))
 
 # %% ../nbs/15_control.ipynb #bf0f153a
 @patch
@@ -541,8 +545,7 @@ class SPID(FeatureController):
 
     def _fit(self, data): self._fit_features(data)
 
-    def _control(self, t, x, y, value, state):
-        error = self._alpha(t, x, value)[:, None] * self.V_[t]
+    def _pid(self, t, error, state):
         if t == 0: state.clear()  # whatever an interrupted pass has left
         before, total = (old.to(error.device)  # before block 0: the same
                          for old in state.pop("spid", (error, error)))
@@ -551,6 +554,23 @@ class SPID(FeatureController):
         if t + 1 < len(self.V_):  # and nothing outlives the pass
             state["spid"] = error, total
         return self.kp * error + self.ki * total + self.kd * (error - before)
+
+# %% ../nbs/15_control.ipynb #5a1d100b
+@patch
+def _control(self: SPID, t, x, y, value, state):
+    return self._pid(t, self._alpha(t, x, value)[:, None] * self.V_[t], state)
+
+@patch
+def _edit(self: SPID, t, state): return Edit(self._acting(t, state), prepare=partial(self._looped, t, state))
+
+@patch
+def _looped(self: SPID, t, state, value):
+    "What is done at block t at one strength, to each token"
+    beyond, V = self._beyond(t, value), -self.V_[t][:, None]
+    def act(x, y):
+        error = linear(beyond(x.flatten(0, -2).to(V.dtype)), V)
+        return (y - (0 - self._pid(t, error, state)).view(y.shape)).to(y.dtype)
+    return act
 
 # %% ../nbs/15_control.ipynb #3ed4401f
 class Recorder:
@@ -606,6 +626,7 @@ class ActAddLFS(FeatureController):
 
     def _blocks(self): return self.chosen["layers"]
     def _control(self, t, x, y, value, state): return self.kp * (self._alpha(t, x, value)[:, None] * self.V_[t])
+    def _edit(self, t, state): return Edit(self._acting(t, state), prepare=partial(self._held, t, self.kp * self.V_[t]))
 
 # %% ../nbs/15_control.ipynb #66769e5a
 class PIDAcT(Controller):
@@ -636,6 +657,7 @@ class PIDAcT(Controller):
 
     def _control(self, t, x, y, value, state): return value[..., None] * self.push_[t].expand_as(y)
 
+
 # %% ../nbs/15_control.ipynb #553ace85
 @patch
 def _reached(self: PIDAcT, data, pushes):
@@ -648,6 +670,15 @@ def _reached(self: PIDAcT, data, pushes):
         outputs = collect_activations(data.model, data.tokenizer, data.texts[1], layers=m,
                                       batch_size=self.batch_size, progress=False)
     return outputs[m].mean(0)
+
+@patch
+def _edit(self: PIDAcT, t, state): return Edit(self._acting(t, state), prepare=partial(self._pushed, t))
+
+@patch
+def _pushed(self: PIDAcT, t, value):
+    "What is done at block t at one strength, to each token"
+    back = 0 - value * self.push_[t]
+    return lambda x, y: (y - back).to(y.dtype)
 
 # %% ../nbs/15_control.ipynb #cbd53edb
 def newton_climb(
@@ -721,7 +752,7 @@ def _fit(self: BarrierLQR, data):
 @patch
 def _control(self: BarrierLQR, t, x, y, value, state):
     barrier, K = self.parts[t].barrier, self.K_[t]
-    level = self.low_[t] + value * (self.high_[t] - self.low_[t])
+    level = self.low_[t] + value.to(x.dtype) * (self.high_[t] - self.low_[t])
     error = newton_climb(barrier, x, level, self.steps, self.leash_[t]) - x
     return K * error if K.numel() == 1 else error @ K.T
 

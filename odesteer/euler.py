@@ -521,6 +521,8 @@ class Edit:
                      # -> new block_out; rows (n, d), dtype and shape kept
     remember: Callable = None  # (batch, d), outputs at each row's last prompt
                                # token -> what is kept, (batch, ...)
+    prepare: Callable = None  # (value,), one number for all -> what `apply`
+                              # then does to (block_in, block_out), (..., d)
 
     def __call__(self, *args): return self.apply(*args)
 

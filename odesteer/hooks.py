@@ -251,6 +251,7 @@ class Steering:
         self._pad = _known_pad(model)
         self._edits, self._values, self._applied = {}, {}, Counter()  # applied: by thread
         self._at = {}  # block -> keys of its edits, in their order
+        self._alike = {}  # block -> its device and what is done to each token, where that is the same for all
         self.strength = strength
         self.places = self._places()
         with torch.inference_mode(False): self._count = {i: _zero(device_of(stack[i])) for i in self._at}
@@ -329,6 +330,18 @@ def __repr__(self: Steering):
             f"positions={self.positions!r}, {state}, applied={self.applied})")
 
 # %% ../nbs/05_hooks.ipynb #db6ef968
+class _All(int): "Every token of a pass, each in the same way"
+_ALL = _All(0)
+
+@patch
+def _all_or(self: Steering, where):
+    "`_ALL` where a pass has all its tokens steered and asks for no more, such as a gradient; else `where`"
+    if not (isinstance(where, int) and where == 0 and self._alike): return where
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or in_processes(): return where
+    kinds = {device.type for device, _ in self._alike.values()} - {"meta"}
+    recorded = "cuda" in kinds and torch.cuda.is_current_stream_capturing()
+    return where if recorded or any(map(torch.is_autocast_enabled, kinds)) else _ALL
+
 @patch
 def look(self: Watch, names, module, args, kwargs):
     "Before the decoder runs: who steers this pass, and which of its tokens?"
@@ -342,7 +355,7 @@ def look(self: Watch, names, module, args, kwargs):
         acting = self.acting()
         here.single = _Call(acting)
         self.calls.add(here.single)
-    for s in acting: s.here.where = s.last = s._look(given)
+    for s in acting: s.here.where = s.last = s._all_or(s._look(given))
     here.labels = None
 
 # %% ../nbs/05_hooks.ipynb #c4be4770
@@ -519,8 +532,11 @@ def _steer(self: Steering, layer, args, kwargs, output):
     where, y = self.here.where, output if isinstance(output, Tensor) else output[0]
     if isinstance(where, str): where = self.last  # autograd computes a block again in a thread of its own
     if where is None or layer not in self._at: return output
+    x = args[0] if args else kwargs["hidden_states"]
+    if where is _ALL and (steered := self._steer_all(layer, x, y)) is not None:
+        return steered if y is output else (steered, *output[1:])
     check_streams(self.model, y, self.here.tokens)
-    x = (args[0] if args else kwargs["hidden_states"]).to(y.device)
+    x = x.to(y.device)
     n = len(y) * (y.shape[1] - where) if isinstance(where, int) else len(where[0])
     if n == 0: return output
     for key in self._at[layer]: y = self._edit(key, x, y, where)
@@ -537,11 +553,24 @@ def _edit(self: Steering, key, x, y, where):
     with full_precision(y):  # the steerer chooses its own precision
         if edit.remember is not None: kept = (_spread(self._recall(key, edit, y, where), where, y.shape[1]),)
         steered = edit.apply(_take(x, where), old, value, *kept)
-    if steered.shape != old.shape or steered.dtype != y.dtype:
-        layer = key if isinstance(key, int) else key[0]
-        raise ValueError(f"the edit at layer {layer} was given {tuple(old.shape)} {y.dtype} "
-                         f"and returned {tuple(steered.shape)} {steered.dtype}: both must be kept")
-    return _put(y, where, steered)
+    return _put(y, where, _kept(steered, old, key))
+
+# %% ../nbs/05_hooks.ipynb #a11a11ce
+def _kept(steered, old, key):
+    "What an edit returned, which has the shape and dtype of what it was given"
+    if steered.shape == old.shape and steered.dtype == old.dtype: return steered
+    raise ValueError(f"the edit at layer {key if isinstance(key, int) else key[0]} was given {tuple(old.shape)} "
+                     f"{old.dtype} and returned {tuple(steered.shape)} {steered.dtype}: both must be kept")
+
+@patch
+def _steer_all(self: Steering, layer, x, y):
+    "A block's output with every token steered; None where it must be looked at more closely"
+    place, edits = self._alike.get(layer, (None, ()))
+    if type(y) is not Tensor or y.ndim != 3 or not x.device == y.device == place: return None
+    if torch.compiler.is_compiling() or len(y) == 0: return None
+    for edit in edits: y = edit(x, y)
+    self._applied[threading.get_ident()] += y.shape[0] * y.shape[1]
+    return y
 
 # %% ../nbs/05_hooks.ipynb #df9b9e10
 @patch
@@ -593,6 +622,7 @@ def strength(self: Steering, strength):
     # a dict of units changes the edits
     if not self._edits or isinstance(strength, dict) or isinstance(self._strength, dict): self._edits = edits
     self._at = at
+    self._alike = self._prepared()
     self._strength = strength
 
 # %% ../nbs/05_hooks.ipynb #eeb97392
@@ -605,6 +635,24 @@ def _hold(old, new):
         if old is None or old.requires_grad or old.shape != new.shape or old.dtype != new.dtype: return new.clone()
         return old.copy_(new)
 
+@patch
+@torch.no_grad()
+def _prepared(self: Steering) -> dict:
+    "{block: (device, functions of input and output)}, where one number is the strength and nothing is remembered"
+    if self._remembers() or any(v.ndim or v.requires_grad for v in self._values.values()): return {}
+    with torch.inference_mode(False):
+        return {i: (self._values[keys[0]].device, [_prepare(self._edits[key], self._values[key], key) for key in keys])
+                for i, keys in self._at.items()}
+
+def _prepare(edit, value, key):
+    "What an edit does to a whole output, (batch, n, d), at one strength"
+    if edit.prepare is not None: return edit.prepare(value)
+    def on_rows(x, y):
+        old = y.flatten(0, 1)
+        return _kept(edit.apply(x.flatten(0, 1), old, value), old, key).reshape(y.shape)
+    return on_rows
+
+# %% ../nbs/05_hooks.ipynb #54f699f9
 def _resolve(part: Edits, strength) -> Tensor:
     "The strength as a tensor, () or one value per row"
     value = part.resolve(strength)
@@ -615,7 +663,6 @@ def _resolve(part: Edits, strength) -> Tensor:
         raise ValueError(f"strength must be finite, in float32 too; got {strength!r}")
     return value
 
-# %% ../nbs/05_hooks.ipynb #54f699f9
 @torch.no_grad()
 def _check_range(steerer, value, strength, model):
     "In float16, where numbers end at 65504, a great strength would give infinity"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import odesteer as ods
-from odesteer.control import ALQR, Controller, FeatureLQR, Tracker
+from odesteer.control import ALQR, FeatureLQR, Tracker
 from odesteer.linear import Jacobians, block_inputs, riccati
 from odesteer.hooks import generate_text
 from odesteer.models import decoder_layers
@@ -176,22 +176,20 @@ def test_no_error_no_change_bit_for_bit(llama, dtype):
     x[:, 3] = 3.  # where strength 2 wants it
     moved = c.edits(the_model(dtype=dtype), None, 2.)[2]
     assert torch.equal(moved(x, y, 2 * ONE).view(bits), y.view(bits)) and not torch.equal(moved(x, y, ONE), y)
+    for quick in edit.prepare(ONE), moved.prepare(2 * ONE): assert torch.equal(quick(x, y).view(bits), y.view(bits))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("setpoint", ["uncentred", "centred"])
-def test_what_is_looked_up_before_the_first_token_changes_no_bit(llama, dtype, setpoint):
-    c, x, y = llama(setpoint=setpoint), rows(seed=1).to(dtype), rows().to(dtype)
-    edits, value = c.edits(the_model(dtype=dtype), None, 1.), torch.tensor(1.)
-    def same(value):
-        for t in edits: assert torch.equal(edits[t](x, y, value), Controller._acting(c, t, {})(x, y, value))
-    same(value)
-    value.fill_(-2.5)  # as a strength that is assigned to
-    same(value)
-    same(torch.tensor(3.))
-    same(torch.linspace(-1, 2, len(x)))
-    with torch.inference_mode(): same(torch.tensor(.5))
-    assert not torch.equal(edits[1](x, y, value), edits[1](x, y, ONE))
+@pytest.mark.parametrize("kw", [dict(), dict(setpoint="centred"), dict(setpoint="centred", also=[(NEG[:9], POS[:9], .5)])], ids=["one", "centred", "two"])
+def test_what_is_prepared_once_per_strength(llama, dtype, kw):
+    c, x, y = llama(**kw), rows(6, seed=1).to(dtype), rows(6).to(dtype)
+    tol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for t, edit in c.edits(the_model(dtype=dtype), None, 1.).items():
+        for value in torch.tensor([1., -2.5]):
+            done, want = edit.prepare(value), edit(x, y, value)
+            torch.testing.assert_close(done(x, y), want, rtol=tol, atol=tol)
+            assert torch.equal(done(x.view(2, 3, -1), y.view(2, 3, -1)).flatten(0, 1), done(x, y)) and done(x, y).dtype == dtype
+    assert llama(setpoint="angular").edits(the_model(), None, 1.)[1].prepare is None
 
 
 def test_texts_that_end_alike_have_no_feature_before_block_0():

@@ -6,6 +6,7 @@ import multiprocessing
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import transformers
 from torch import nn
 
 import odesteer as ods
-from odesteer.hooks import generate_text, score_continuations, score_encoded, steering
+from odesteer.hooks import Steering, generate_text, score_continuations, score_encoded, steering
 from odesteer.models import (
     Encoded, collect_activations, decoder_layers, encode, fingerprint, is_steered, length_batches, pad_id,
     text_tokenizer, unwrapped)
@@ -292,6 +293,57 @@ def test_checkpointed_blocks_are_computed_again_as_they_were(llama):
 
 
 # ---- what is scored is steered
+
+# ---- passes whose tokens are all steered alike
+
+@pytest.fixture
+def long(monkeypatch):
+    "Blocks that were steered the long way round"
+    blocks, edit = [], Steering._edit
+    monkeypatch.setattr(Steering, "_edit", lambda self, key, *args: blocks.append(key) or edit(self, key, *args))
+    return blocks
+
+@pytest.mark.parametrize("obj", [TWIST, [TWIST, TWIST]], ids=["one", "two"])
+def test_decoding_takes_the_short_way(model, obj, long, monkeypatch):
+    def run():
+        with steering(model, obj, layer=LAYER, T=.5) as handle: return answer(model, IDS), handle.applied
+    want, applied = run()
+    decoded = len(long)
+    monkeypatch.setattr(Steering, "_all_or", lambda self, where: where)
+    again, n = run()
+    assert torch.equal(again, want) and n == applied == len(IDS) * GREEDY["max_new_tokens"]
+    assert len(long) - decoded == GREEDY["max_new_tokens"] * decoded > 0  # only the prompt took the long one
+
+
+def test_who_asks_for_more_takes_the_long_way(llama, long):
+    one, T = ONE[:, :1], torch.tensor(.5, requires_grad=True)
+    def lengths(T=.5, **kw):
+        with steering(llama, TWIST, layer=LAYER, T=T, **kw):
+            long.clear()
+            logits(llama, one, None)
+            return len(long)
+    assert lengths() == lengths(positions="all") == lengths(history="unsteered") == 0
+    assert lengths(torch.tensor([.5])) == lengths(T) == 1
+    with torch.autocast("cpu", torch.bfloat16): assert lengths() == 1
+    with steering(llama, TWIST, layer=LAYER, T=T): llama(input_ids=one).logits.sum().backward()
+    assert T.grad != 0 and len(long) == 2
+
+
+@pytest.mark.parametrize("new", [0., torch.zeros(3)], ids=["number", "rows"])
+def test_a_strength_assigned_within_a_pass_counts_from_the_next_block_on(llama, new):
+    plain = logits(llama, IDS[:, :1], None)
+    with steering(llama, TWIST, layer=LAYER, T=.5) as handle:
+        assert not torch.equal(logits(llama, IDS[:, :1], None), plain)
+        def assign(*_): handle.strength = new
+        hook = decoder_layers(llama)[LAYER - 1].register_forward_hook(assign)
+        assert torch.equal(logits(llama, IDS[:, :1], None), plain)
+        hook.remove()
+
+
+def test_an_edit_that_loses_a_row_is_named_while_decoding(llama):
+    message = r"the edit at layer 1 was given \(3, \d+\) torch.float32 and returned \(2, "
+    with pytest.raises(ValueError, match=message), steering(llama, SimpleNamespace(edits=lambda *_: {LAYER: lambda x, y, T: y[1:]}), T=1.): logits(llama, IDS[:, :1], None)
+
 
 def loss(model, labels, **kw):
     with torch.no_grad(): return model(input_ids=IDS, labels=labels, **kw).loss

@@ -13,7 +13,7 @@ import torch
 
 import odesteer as ods
 from odesteer.euler import Edit, Edits
-from odesteer.hooks import generate_text, score_continuations
+from odesteer.hooks import Steering, generate_text, score_continuations
 from odesteer.models import decoder_layers
 
 from .archs import LAYERS, VOCAB, WIDTH, tiny_model, tiny_tokenizer, untouched
@@ -287,6 +287,28 @@ def test_half_precision_models_can_be_fitted_on(name, dtype):
     c = fit(name, the_model(dtype=dtype))
     assert all(v.dtype in (torch.float32, torch.float64) for k, v in c.state_dict().items() if v.is_floating_point())
     assert c.about["dtype"] == str(dtype).removeprefix("torch.") and steered(c, the_model(dtype=dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_what_was_prepared_is_what_is_done(ctl, dtype, monkeypatch):
+    "Where all tokens are steered alike, against the long way round"
+    model, long, edit, tol = the_model(dtype=dtype), [], Steering._edit, {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: .1}[dtype]
+    monkeypatch.setattr(Steering, "_edit", lambda *args: long.append(args[1]) or edit(*args))
+    with ods.steering(model, ctl, strength=1.5, positions="all") as handle:
+        for strength in 1.5, -.5, 2.:
+            handle.strength, before = strength, handle.applied
+            quick = logits(model)
+            assert not long and handle.applied - before == IDS.numel() * len(handle._at)
+            with monkeypatch.context() as patched:
+                patched.setattr(Steering, "_all_or", lambda self, where: where)
+                want = logits(model)
+            assert len(long) == len(handle._at) and handle.applied - before == 2 * IDS.numel() * len(handle._at)
+            torch.testing.assert_close(quick, want, rtol=tol, atol=tol)
+            long.clear()
+        handle.strength = torch.tensor([1.5, -.5, 2.])  # rows of their own are looked at one by one
+        rows = logits(model)
+        assert long
+    torch.testing.assert_close(rows[2:], want[2:], rtol=tol, atol=tol)
 
 
 def test_works_in_inference_mode_and_under_autocast(ctl):
