@@ -985,34 +985,6 @@ def check_reading(reading, method=None) -> str:
         raise ValueError(f"{method} acts on all blocks and reads them at the last token itself: leave out the reading")
     return reading
 
-# %% ../nbs/06_data.ipynb #23cd5056
-SAMPLING = dict(do_sample=True, temperature=.7, top_p=.9, top_k=0)  # top_k=0: older transformers cut to 50 tokens
-
-def sample(
-    model, tokenizer,
-    prompts: list,  # texts, (N,)
-    seed: int = 0,  # the same seed draws the same random numbers in every arm
-    batch_size: int = 64,
-    label: str = None,  # of the progress bar
-    **settings,  # of `generate`; default SAMPLING
-) -> list:  # answers, (N,)
-    "Sampled answers to prompts, batch by batch"
-    from tqdm import tqdm
-    starts = tqdm(range(0, len(prompts), batch_size), label, disable=None, leave=False)  # a bar if somebody watches
-    batches = ((i, prompts[i:i + batch_size]) for i in starts)
-    return [a for i, batch in batches for a in sample_batch(model, tokenizer, batch, i, seed, **settings)]
-
-def sample_batch(
-    model, tokenizer,
-    prompts: list,  # texts of one batch, (n,)
-    start: int = 0,  # number of its first prompt
-    seed: int = 0,
-    **settings,  # of `generate`; default SAMPLING
-) -> list:  # answers, (n,)
-    "Answers to one batch: what they are does not depend on the batches before"
-    drawn = dict(batch_size=len(prompts), seed=1_000_003*seed + start)
-    return ods.generate_text(model, tokenizer, prompts, **drawn, **_quick_draws(model, SAMPLING | settings))
-
 # %% ../nbs/06_data.ipynb #acfda746
 class _Nucleus:
     "What temperature, `top_k` and `top_p` leave of logits, as transformers has it"
@@ -1042,3 +1014,31 @@ def _quick_draws(model, settings) -> dict:
     if not (usual and alone and settings["do_sample"] and own["temperature"] and 0 < (own["top_p"] or 0) < 1):
         return settings
     return settings | dict(temperature=1., top_k=0, top_p=1., logits_processor=[_Nucleus(**own)])
+
+# %% ../nbs/06_data.ipynb #23cd5056
+SAMPLING = dict(do_sample=True, temperature=.7, top_p=.9, top_k=0)  # top_k=0: older transformers cut to 50 tokens
+
+def sample(
+    model, tokenizer,
+    prompts: list,  # texts, (N,)
+    seed: int = 0,  # the same seed draws the same random numbers in every arm
+    batch_size: int = 64,
+    label: str = None,  # of the progress bar
+    **settings,  # of `generate`; default SAMPLING
+) -> list:  # answers, (N,)
+    "Sampled answers to prompts, batch by batch"
+    from tqdm import tqdm
+    starts = tqdm(range(0, len(prompts), batch_size), label, disable=None, leave=False)  # a bar if somebody watches
+    batches = ((i, prompts[i:i + batch_size]) for i in starts)
+    return [a for i, batch in batches for a in sample_batch(model, tokenizer, batch, i, seed, **settings)]
+
+def sample_batch(
+    model, tokenizer,
+    prompts: list,  # texts of one batch, (n,)
+    start: int = 0,  # number of its first prompt
+    seed: int = 0,
+    **settings,  # of `generate`; default SAMPLING
+) -> list:  # answers, (n,)
+    "Answers to one batch: what they are does not depend on the batches before"
+    drawn = dict(batch_size=len(prompts), seed=1_000_003*seed + start)
+    return ods.generate_text(model, tokenizer, prompts, **drawn, **_quick_draws(model, SAMPLING | settings))

@@ -69,6 +69,25 @@ BETTER = {"true": 1, "info": 1, "true_info": 1, "toxicity": -1, "toxic": -1,
           "reward": 1, "kl": -1, "dist1": 1, "dist2": 1, "dist3": 1,
           "loops": -1, "empty": -1, "perplexity": -1}
 
+# %% ../nbs/12_judges.ipynb #048c1ab0
+def _answer_logits(model, tokenizer, batch, rows):
+    "The logits that predict answer tokens, (tokens, vocabulary), texts one after the other; and where they are"
+    refuse_virtual(model)
+    device = device_of(model.get_input_embeddings())
+    inputs = padded(batch, pad_id(tokenizer), "right", device)
+    starts = torch.tensor([e.answer for e in batch], device=device)
+    real = inputs["attention_mask"].bool()
+    answer = (real & (real.cumsum(1) > starts[:, None]))[:, 1:]  # column j of the logits is about token j + 1
+    last = real.shape[1] + 1 - min(e.answer for e in batch)  # columns that any text needs; the head is dear
+    some = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    with answer_starts(model, starts, rows): logits = model(**inputs, use_cache=False, **some).logits[:, -last:-1]
+    answer = answer.to(logits.device)
+    return logits[answer[:, 1 - last:]], answer
+
+def _few(logits):
+    "A few rows at a time: what is computed of them stays in the cache of a processor"
+    return logits.split(max(1, 2**(20 if logits.device.type == "cpu" else 24) // logits.shape[1]))
+
 # %% ../nbs/12_judges.ipynb #4e3ed9de
 def perplexity(
     model, tokenizer,  # the judge: a causal LM that is not steered
@@ -142,24 +161,6 @@ def _mean_kl(model, tokenizer, batch, rows, steered):
     return torch.stack([part.mean() for part in parts]).cpu().numpy()
 
 # %% ../nbs/12_judges.ipynb #8927aa5b
-def _answer_logits(model, tokenizer, batch, rows):
-    "The logits that predict answer tokens, (tokens, vocabulary), texts one after the other; and where they are"
-    refuse_virtual(model)
-    device = device_of(model.get_input_embeddings())
-    inputs = padded(batch, pad_id(tokenizer), "right", device)
-    starts = torch.tensor([e.answer for e in batch], device=device)
-    real = inputs["attention_mask"].bool()
-    answer = (real & (real.cumsum(1) > starts[:, None]))[:, 1:]  # column j of the logits is about token j + 1
-    last = real.shape[1] + 1 - min(e.answer for e in batch)  # columns that any text needs; the head is dear
-    some = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    with answer_starts(model, starts, rows): logits = model(**inputs, use_cache=False, **some).logits[:, -last:-1]
-    answer = answer.to(logits.device)
-    return logits[answer[:, 1 - last:]], answer
-
-def _few(logits):
-    "A few rows at a time: what is computed of them stays in the cache of a processor"
-    return logits.split(max(1, 2**(20 if logits.device.type == "cpu" else 24) // logits.shape[1]))
-
 def _kl(steered, plain):
     "KL(steered || plain) of each row of logits, in float32"
     out = []
