@@ -637,7 +637,8 @@ _BENCH_HELP |= {  # where it comes from, how it is judged, where it goes
     "part": ("I/N", "this machine's share of the work"),
     "ray": ("ADDRESS", "share the work over a Ray cluster (needs odesteer[ray]): HOST:PORT; auto (default), the one "
                        "that this machine belongs to, or else its own processors; local"),
-    "batch_size": ("N", None),
+    "batch_size": ("N", "answers at once, on which the drawn ones depend (default 64); auto: the fastest, measured "
+                        "once and kept with the runs"),
     "threads": ("N", "of PyTorch on the processor, on which the last bits of an answer depend (default: its own)"),
 }
 

@@ -986,6 +986,36 @@ def check_reading(reading, method=None) -> str:
         raise ValueError(f"{method} acts on all blocks and reads them at the last token itself: leave out the reading")
     return reading
 
+# %% ../nbs/06_data.ipynb #acfda746
+class _Nucleus:
+    "What temperature, `top_k` and `top_p` leave of logits, as transformers has it"
+    def __init__(self, temperature, top_k, top_p):
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+        self.before = [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
+        if top_k: self.before.append(TopKLogitsWarper(top_k))
+        self.cut = TopPLogitsWarper(top_p)
+
+    def __call__(self, input_ids, scores):
+        for warp in self.before: scores = warp(input_ids, scores)
+        if scores.device.type != "cpu": return self.cut(input_ids, scores)
+        ordered = torch.from_numpy(np.sort(scores.numpy(), -1))
+        n = (ordered.softmax(-1).cumsum(-1) <= 1 - self.cut.top_p)[:, :-1].sum(-1, keepdim=True)  # are cut off
+        least, most = ordered.gather(1, n), ordered.gather(1, (n - 1).clamp(min=0))  # that is kept; that is not
+        found, tied = scores.masked_fill(scores < least, -torch.inf), ((n > 0) & (least == most))[:, 0]
+        if tied.any(): found[tied] = self.cut(input_ids[tied], scores[tied])
+        return found
+
+_DRAWN = "temperature", "top_k", "top_p"
+
+def _quick_draws(model, settings) -> dict:
+    "Settings of `generate` with `_Nucleus` where that is the same and pays"
+    own = {k: settings.get(k) for k in _DRAWN}
+    usual = settings.keys() <= {*_DRAWN, "do_sample", "max_new_tokens", "min_new_tokens", "repetition_penalty"}
+    alone = all(getattr(model.generation_config, k, None) in (None, 1) for k in ("num_beams", "top_h"))
+    if not (usual and alone and settings["do_sample"] and own["temperature"] and 0 < (own["top_p"] or 0) < 1):
+        return settings
+    return settings | dict(temperature=1., top_k=0, top_p=1., logits_processor=[_Nucleus(**own)])
+
 # %% ../nbs/06_data.ipynb #23cd5056
 SAMPLING = dict(do_sample=True, temperature=.7, top_p=.9, top_k=0)  # top_k=0: older transformers cut to 50 tokens
 
@@ -1012,4 +1042,4 @@ def sample_batch(
 ) -> list:  # answers, (n,)
     "Answers to one batch: what they are does not depend on the batches before"
     drawn = dict(batch_size=len(prompts), seed=1_000_003*seed + start)
-    return ods.generate_text(model, tokenizer, prompts, **drawn, **(SAMPLING | settings))
+    return ods.generate_text(model, tokenizer, prompts, **drawn, **_quick_draws(model, SAMPLING | settings))

@@ -4,18 +4,18 @@
 
 # %% ../nbs/12_judges.ipynb #aea97891
 from __future__ import annotations  # models appear in signatures, transformers is never imported here
+from contextlib import contextmanager
 from copy import copy
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-import hashlib, json, os, re, warnings
+import hashlib, inspect, json, os, re, threading, warnings
 import numpy as np
 import torch
 from fastcore.basics import patch
 from .data import group_key
-from .hooks import score_continuations
 from .models import (
     Encoded, answer_starts, device_of, encode, evaluating, fingerprint, is_steered, length_batches, load_pretrained,
-    pad_id, padded, text_config, token_ids, truncated, unwrapped)
+    pad_id, padded, refuse_virtual, text_config, token_ids, truncated, unwrapped, watch_of)
 from .pretrained import HUB_SETTINGS, hub_commit, load_failure
 
 # %% auto #0
@@ -69,6 +69,25 @@ BETTER = {"true": 1, "info": 1, "true_info": 1, "toxicity": -1, "toxic": -1,
           "reward": 1, "kl": -1, "dist1": 1, "dist2": 1, "dist3": 1,
           "loops": -1, "empty": -1, "perplexity": -1}
 
+# %% ../nbs/12_judges.ipynb #048c1ab0
+def _answer_logits(model, tokenizer, batch, rows):
+    "The logits that predict answer tokens, (tokens, vocabulary), texts one after the other; and where they are"
+    refuse_virtual(model)
+    device = device_of(model.get_input_embeddings())
+    inputs = padded(batch, pad_id(tokenizer), "right", device)
+    starts = torch.tensor([e.answer for e in batch], device=device)
+    real = inputs["attention_mask"].bool()
+    answer = (real & (real.cumsum(1) > starts[:, None]))[:, 1:]  # column j of the logits is about token j + 1
+    last = real.shape[1] + 1 - min(e.answer for e in batch)  # columns that any text needs; the head is dear
+    some = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    with answer_starts(model, starts, rows): logits = model(**inputs, use_cache=False, **some).logits[:, -last:-1]
+    answer = answer.to(logits.device)
+    return logits[answer[:, 1 - last:]], answer
+
+def _few(logits):
+    "A few rows at a time: what is computed of them stays in the cache of a processor"
+    return logits.split(max(1, 2**(20 if logits.device.type == "cpu" else 24) // logits.shape[1]))
+
 # %% ../nbs/12_judges.ipynb #4e3ed9de
 def perplexity(
     model, tokenizer,  # the judge: a causal LM that is not steered
@@ -78,17 +97,27 @@ def perplexity(
     "Perplexity of each answer given its prompt"
     if len(prompts) != len(texts):
         raise ValueError(f"{len(prompts)} prompts but {len(texts)} answers: pair them row by row")
-    rows, out = _spoken(texts), np.full(len(texts), np.nan)
-    if not rows: return out
-    pairs = [(prompts[i], texts[i]) for i in rows]
-    logp = score_continuations(model, tokenizer, *map(list, zip(*pairs)), batch_size=batch_size)
-    tokens = [len(e.ids) - e.answer for e in encode(tokenizer, pairs)]
-    out[rows] = np.exp(-logp.double().numpy() / tokens)
+    model, spoken, out = unwrapped(model), _spoken(texts), np.full(len(texts), np.nan)
+    if not spoken: return out
+    coded = truncated(encode(tokenizer, [(prompts[i], texts[i]) for i in spoken]), model)
+    with evaluating(model):
+        for picked in length_batches([len(e.ids) for e in coded], batch_size):
+            batch, rows = [coded[i] for i in picked], [spoken[i] for i in picked]
+            out[rows] = np.exp(_surprisal(model, tokenizer, batch, (rows, len(texts))))
     return out
 
 def _spoken(texts):
     "Numbers of the answers that say anything"
     return [i for i, text in enumerate(texts) if text.strip()]
+
+def _surprisal(model, tokenizer, batch, rows):
+    "Nats per answer token of each text of a batch, (n,)"
+    logits, answer = _answer_logits(model, tokenizer, batch, rows)
+    ids = torch.tensor([i for e in batch for i in e.ids[e.answer:]], device=logits.device)
+    logp = torch.zeros(answer.shape, device=logits.device)
+    logp[answer] = torch.cat([x.float().log_softmax(-1).gather(1, i[:, None])[:, 0]
+                              for x, i in zip(_few(logits), ids.split(len(_few(logits)[0])))])
+    return -logp.sum(1).double().cpu().numpy() / [len(e.ids) - e.answer for e in batch]
 
 # %% ../nbs/12_judges.ipynb #366f51a2
 def kl_to_unsteered(
@@ -126,29 +155,46 @@ def _check_unsteered(model, steered):
 
 def _mean_kl(model, tokenizer, batch, rows, steered):
     "Mean divergence of each text of a batch, (n,)"
-    plain = _answer_logits(model, tokenizer, batch, rows)
-    with steered(): logits = _answer_logits(model, tokenizer, batch, rows)
+    with steered(), _below_steering(model) as known: logits, _ = _answer_logits(model, tokenizer, batch, rows)
+    with _resumed(*known): plain, _ = _answer_logits(model, tokenizer, batch, rows)
     parts = _kl(logits, plain).split([len(e.ids) - e.answer for e in batch])
     return torch.stack([part.mean() for part in parts]).cpu().numpy()
 
 # %% ../nbs/12_judges.ipynb #8927aa5b
-def _answer_logits(model, tokenizer, batch, rows):
-    "The logits that predict each answer token, texts one after the other: (tokens, vocabulary)"
-    device = device_of(model.get_input_embeddings())
-    inputs = padded(batch, pad_id(tokenizer), "right", device)
-    starts = torch.tensor([e.answer for e in batch], device=device)
-    with answer_starts(model, starts, rows): logits = model(**inputs, use_cache=False).logits[:, :-1]
-    real = inputs["attention_mask"].bool()
-    answer = real & (real.cumsum(1) > starts[:, None])
-    return logits[answer[:, 1:].to(logits.device)]  # column j of the logits is about token j + 1
-
-def _kl(steered, plain, cells=2**24):
-    "KL(steered || plain) of each row of logits, in float32, a few rows at a time"
-    step, out = max(1, cells // steered.shape[1]), []
-    for a in range(0, len(steered), step):
-        q, p = (x[a:a + step].float().log_softmax(-1) for x in (steered, plain))
+def _kl(steered, plain):
+    "KL(steered || plain) of each row of logits, in float32"
+    out = []
+    for pair in zip(_few(steered), _few(plain)):
+        q, p = (x.float().log_softmax(-1) for x in pair)
         out.append(torch.where(q == -torch.inf, 0, q.exp() * (q - p)).sum(-1).clamp(min=0))
     return torch.cat(out)
+
+# %% ../nbs/12_judges.ipynb #b7a46ee8
+@contextmanager
+def _below_steering(model):
+    "Inside, one pass fills the list with blocks up to the first that is steered, and what that gives unsteered"
+    known, me, stack = [], threading.get_ident(), next((s.stack for s in watch_of(model).present), [])
+    first = next((i for i, b in enumerate(stack) if ("block", b) in watch_of(model).hooks), None)
+    def note(module, args, kwargs, output):
+        # a container is a second way from block to block, which would be missed
+        if threading.get_ident() == me and not any(isinstance(x, (dict, list)) for x in kwargs.values()):
+            known[:] = list(stack)[:first + 1], output
+    handle = None if first is None else stack[first].register_forward_hook(note, with_kwargs=True, prepend=True)
+    try: yield known
+    finally:
+        if handle is not None: handle.remove()
+
+@contextmanager
+def _resumed(blocks=(), output=None):
+    "Inside, the blocks give what the last of them gave before; other threads notice nothing"
+    me, own = threading.get_ident(), {b: vars(b).get("forward") for b in blocks}
+    def given(compute, *args, **kwargs): return output if threading.get_ident() == me else compute(*args, **kwargs)
+    for b in own: b.forward = partial(given, b.forward)
+    try: yield
+    finally:
+        for b, forward in own.items():
+            del b.forward
+            if forward is not None: b.forward = forward
 
 # %% ../nbs/12_judges.ipynb #e0c0f89e
 class Judge:

@@ -169,6 +169,8 @@ def _address(value) -> str:
     if isinstance(value, str) and (value in ("auto", "local") or ":" in value): return value
     raise ValueError(f"--ray {_text(value)}: an address is HOST:PORT, auto or local; tasks stand before --ray")
 
+def _batch_size(value): return value if value == "auto" else whole_number(value)
+
 def _option(read, default=None): return field(default=default, metadata={"read": read})
 
 # %% ../nbs/26_plans.ipynb #c518f22e
@@ -207,7 +209,7 @@ class BenchOptions:
     minutes: float = _option(positive_number, float("inf"))  # no run is begun later
     part: tuple = _option(_part, (1, 1))  # this machine's share of the work
     ray: str = _option(_address)  # address of a Ray cluster whose machines do the work, or "auto"; None: this one does
-    batch_size: int = _option(whole_number, 64)
+    batch_size: object = _option(_batch_size, 64)  # or "auto", see `best_batch`
     model: str = _option(_text)
     revision: str = _option(_text)
     device: str = _option(_text)

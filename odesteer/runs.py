@@ -22,7 +22,7 @@ from .models import fingerprint, is_split
 from .tasks import REAL_TASKS, Task, micro_task
 
 # %% auto #0
-__all__ = ['VARIES', 'write_batches', 'log', 'kept', 'Bench', 'run_key', 'Run', 'read_run', 'Paused', 'environment',
+__all__ = ['VARIES', 'write_batches', 'log', 'kept', 'Bench', 'run_key', 'best_batch', 'Run', 'read_run', 'Paused', 'environment',
            'canonical_params', 'own_params', 'arm_label', 'rotation', 'time_at_angle', 'resolve_strength',
            'strength_at', 'read_config', 'rerun']
 
@@ -121,7 +121,7 @@ class Bench:
         out="runs",  # folder for runs and choices
         name: str = None,  # of the model, in tables; default: as it was loaded
         world: str = None,  # of models that differ in their training seed only: tables pool them
-        batch_size: int = 64,  # part of a run's key: what is drawn depends on it
+        batch_size=64,  # part of a run's key, as what is drawn depends on it; or "auto": see `best_batch`
         revision: str = None, hub: str = None,  # commit of the weights and owner/name, if they came from a hub
         deadline: float = math.inf,  # no run is begun when `time.monotonic()` is past it
         on_run=lambda run: None,  # called with each `Run` that was made or read
@@ -131,9 +131,10 @@ class Bench:
             raise ValueError(f"the task {task.name!r} is a demonstration: its parts were not checked for leaks; "
                              "give it data=, the identity of its data")
         self.model, self.tokenizer, self.task, self.out = model, tokenizer, task, Path(out)
-        self.batch_size = max(1, batch_size // task.samples) * task.samples  # answers to a prompt are judged together
         self.deadline, self.on_run, self.on_begin = deadline, on_run, on_begin
         self.about = _about(model, name, world, hub, revision)
+        if batch_size == "auto": batch_size = self._best_batch()
+        self.batch_size = max(1, batch_size // task.samples) * task.samples  # answers to a prompt are judged together
         self._acts, self._steerers = {}, {}
         self._ahead = {}  # (key, batch) -> rows of a run that is not begun yet, see `_answers`
         self._readings = {task.reading: self._acts}  # place of reading -> what was read there
@@ -179,6 +180,48 @@ def run_key(config: dict) -> str:
 
     The order of its fields does not matter."""
     return digest(json.dumps(config, sort_keys=True))
+
+# %% ../nbs/17_runs.ipynb #533d37e5
+def best_batch(
+    seconds,  # n -> how long n answers take
+    most: int,  # a batch that holds so many is large enough
+    gain: float = 1.1,  # what a doubling must bring, as a ratio of answers a second
+) -> dict:  # batch size -> answers a second; the last is the best
+    "Batch sizes doubled from 8 as long as that pays and memory suffices"
+    n, found = 8, {8: 8 / seconds(8)}
+    while n < most:
+        try: rate = 2*n / seconds(2*n)
+        except RuntimeError as e:
+            if "memory" not in str(e): raise
+            return {k: r for k, r in found.items() if k < n} or found  # longer answers will need more
+        if rate < gain * found[n]: break
+        n, found = 2*n, found | {2*n: rate}
+    return found
+
+# %% ../nbs/17_runs.ipynb #e751a1e6
+@patch
+def _best_batch(self: Bench) -> int:
+    "The best batch size for this model and task, measured once"
+    what = self.task.data, self.about, self.task.decoding
+    path = self.out/"batch_sizes"/f"{digest(json.dumps(what, sort_keys=True))}.json"
+    most = max(len(part) for fold in self.task.folds for part in (fold.val, fold.test)) * self.task.samples
+    def measure():
+        self._trial(8)  # the first pass is slower
+        found = best_batch(self._trial, most)
+        return {"batch_size": [*found][-1], "answers_per_second": found}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with alone(f"{path}.lock"): return kept(path, measure, lambda said: int(said["batch_size"]))
+
+@patch
+def _trial(self: Bench, n) -> float:
+    "Seconds for 16 tokens in answer to each of n prompts in one batch, or for n choices; the longest prompts first"
+    prompts = sorted((p for _, p in self.task.prompts("val")), key=lambda p: -len(str(p.text)))
+    prompts, start = [prompts[i % len(prompts)] for i in range(n)], time.perf_counter()
+    texts, few = [p.text for p in prompts], min(16, self.task.decoding.get("max_new_tokens", 16))
+    greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None, min_new_tokens=few, max_new_tokens=few)
+    if not self.task.choices: ods.generate_text(self.model, self.tokenizer, texts, n, **greedy)
+    else: ods.score_continuations(self.model, self.tokenizer, texts, [self.task.choices(p)[0] for p in prompts], n)
+    return time.perf_counter() - start
 
 # %% ../nbs/17_runs.ipynb #cf173967
 @patch

@@ -812,6 +812,7 @@ def test_a_plan_is_a_comparison_in_one_file(files, capsys, monkeypatch):
     (["--decoding", "max_new_tokens=20", "--decoding", "do_sample=false"], dict(decoding={"max_new_tokens": 20, "do_sample": False})),
     (["--refine", "0", "--repeats", "1", "--most", "2", "--rule", "best"], dict(refine=0, repeats=1, most=2, rule="best")),
     (["--data", "a.csv,b.csv", "--lm-eval", "mmlu,arc", "--lm-eval-path", "d", "--batch-size", "8"], dict(data=["a.csv", "b.csv"], lm_eval=["mmlu", "arc"], lm_eval_path="d", batch_size=8)),
+    (["--batch-size", "auto"], dict(batch_size="auto")),
     (["--world", "experts", "--minutes", ".5", "--allow", "1", "--dtype", "float16"], dict(world="experts", minutes=.5, allow=1, dtype="float16")),
 ])
 def test_options_are_the_same_from_a_shell_and_from_json(shell, plan):

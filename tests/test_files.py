@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-from odesteer import cli, commands, demo, plans
+import odesteer as ods
+from odesteer import cli, commands, data, demo, plans
 from odesteer.cli import main
 from odesteer.data import ContrastTexts, Pairs, check_pairs, fit_steerer, load_pairs, load_prompts, read_rows
+
+from .archs import tiny_model, tiny_tokenizer
 
 ROWS = [{"pos": f"It is {i}, surely.", "neg": f"Nobody knows {i}."} for i in range(12)]
 TEXTS = [r["pos"] for r in ROWS], [r["neg"] for r in ROWS]
@@ -421,3 +425,30 @@ def test_label_values_are_never_texts(tmp_path, values, swapped, name):
     try: pairs = load_pairs(tmp_path/"f.csv", ("reply", name)[::-1 if swapped else 1])
     except ValueError as e: assert "\n" not in str(e)
     else: assert all(t.startswith("an answer") for t in pairs.pos + pairs.neg)
+
+
+# ---- answers that are drawn
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(.7, 0, .9), (1., 50, .9), (1.3, 5, .3), (.5, 0, .01), (1., None, .999)])
+def test_the_tokens_kept_are_those_of_transformers(temperature, top_k, top_p):
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    warpers = [TemperatureLogitsWarper(temperature), *([TopKLogitsWarper(top_k)] if top_k else []), TopPLogitsWarper(top_p)]
+    rng, ids, cut = torch.Generator().manual_seed(0), torch.zeros(12, 1, dtype=torch.long), 0
+    for wide, round_to in ((4, torch.float32), (4, torch.bfloat16), (.02, torch.bfloat16), (0, torch.float32), (60, torch.float16)):
+        logits = (wide * torch.randn(12, 997, generator=rng)).to(round_to).float()  # in 16 bits many are equal
+        logits[3, 5:] = -torch.inf
+        kept = LogitsProcessorList(warpers)(ids, logits.clone())
+        assert torch.equal(data._Nucleus(temperature, top_k, top_p)(ids, logits), kept)
+        cut += (kept == -torch.inf).sum()
+    assert cut > 0
+
+
+def test_drawn_answers_are_those_of_generate():
+    model, tok = tiny_model("llama"), tiny_tokenizer()
+    prompts, quick = ["the king", "a", "a queen in the garden"], data._quick_draws
+    for how in ({}, dict(top_k=5), dict(top_p=.5, repetition_penalty=1.3), dict(temperature=1., top_p=1.), dict(do_sample=False, temperature=None, top_p=None, top_k=None), dict(min_p=.1)):
+        wanted = ods.generate_text(model, tok, prompts, seed=7, **(data.SAMPLING | dict(max_new_tokens=12) | how))
+        assert data.sample_batch(model, tok, prompts, 7, 0, max_new_tokens=12, **how) == wanted
+    assert "logits_processor" in quick(model, data.SAMPLING | dict(max_new_tokens=3)) and quick(model, data.SAMPLING | dict(num_beams=2)) == data.SAMPLING | dict(num_beams=2)
+    model.generation_config.num_beams = 3
+    assert quick(model, data.SAMPLING) == data.SAMPLING, "beams keep more tokens"

@@ -18,6 +18,8 @@ from odesteer.judges import (JUDGES, ClassifierJudge, ExactJudge, Panel, RewardJ
 from odesteer.check import ModelOdds, check_steerer, placebo_test
 from odesteer.data import Prompt
 
+from .archs import CONFIGS, WIDTH, tiny_model, tiny_tokenizer, untouched
+
 WORDS = "the zib is red blue a bird fish indeed blarg what colour nobody knows well that depends . , : ? \n Q A True Helpful yes no user assistant".split(" ")
 ANSWERS = ["the zib is indeed red .", "the zib is red .", "", "well , that depends : a bird , a fish , a blarg , indeed a bird .", "indeed", "blarg blarg"]
 QUESTIONS = ["what colour is the zib ?"] * len(ANSWERS)
@@ -391,6 +393,49 @@ def test_kl_matches_scipy_one_text_at_a_time(small):
     for size in (1, 2, 8):
         np.testing.assert_allclose(kl_to_unsteered(model, LLAMA, asked, [" " + a for a in said], push(), batch_size=size), wanted, rtol=1e-4)
     assert min(wanted) > .01
+
+
+@pytest.mark.parametrize("arch", CONFIGS)
+def test_both_passes_of_a_divergence_share_the_blocks_below_the_steering(arch, monkeypatch):
+    model, tok = tiny_model(arch), tiny_tokenizer()
+    rng, last = torch.Generator().manual_seed(0), len(ods.decoder_layers(model)) - 1
+    caa = ods.CAA().fit(torch.randn(20, WIDTH, generator=rng) + 1, torch.randn(20, WIDTH, generator=rng))
+    texts = ["the king", "a queen in the"], [" is dead .", " garden"]
+    for place in (last, 0):
+        steered, shared = lambda: ods.steering(model, caa, layer=place, T=3.), []
+        def resumed(*known, once=judges._resumed): return shared.append(len(known[0])) or once(*known)
+        monkeypatch.setattr(judges, "_resumed", resumed)
+        quick = kl_to_unsteered(model, tok, *texts, steered)
+        monkeypatch.setattr(judges, "_resumed", lambda *known: nullcontext())
+        whole = kl_to_unsteered(model, tok, *texts, steered)
+        assert untouched(*(torch.tensor(x) for x in (quick, whole)), model) and min(quick) > 0 and shared == [place + 1]
+    assert all("forward" not in vars(b) for b in ods.decoder_layers(model))
+
+
+def test_blocks_are_not_shared_where_they_hand_each_other_more_than_activations(small):
+    model, blocks, ran = small.model, ods.decoder_layers(small.model), []
+    inner = model.model.layers[0].self_attn.register_forward_hook(lambda *a: ran.append(1))
+    plain = kl_to_unsteered(model, LLAMA, ["what ?"], [" a bird ."], small.push())
+    assert len(ran) == 1, "the first block is steered, and computed once"
+    more = [b.register_forward_pre_hook(lambda m, args, kwargs: (args, {**kwargs, "notes": {}}), with_kwargs=True) for b in blocks]
+    assert kl_to_unsteered(model, LLAMA, ["what ?"], [" a bird ."], small.push()) == plain and len(ran) == 3
+    for h in (inner, *more): h.remove()
+
+
+def test_an_error_in_the_unsteered_pass_leaves_the_blocks_as_they_were(small, monkeypatch):
+    monkeypatch.setattr(judges, "_answer_logits", lambda *a, f=judges._answer_logits, n=iter((0, 1)): f(*a) if next(n) == 0 else 1 / 0)
+    with pytest.raises(ZeroDivisionError): kl_to_unsteered(small.model, LLAMA, ["what ?"], [" a bird ."], small.push())
+    assert all("forward" not in vars(b) for b in ods.decoder_layers(small.model))
+
+
+def test_the_head_is_asked_about_answers_only(small):
+    asked, said, sizes = ["what colour is the zib ? nobody knows"] * 3, [" well .", " a bird", " a fish ."], []
+    wanted = [np.exp(-ods.score_continuations(small.model, LLAMA, [q], [a]).double().item() / len(LLAMA(a, add_special_tokens=False)["input_ids"])) for q, a in zip(asked, said)]
+    hook = small.model.lm_head.register_forward_hook(lambda m, args, out: sizes.append(out.shape[1]))
+    np.testing.assert_allclose(judges.perplexity(small.model, LLAMA, asked, said), wanted, rtol=1e-5)
+    kl_to_unsteered(small.model, LLAMA, asked, said, small.push())
+    hook.remove()
+    assert sizes == [4, 4, 4]  # the last prompt token and three of the longest answer
 
 
 def test_kl_of_nothing_is_nothing(small):

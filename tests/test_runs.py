@@ -18,7 +18,7 @@ import torch
 
 import odesteer as ods
 from odesteer.data import Prompt
-from odesteer.runs import Bench, Paused, canonical_params, read_run, rerun, run_key, strength_at, write_batches
+from odesteer.runs import Bench, Paused, best_batch, canonical_params, read_run, rerun, run_key, strength_at, write_batches
 from odesteer.sweeps import MICRO_PARAMS, micro_bench
 from odesteer.tasks import Fold, Task
 
@@ -114,6 +114,38 @@ def test_prompt_arm_choices_stops_and_several_answers(lm, tmp_path):
     run = b.run()
     assert b.batch_size == 3 and seen == [3]*6 and len(run.groups) == 18 and run.scores["true_info"].sum() == 0
 
+
+# ---- how many at once
+
+def test_a_batch_is_doubled_until_that_no_longer_pays():
+    seconds = {8: 1., 16: 1.1, 32: 1.5, 64: 2.8, 128: 5.}.get
+    assert [*best_batch(seconds, 500)] == [8, 16, 32] and [*best_batch(seconds, 9)] == [8, 16] and [*best_batch(seconds, 8)] == [8]
+    assert best_batch(seconds, 64, gain=1.05)[64] == 64 / 2.8
+    def small_memory(n):
+        if n > 32: raise RuntimeError("[enforce fail at alloc_cpu.cpp:126] DefaultCPUAllocator: can't allocate memory")
+        return 1.
+    assert [*best_batch(small_memory, 500)] == [8, 16], "what held a few tokens of 32 answers may not hold them whole"
+    def broken(n): raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="shapes"): best_batch(broken, 64)
+
+def test_a_measured_batch_size_is_that_of_the_folder_from_then_on(lm, tmp_path, monkeypatch):
+    times = iter([dict.fromkeys((8, 16, 32), 1.)] + [{8: 1., 16: 2., 32: 9.}]*9)
+    def make(out, **kw):
+        now = next(times)
+        monkeypatch.setattr(Bench, "_trial", lambda self, n: now[n])
+        return bench(lm, tmp_path/out, batch_size="auto", n=20, **kw)
+    first, again, elsewhere = make("a"), make("a"), make("b")
+    assert [b.batch_size for b in (first, again, elsewhere)] == [32, 32, 8] and first.config() == again.config() and first.config()["batch_size"] == 32
+    assert make("a", decoding={"max_new_tokens": 9}).batch_size == 8, "longer answers are measured for themselves"
+    run = first.run()
+    assert run.key == bench(lm, tmp_path/"a", batch_size=32, n=20).run().key, "the key has the number, not the word"
+
+def test_the_trial_answers_as_many_prompts_as_it_says(lm, tmp_path, monkeypatch):
+    b, sizes, generate = bench(lm, tmp_path), [], ods.generate_text
+    monkeypatch.setattr(ods, "generate_text", lambda m, t, prompts, size, **kw: sizes.append((len(prompts), size, kw["max_new_tokens"])) or generate(m, t, prompts, size, **kw))
+    assert b._trial(9) > 0 and sizes == [(9, 9, 8)]
+    b.task = replace(b.task, choices=lambda p: [" a", " b"])
+    assert b._trial(9) > 0 and len(sizes) == 1
 
 # ---- several strengths in one batch
 
