@@ -853,5 +853,6 @@ def effort(
     # one pass over prompts with their answers: `generate` goes on steering rows that have ended
     texts = _with_answers(prompts, answers)
     with steering(model, watched, **how):
-        collect_activations(model, tokenizer, texts, layers=-1, batch_size=batch_size, progress=False)
+        collect_activations(model, tokenizer, texts, layers=max(meter.sums, default=-1), batch_size=batch_size,
+                            progress=False)
     return meter.read(depth)

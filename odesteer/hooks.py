@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from .euler import Edit, Edits, Fitted, Steerer, full_precision
 from .models import (
-    Watch, answer_starts, check_batch_size, check_streams, decoder_layers, device_of, encode, evaluating,
-    in_processes, layer_index, length_batches, owner_of, pad_id, padded, refuse_virtual, text_config, text_tokenizer,
-    truncated, unwrapped, watch_of, watches)
+    Watch, answer_logits, answer_starts, check_batch_size, check_streams, decoder_layers, device_of, encode, evaluating,
+    in_processes, layer_index, length_batches, log_probs, owner_of, pad_id, padded, refuse_virtual, text_config,
+    text_tokenizer, truncated, unwrapped, watch_of, watches)
 
 # %% ../nbs/05_hooks.ipynb #71963d4e
 def steered_positions(
@@ -838,19 +838,12 @@ def score_encoded(
 ) -> tuple:  # (N,) float32: log-probability of each answer given its prompt; (N,) bool: is it the greedy answer?
     "How likely answers are that are given as tokens"
     model, n = unwrapped(model), len(coded)
-    refuse_virtual(model)
-    scores, greedy, device = torch.empty(n), torch.empty(n, dtype=torch.bool), device_of(model.get_input_embeddings())
+    scores, greedy = torch.empty(n), torch.empty(n, dtype=torch.bool)
     with evaluating(model):
         for rows in length_batches([len(e.ids) for e in coded], batch_size):
-            inputs = padded([coded[i] for i in rows], pad, "right", device)
-            starts = torch.tensor([coded[i].answer for i in rows], device=device)
-            with answer_starts(model, starts, (rows, n)): logits = model(**inputs, use_cache=False).logits[:, :-1]
-            ids, real = inputs["input_ids"].to(logits.device), inputs["attention_mask"].to(logits.device).bool()
-            # column j of the logits is about token j + 1
-            answer = (real & (real.cumsum(1) > starts.to(real.device)[:, None]))[:, 1:]
+            logits, ids, answer = answer_logits(model, [coded[i] for i in rows], pad, (rows, n))
             logp, likeliest = torch.zeros(answer.shape, device=logits.device), torch.ones_like(answer)
-            logp[answer] = logits[answer].float().log_softmax(-1).gather(1, ids[:, 1:][answer][:, None])[:, 0]
-            likeliest[answer] = logits[answer].argmax(-1) == ids[:, 1:][answer]
+            logp[answer], likeliest[answer] = log_probs(logits, ids), logits.argmax(-1) == ids
             scores[rows], greedy[rows] = logp.sum(1).cpu(), likeliest.all(1).cpu()
     return scores, greedy
 

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
-import hashlib, inspect, json, os, re, threading, warnings
+import hashlib, json, os, re, threading, warnings
 import numpy as np
 import torch
 from fastcore.basics import patch
 from .data import group_key
 from .models import (
-    Encoded, answer_starts, device_of, encode, evaluating, fingerprint, is_steered, length_batches, load_pretrained,
-    pad_id, padded, refuse_virtual, text_config, token_ids, truncated, unwrapped, watch_of)
+    Encoded, answer_logits, device_of, encode, evaluating, few_rows, fingerprint, is_steered, length_batches,
+    load_pretrained, log_probs, pad_id, padded, text_config, token_ids, truncated, unwrapped, watch_of)
 from .pretrained import HUB_SETTINGS, hub_commit, load_failure
 
 # %% auto #0
@@ -69,25 +69,6 @@ BETTER = {"true": 1, "info": 1, "true_info": 1, "toxicity": -1, "toxic": -1,
           "reward": 1, "kl": -1, "dist1": 1, "dist2": 1, "dist3": 1,
           "loops": -1, "empty": -1, "perplexity": -1}
 
-# %% ../nbs/12_judges.ipynb #048c1ab0
-def _answer_logits(model, tokenizer, batch, rows):
-    "The logits that predict answer tokens, (tokens, vocabulary), texts one after the other; and where they are"
-    refuse_virtual(model)
-    device = device_of(model.get_input_embeddings())
-    inputs = padded(batch, pad_id(tokenizer), "right", device)
-    starts = torch.tensor([e.answer for e in batch], device=device)
-    real = inputs["attention_mask"].bool()
-    answer = (real & (real.cumsum(1) > starts[:, None]))[:, 1:]  # column j of the logits is about token j + 1
-    last = real.shape[1] + 1 - min(e.answer for e in batch)  # columns that any text needs; the head is dear
-    some = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    with answer_starts(model, starts, rows): logits = model(**inputs, use_cache=False, **some).logits[:, -last:-1]
-    answer = answer.to(logits.device)
-    return logits[answer[:, 1 - last:]], answer
-
-def _few(logits):
-    "A few rows at a time: what is computed of them stays in the cache of a processor"
-    return logits.split(max(1, 2**(20 if logits.device.type == "cpu" else 24) // logits.shape[1]))
-
 # %% ../nbs/12_judges.ipynb #4e3ed9de
 def perplexity(
     model, tokenizer,  # the judge: a causal LM that is not steered
@@ -112,11 +93,9 @@ def _spoken(texts):
 
 def _surprisal(model, tokenizer, batch, rows):
     "Nats per answer token of each text of a batch, (n,)"
-    logits, answer = _answer_logits(model, tokenizer, batch, rows)
-    ids = torch.tensor([i for e in batch for i in e.ids[e.answer:]], device=logits.device)
+    logits, ids, answer = answer_logits(model, batch, pad_id(tokenizer), rows)
     logp = torch.zeros(answer.shape, device=logits.device)
-    logp[answer] = torch.cat([x.float().log_softmax(-1).gather(1, i[:, None])[:, 0]
-                              for x, i in zip(_few(logits), ids.split(len(_few(logits)[0])))])
+    logp[answer] = log_probs(logits, ids)
     return -logp.sum(1).double().cpu().numpy() / [len(e.ids) - e.answer for e in batch]
 
 # %% ../nbs/12_judges.ipynb #366f51a2
@@ -155,8 +134,8 @@ def _check_unsteered(model, steered):
 
 def _mean_kl(model, tokenizer, batch, rows, steered):
     "Mean divergence of each text of a batch, (n,)"
-    with steered(), _below_steering(model) as known: logits, _ = _answer_logits(model, tokenizer, batch, rows)
-    with _resumed(*known): plain, _ = _answer_logits(model, tokenizer, batch, rows)
+    with steered(), _below_steering(model) as known: logits, *_ = answer_logits(model, batch, pad_id(tokenizer), rows)
+    with _resumed(*known): plain, *_ = answer_logits(model, batch, pad_id(tokenizer), rows)
     parts = _kl(logits, plain).split([len(e.ids) - e.answer for e in batch])
     return torch.stack([part.mean() for part in parts]).cpu().numpy()
 
@@ -164,7 +143,7 @@ def _mean_kl(model, tokenizer, batch, rows, steered):
 def _kl(steered, plain):
     "KL(steered || plain) of each row of logits, in float32"
     out = []
-    for pair in zip(_few(steered), _few(plain)):
+    for pair in zip(few_rows(steered), few_rows(plain)):
         q, p = (x.float().log_softmax(-1) for x in pair)
         out.append(torch.where(q == -torch.inf, 0, q.exp() * (q - p)).sum(-1).clamp(min=0))
     return torch.cat(out)

@@ -7,11 +7,13 @@ __all__ = ['READINGS', 'no_progress_bars', 'load_pretrained', 'decoder_layers', 
            'refuse_virtual', 'in_processes', 'is_split', 'refuse_split', 'layer_index', 'device_of', 'Encoded',
            'encode', 'text_tokenizer', 'token_ids', 'padded', 'pad_id', 'truncated', 'owner_of', 'check_streams',
            'evaluating', 'length_batches', 'check_batch_size', 'fingerprint', 'Watch', 'watch_of', 'watches',
-           'is_steered', 'answer_starts', 'ActivationCache', 'collect_activations', 'describe_site']
+           'is_steered', 'answer_starts', 'answer_logits', 'few_rows', 'log_probs', 'ActivationCache',
+           'collect_activations', 'describe_site']
 
 # %% ../nbs/04_models.ipynb #72de7520
 import copy
 import hashlib
+import inspect
 import json
 import operator
 import sys
@@ -554,6 +556,41 @@ def answer_starts(
     before, (here.answer, here.rows) = (here.answer, here.rows), (answer, rows)
     try: yield
     finally: here.answer, here.rows = before
+
+# %% ../nbs/04_models.ipynb #alog0004
+def answer_logits(
+    model,  # a causal language model, steered or not
+    coded: list,  # of Encoded, each with an answer
+    pad: int,  # id that fills the gaps
+    rows: tuple = None,  # as in `answer_starts`
+) -> tuple:  # logits (tokens, vocabulary), text after text; ids (tokens,); where they are: (batch, columns), bool
+    "The logits that predict the tokens of answers: the head, which is dear, is asked for no others."
+    refuse_virtual(model)
+    device = device_of(model.get_input_embeddings())
+    inputs = padded(coded, pad, "right", device)
+    starts = torch.tensor([e.answer for e in coded], device=device)
+    real = inputs["attention_mask"].bool()
+    answer = (real & (real.cumsum(1) > starts[:, None]))[:, 1:]  # column j of the logits is about token j + 1
+    last = real.shape[1] + 1 - min(e.answer for e in coded)  # columns that any text needs
+    some = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    with answer_starts(model, starts, rows): logits = model(**inputs, use_cache=False, **some).logits[:, -last:-1]
+    answer, ids = answer.to(logits.device), inputs["input_ids"][:, 1:].to(logits.device)
+    return logits[answer[:, 1 - last:]], ids[answer], answer
+
+# %% ../nbs/04_models.ipynb #few00004
+def few_rows(
+    logits: Tensor,  # (tokens, vocabulary)
+) -> tuple:  # of such
+    "A few rows at a time: what is computed of them stays in the cache of a processor."
+    return logits.split(max(1, 2**(20 if logits.device.type == "cpu" else 24) // logits.shape[1]))
+
+def log_probs(
+    logits: Tensor, ids: Tensor,  # (tokens, vocabulary), (tokens,)
+) -> Tensor:  # (tokens,), float32
+    "Log-probability of each token."
+    parts = few_rows(logits)
+    each = (x.float().log_softmax(-1).gather(1, i[:, None])[:, 0] for x, i in zip(parts, ids.split(len(parts[0]))))
+    return torch.cat(list(each))
 
 # %% ../nbs/04_models.ipynb #c30861b2
 class ActivationCache:

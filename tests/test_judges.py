@@ -423,7 +423,7 @@ def test_blocks_are_not_shared_where_they_hand_each_other_more_than_activations(
 
 
 def test_an_error_in_the_unsteered_pass_leaves_the_blocks_as_they_were(small, monkeypatch):
-    monkeypatch.setattr(judges, "_answer_logits", lambda *a, f=judges._answer_logits, n=iter((0, 1)): f(*a) if next(n) == 0 else 1 / 0)
+    monkeypatch.setattr(judges, "answer_logits", lambda *a, f=judges.answer_logits, n=iter((0, 1)): f(*a) if next(n) == 0 else 1 / 0)
     with pytest.raises(ZeroDivisionError): kl_to_unsteered(small.model, LLAMA, ["what ?"], [" a bird ."], small.push())
     assert all("forward" not in vars(b) for b in ods.decoder_layers(small.model))
 
