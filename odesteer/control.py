@@ -547,6 +547,8 @@ class SPID(FeatureController):
 
     def _pid(self, t, error, state):
         if t == 0: state.clear()  # whatever an interrupted pass has left
+        if "beyond" in state:  # blocks before went the short way below
+            self._recall(t, state)
         before, total = (old.to(error.device)  # before block 0: the same
                          for old in state.pop("spid", (error, error)))
         total = (torch.zeros_like(error) if t % self.reset_every == 0
@@ -565,12 +567,39 @@ def _edit(self: SPID, t, state): return Edit(self._acting(t, state), prepare=par
 
 @patch
 def _looped(self: SPID, t, state, value):
-    "What is done at block t at one strength, to each token"
-    beyond, V = self._beyond(t, value), -self.V_[t][:, None]
+    "What is done at block t at one strength, to each token: one product with the directions of blocks that count"
+    beyond, V, (first, mix) = self._beyond(t, value), -self.V_[t][:, None], self._mix(t)
     def act(x, y):
-        error = linear(beyond(x.flatten(0, -2).to(V.dtype)), V)
-        return (y - (0 - self._pid(t, error, state)).view(y.shape)).to(y.dtype)
+        b = beyond(x.flatten(0, -2).to(V.dtype))
+        if t == 0: state.clear()
+        known = (*state.pop("beyond", ()), b)
+        if len(known) <= t:  # earlier blocks went the long way
+            return (y - (0 - self._pid(t, linear(b, V), state)).view(y.shape)).to(y.dtype)
+        if t + 1 < len(self.V_): state["beyond"] = known
+        some = torch.cat([k.to(b.device) for k in known[first:]], 1)
+        return (y - linear(some, mix).view(y.shape)).to(y.dtype)
     return act
+
+# %% ../nbs/15_control.ipynb #spid0002
+@patch
+def _mix(self: SPID, t):
+    "The first block whose error counts at block t, and the directions of these, each times its weight, (d, blocks)"
+    reset = t - t % self.reset_every
+    first = max(0, min(reset + 1, t - 1))
+    w = torch.zeros(t + 1, dtype=torch.float64)
+    w[reset + 1:] = self.ki
+    w[t] += self.kp
+    if t > 0:
+        w[t] += self.kd
+        w[t - 1] -= self.kd
+    return first, (w[first:, None].to(self.V_) * self.V_[first:t + 1]).T.contiguous()
+
+@patch
+def _recall(self: SPID, t, state):
+    "Error and sum of the block before, where blocks up to it went the short way"
+    errors = [-b.to(self.V_.device) * v for b, v in zip(state.pop("beyond"), self.V_)]
+    since = (t - 1) - (t - 1) % self.reset_every
+    state["spid"] = errors[-1], sum(errors[since + 1:], torch.zeros_like(errors[-1]))
 
 # %% ../nbs/15_control.ipynb #3ed4401f
 class Recorder:

@@ -600,7 +600,7 @@ _FULL = dict(widths=(128, 1024, 4096), batches=(1, 16, 64), steps=(1, 10, 100), 
              fits=((2000, 1024, 8000), (10000, 4096, 8000)), compiled=(1024, (1, 64), (10, 100)), compiler={},
              shapes=("micro", "smollm2", "1b"), gpu_shapes=("8b",), texts=48)
 _TINY = dict(widths=(16, 32), batches=(1, 2), steps=(1, 2), n_components=64, least=1e-3,
-             fits=((40, 16, 64),), compiled=(16, (2,), (1, 2)), compiler=dict(backend="eager"),
+             fits=((40, 16, 64),), compiled=(16, (2,), (2,)), compiler=dict(backend="eager"),
              shapes=("micro", "tiny"), gpu_shapes=(), texts=8)
 
 def _measure_part(part, sizes, rounds, device) -> list:

@@ -1176,7 +1176,7 @@ def test_speed_measures_and_keeps_its_parts(tmp_path, monkeypatch, capsys):
 
 def test_speed_names_what_it_does_not_know(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert "no part 'fits'; choose from steer, collect, fit" in fails(capsys, "speed", "--parts", "fits")
+    assert "no part 'fits'; choose from steer, compile, collect, fit" in fails(capsys, "speed", "--parts", "fits")
     assert "there is no folder nowhere" in fails(capsys, "speed", "--parts", "import", "--out", "nowhere/speed.json")
 
 

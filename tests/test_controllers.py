@@ -357,7 +357,7 @@ def test_no_state_from_batch_to_batch(name):
     rng, g, c = random.Random(0), torch.Generator().manual_seed(0), fit(name)
     pairs = {dtype: [tiny_model("llama", num_hidden_layers=LAYERS).to(dtype) for _ in "ab"] for dtype in DTYPES[1:]}
     old = {dtype: ods.steering(m, c) for dtype, (m, _) in pairs.items()}
-    for _ in range(1000 if name in ("alqr", "spid") else 150):
+    for _ in range(200 if name in ("alqr", "spid") else 100):
         dtype = rng.choice(DTYPES[1:])
         (worn, fresh), rows, n = pairs[dtype], rng.randint(1, 4), rng.randint(1, 9)
         ids, gap = torch.randint(4, VOCAB, (rows, n), generator=g), torch.randint(0, n, (rows, 1), generator=g)

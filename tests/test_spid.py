@@ -62,6 +62,27 @@ def test_spid_is_the_formula(setpoint, every):
     assert state == {}
 
 
+@pytest.mark.parametrize("every", [1, 4, 10, 100])
+def test_spid_the_short_way_and_both_ways_in_turn(every):
+    "One product with the directions that count, at every block or at some, against the sum that is carried along"
+    data, value = rollouts(), torch.tensor(1.5, dtype=torch.float64)
+    c = ods.SPID(.4, .15, .25, every)
+    c._fit(data)
+    c.width = 6
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    def walk(short):
+        x, state = torch.randn(3, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64), {}
+        for _ in range(2):
+            for t in range(25):
+                y = torch.tanh(x @ turn)
+                x = c._looped(t, state, value)(x[:, None], y[:, None])[:, 0] if short(t) else y + c._control(t, x, y, value.expand(3), state)
+        assert state == {}
+        return x
+    want = walk(lambda t: False)
+    for short in (lambda t: True), (lambda t: t < 13), (lambda t: t >= 13), (lambda t: t % 3 > 0), (lambda t: t == 0), (lambda t: t % 7 < 5):
+        torch.testing.assert_close(walk(short), want, rtol=1e-10, atol=1e-12)
+
+
 def test_the_integral_is_zero_where_it_is_reset():
     data, x = rollouts(), torch.ones(1, 6, dtype=torch.float64)
     c, state, pushes = ods.SPID(kp=0., ki=1., kd=0.), {}, []
