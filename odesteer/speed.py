@@ -32,7 +32,7 @@ from .models import decoder_layers, device_of, encode, pad_id, padded
 from .statistics import Ratio, ratio, trials
 
 # %% auto #0
-__all__ = ['SHAPES', 'ROUTES', 'LOW', 'PARTS', 'TARGETS', 'Work', 'count', 'random_llama', 'Decoding', 'recipe_vjp',
+__all__ = ['SHAPES', 'ROUTES', 'LOW', 'FUSED', 'PARTS', 'TARGETS', 'Work', 'count', 'random_llama', 'Decoding', 'recipe_vjp',
            'recipe_flow', 'tables', 'activations', 'measure_steer', 'results', 'pick', 'measure_compiled',
            'plain_collect', 'measure_collect', 'measure_fit', 'objective', 'EmptyEdit', 'RecipeEdit', 'fitted_methods',
            'measure_decode', 'attached', 'measure_import', 'describe_machine', 'measure', 'keep', 'show', 'goals']
@@ -286,21 +286,24 @@ def pick(
     return [r for r in rows if all(r[k] == v for k, v in where.items())]
 
 # %% ../nbs/23_speed.ipynb #comp0002
+#: `torch.compile` that calls one kernel from the other in C++, and shares only large loops among threads
+FUSED = dict(options={"cpp_wrapper": True, "cpp.min_chunk_size": 4096})
+
 def measure_compiled(
     width: int,  # d of the activations
     batches: tuple,  # numbers of rows
     steps: tuple,  # numbers of Euler steps
     n_components: int = 8000,  # width of the sketch
-    compiler: dict = None,  # arguments of `torch.compile`
+    compiler: dict = None,  # arguments of `torch.compile`; default: FUSED
     device="cpu",  # where it is measured
     **timing,  # of `trials`
 ) -> list:  # one row for each batch, number of steps, eager or compiled; none without a compiler
     "Time of `ODESteer.steer`, eager and compiled, and the seconds of the first call; ratios are to eager."
-    compiler, rows, both = compiler or {}, [], activations(64, width, device=device)
+    rows, both = [], activations(64, width, device=device)
     if not compiler and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))): return rows
     for batch, n in itertools.product(batches, steps):
         s, a = ods.ODESteer(n_components=n_components, steps=n).fit(*both), activations(batch, width, 1, device)[1]
-        ways = {False: s.steer, True: torch.compile(s.steer, **compiler)}
+        ways = {False: s.steer, True: torch.compile(s.steer, **(compiler or FUSED))}
         arms = {fused: functools.partial(f, a, share=.3) for fused, f in ways.items()}
         first = {}
         with torch.no_grad():
