@@ -547,8 +547,7 @@ class SPID(FeatureController):
 
     def _pid(self, t, error, state):
         if t == 0: state.clear()  # whatever an interrupted pass has left
-        if "beyond" in state:  # blocks before went the short way below
-            self._recall(t, state)
+        if "beyond" in state: self._recall(t, state)  # the short way below
         before, total = (old.to(error.device)  # before block 0: the same
                          for old in state.pop("spid", (error, error)))
         total = (torch.zeros_like(error) if t % self.reset_every == 0
