@@ -338,9 +338,10 @@ def _evaluations(self: ODESteer):
     "How often a flow will look at the field, about."
     return 100 if self.solver in ADAPTIVE else self.steps * getattr(_step_function(self.solver), "order", 4)
 
+_AT_ONCE = 128  # rows that are followed together: their chains take memory
 @patch
 def _is_long(self: ODESteer, x, evaluations):
-    return self._route(x, evaluations) == "krylov" and x.shape[:-1].numel() > _AT_ONCE and _is_plain(x)
+    return x.shape[:-1].numel() > _AT_ONCE and self._route(x, evaluations) == "krylov" and _is_plain(x)
 
 # %% ../nbs/03_ode.ipynb #3e744cae
 def _euler_along(f, y, dt):
@@ -716,8 +717,6 @@ def _is_plain(x):
     "Whether nobody traces what happens to `x`, so that numbers in it may decide what is done."
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return x.numel() > 0 and not traced and not (torch.is_grad_enabled() and x.requires_grad)
-
-_AT_ONCE = 128  # rows that are followed together: their chains take memory
 
 def _parts(x, *values):
     "A few rows at a time, with what belongs to them; values are numbers, one a row, or None."
