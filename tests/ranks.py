@@ -81,5 +81,6 @@ def main(folder, arch):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    print(f"rank {get_rank()} fine", flush=True)
+    sys.stdout.write(f"rank {get_rank()} fine\n")  # the line and its end at once: both processes write to one pipe
+    sys.stdout.flush()
     torch.distributed.destroy_process_group()
