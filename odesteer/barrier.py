@@ -20,7 +20,7 @@ class Barrier(nn.Module):
     """A differentiable score of activations.
 
     The desired set is where it is not negative. A barrier fills in `value`.
-    Grows on this page: `grad`."""
+    Grows on this page: `grad`, `value_and_grad`."""
     def value(self,
         a: Tensor,  # activations, (..., d)
     ) -> Tensor:  # h(a), (...)
@@ -48,6 +48,13 @@ def grad(self: Barrier,
             "operations, without .detach(), .item(), NumPy or "
             "torch.no_grad() inside")
     return g
+
+@patch
+def value_and_grad(self: Barrier,
+    a: Tensor,  # activations, (..., d)
+) -> tuple:  # h(a), (...), and its gradient, (..., d)
+    "Both. A subclass whose two share a computation does it once."
+    return self.value(a), self.grad(a)
 
 # %% ../nbs/01_barrier.ipynb #9b478bf9
 def ascent(

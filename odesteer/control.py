@@ -5,6 +5,7 @@
 # %% ../nbs/15_control.ipynb #8d0f5a12
 from __future__ import annotations
 import math
+import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -283,20 +284,24 @@ def edits(self: Controller,
     self._must_be_fitted()
     name, L = type(self).__name__, len(self.median_norm_)
     if layer is not None: raise ValueError(f"{name} acts on all {L} blocks: leave out layer=")
-    stack, state = decoder_layers(model), {}
+    stack, here = decoder_layers(model), _Pass()
     if len(stack) != L:
         raise ValueError(f"this {name} was fitted on {L} blocks, but {type(model).__name__} has {len(stack)}: "
                          "is it the same model?")
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    def here(block): return self._on(torch.empty(0, device=device_of(block), dtype=dtype))
-    return {t: here(stack[t])._edit(t, state) for t in self._blocks()}
+    def beside(block): return self._on(torch.empty(0, device=device_of(block), dtype=dtype))
+    return {t: beside(stack[t])._edit(t, here) for t in self._blocks()}
+
+class _Pass(threading.local):
+    "What a controller carries from block to block, in this thread's pass"
+    def __init__(self): self.state, self.room = {}, None
 
 @patch
-def _acting(self: Controller, t, state):
+def _acting(self: Controller, t, here):
     "What is done to the output of block t: the correction, computed in float32 or better, is added"
     def act(x, y, value):
         wide = y if y.dtype == torch.float64 else y.float()
-        u = self._on(wide)._control(t, x.to(wide.dtype), wide, value, state)
+        u = self._on(wide)._control(t, x.to(wide.dtype), wide, value, here.state)
         return (wide - (0 - u)).to(y.dtype)  # wide + u, but -0. + 0. would be 0.
     return act
 
@@ -331,27 +336,32 @@ def _try(self: Controller):
 
 # %% ../nbs/15_control.ipynb #a121c710
 @patch
-def _edit(self: Controller, t, state): return Edit(self._acting(t, state))
+def _edit(self: Controller, t, here): return Edit(self._acting(t, here))
 
 @patch
-def _beyond(self: FeatureController, t, value):
-    "How far features are beyond their set-points at one strength, (..., d) -> (..., m), with all looked up beforehand"
+def _goal(self: FeatureController, t, value):
+    "Features, (m, d), and minus their set-points at one strength, (m,)"
     V, mu = self.V_[t].view(-1, self.width), self.mu_[t].view(-1)
-    return partial(linear, weight=V, bias=-(self.offset_[t].view(-1) + value.to(mu.dtype)*mu))
+    return V, -(self.offset_[t].view(-1) + value.to(mu.dtype)*mu)
+
+def _like(steered, y): return steered if steered.dtype is y.dtype else steered.to(y.dtype)
 
 @patch
 def _held(self: FeatureController, t, W, value):
     "What is done at block t at one strength, to each token: a product with the features, one with the corrections"
-    beyond, W = self._beyond(t, value), W.reshape(-1, self.width).T
+    (V, bias), W = self._goal(t, value), W.reshape(-1, self.width)
+    def one(x, y): return torch.addcmul(y, linear(x, V, bias), W, value=-1)
+    def several(x, y): return y - linear(linear(x, V, bias), W.T)
+    pull = one if len(W) == 1 else several
     def act(x, y):
-        if x.dtype is y.dtype is W.dtype: return y - linear(beyond(x), W)
-        return (y - linear(beyond(x.to(W.dtype)), W)).to(y.dtype)
+        if x.dtype is y.dtype is W.dtype: return pull(x, y)
+        return pull(x.to(W.dtype), y.to(W.dtype)).to(y.dtype)
     return act
 
 @patch
-def _edit(self: ALQR, t, state):
-    if self.setpoint == "angular": return Controller._edit(self, t, state)
-    return Edit(self._acting(t, state), prepare=partial(self._held, t, self.W_[t]))
+def _edit(self: ALQR, t, here):
+    if self.setpoint == "angular": return Controller._edit(self, t, here)
+    return Edit(self._acting(t, here), prepare=partial(self._held, t, self.W_[t]))
 
 # %% ../nbs/15_control.ipynb #bf0f153a
 @patch
@@ -439,7 +449,7 @@ def _gain_matrices(A, q, r, qf, like):
     steps = riccati_steps(A, q, r, qf, torch.float64)
     return torch.stack([K.to(like) for _, K, _ in steps][::-1])
 
-class _FirstToken:
+class _FirstToken(threading.local):
     "Edits the token at which an answer begins and no later one"
     def __init__(self, edit): self.edit, self.fresh = edit, False
 
@@ -547,7 +557,7 @@ class SPID(FeatureController):
 
     def _pid(self, t, error, state):
         if t == 0: state.clear()  # whatever an interrupted pass has left
-        if "beyond" in state: self._recall(t, state)  # the short way below
+        if "short" in state: self._recall(t, state)  # the short way below
         before, total = (old.to(error.device)  # before block 0: the same
                          for old in state.pop("spid", (error, error)))
         total = (torch.zeros_like(error) if t % self.reset_every == 0
@@ -562,41 +572,58 @@ def _control(self: SPID, t, x, y, value, state):
     return self._pid(t, self._alpha(t, x, value)[:, None] * self.V_[t], state)
 
 @patch
-def _edit(self: SPID, t, state): return Edit(self._acting(t, state), prepare=partial(self._looped, t, state))
+def _first(self: SPID, t): return max(0, min(t - t % self.reset_every + 1, t - 1))  # whose error counts
 
 @patch
-def _looped(self: SPID, t, state, value):
+def _edit(self: SPID, t, here): return Edit(self._acting(t, here), prepare=partial(self._looped, t, here))
+
+@patch
+def _looped(self: SPID, t, here, value):
     "What is done at block t at one strength, to each token: one product with the directions of blocks that count"
-    beyond, V, (first, mix) = self._beyond(t, value), -self.V_[t][:, None], self._mix(t)
+    ((v,), bias), mix, last = self._goal(t, value), self._mix(t), t + 1 == len(self.V_)
     def act(x, y):
-        b = beyond(x.flatten(0, -2).to(V.dtype))
-        if t == 0: state.clear()
-        known = (*state.pop("beyond", ()), b)
-        if len(known) <= t:  # earlier blocks went the long way
-            return (y - (0 - self._pid(t, linear(b, V), state)).view(y.shape)).to(y.dtype)
-        if t + 1 < len(self.V_): state["beyond"] = known
-        some = torch.cat([k.to(b.device) for k in known[first:]], 1)
-        return (y - linear(some, mix).view(y.shape)).to(y.dtype)
+        x = x.flatten(0, -2)
+        if x.dtype is not v.dtype: x = x.to(v.dtype)
+        if t == 0: self._enter(here, x)
+        room, state = here.room, here.state
+        if not room or state.get("short") is not room.until[t] or room.device != x.device:  # blocks took the long way
+            error = -torch.addmv(bias, x, v)[:, None] * v
+            return _like(y - (0 - self._pid(t, error, state)).view_as(y), y)
+        torch.addmv(bias, x, v, out=room.rows[t])
+        if last: state.clear()
+        else: state["short"] = room.until[t + 1]
+        return _like(y - torch.mm(room.recent[t], mix).view_as(y), y)
     return act
 
 # %% ../nbs/15_control.ipynb #spid0002
 @patch
 def _mix(self: SPID, t):
-    "The first block whose error counts at block t, and the directions of these, each times its weight, (d, blocks)"
-    reset = t - t % self.reset_every
-    first = max(0, min(reset + 1, t - 1))
+    "The directions of the blocks whose errors count at block t, each times its weight, (blocks, d)"
+    reset, first = t - t % self.reset_every, self._first(t)
     w = torch.zeros(t + 1, dtype=torch.float64)
     w[reset + 1:] = self.ki
     w[t] += self.kp
     if t > 0:
         w[t] += self.kd
         w[t - 1] -= self.kd
-    return first, (w[first:, None].to(self.V_) * self.V_[first:t + 1]).T.contiguous()
+    return w[first:, None].to(self.V_) * self.V_[first:t + 1]
+
+@patch
+def _enter(self: SPID, here, x):
+    "A pass begins, (tokens, d): room for how far blocks are beyond their goals, that of the last pass if it fits"
+    like = len(x), x.dtype, x.device
+    if not here.room or here.room.like != like:
+        L = range(len(self.V_))
+        with torch.inference_mode(False): all = x.new_empty(len(L), len(x))
+        here.room = SimpleNamespace(like=like, device=x.device, rows=[*all], until=[all[:t] for t in L],
+                                    recent=[all[self._first(t):t + 1].T for t in L])
+    here.state.clear()
+    here.state["short"] = here.room.until[0]
 
 @patch
 def _recall(self: SPID, t, state):
     "Error and sum of the block before, where blocks up to it went the short way"
-    errors = [-b.to(self.V_.device) * v for b, v in zip(state.pop("beyond"), self.V_)]
+    errors = [-b[:, None] * v for b, v in zip(state.pop("short").to(self.V_), self.V_)]
     since = (t - 1) - (t - 1) % self.reset_every
     state["spid"] = errors[-1], sum(errors[since + 1:], torch.zeros_like(errors[-1]))
 
@@ -654,7 +681,7 @@ class ActAddLFS(FeatureController):
 
     def _blocks(self): return self.chosen["layers"]
     def _control(self, t, x, y, value, state): return self.kp * (self._alpha(t, x, value)[:, None] * self.V_[t])
-    def _edit(self, t, state): return Edit(self._acting(t, state), prepare=partial(self._held, t, self.kp * self.V_[t]))
+    def _edit(self, t, here): return Edit(self._acting(t, here), prepare=partial(self._held, t, self.kp * self.V_[t]))
 
 # %% ../nbs/15_control.ipynb #66769e5a
 class PIDAcT(Controller):
@@ -700,13 +727,13 @@ def _reached(self: PIDAcT, data, pushes):
     return outputs[m].mean(0)
 
 @patch
-def _edit(self: PIDAcT, t, state): return Edit(self._acting(t, state), prepare=partial(self._pushed, t))
+def _edit(self: PIDAcT, t, here): return Edit(self._acting(t, here), prepare=partial(self._pushed, t))
 
 @patch
 def _pushed(self: PIDAcT, t, value):
     "What is done at block t at one strength, to each token"
     back = 0 - value * self.push_[t]
-    return lambda x, y: (y - back).to(y.dtype)
+    return lambda x, y: _like(y - back, y)
 
 # %% ../nbs/15_control.ipynb #cbd53edb
 def newton_climb(
@@ -721,7 +748,8 @@ def newton_climb(
     Rows already there stay, bit for bit."""
     a, left = x, torch.full_like(x[:, 0], math.inf).clamp_max(leash)
     for _ in range(steps):
-        gap, g = (level - barrier.value(a)).clamp_min(0), barrier.grad(a)
+        h, g = barrier.value_and_grad(a)
+        gap = (level - h).clamp_min(0)
         length = torch.minimum(
             gap / g.norm(dim=-1).clamp_min(torch.finfo(g.dtype).tiny), left)
         a, left = a + length[:, None] * ascent(g), left - length

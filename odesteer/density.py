@@ -157,7 +157,8 @@ def vjp(self: PolynomialCountSketch,
 class DensityRatioBarrier(Barrier):
     """`h(a) = log p+(a)/p-(a)`, by logistic regression on features of `a` (of `a / |a|` when `normalize`).
 
-    Grows on this page: `value`, `fit`, `predict_proba`, `density_ratio`, `grad`, `fit_calibrated`, `spectral`."""
+    Grows on this page: `value`, `fit`, `predict_proba`, `density_ratio`, `grad`, `value_and_grad`, `fit_calibrated`,
+    `spectral`."""
     def __init__(self,
         features,  # a feature map with `fit`, `forward` and `vjp`
         C=1.0,  # inverse ridge penalty: small C keeps the weights small
@@ -379,11 +380,21 @@ def grad(self: DensityRatioBarrier,
 ) -> Tensor:  # (..., d), float32 or better
     "`grad h(a)`, exact; orthogonal to `a` if `normalize`, in raw coordinates."
     u, r = self._unit(a)
-    g = self._vjp(u, self._weights(a))
+    return self._back(self._vjp(u, self._weights(a)), u, r)
+
+@patch
+def _back(self: DensityRatioBarrier, g, u, r):
+    "The gradient at `a`, of that at `u`, where `a / |a|` is."
     if self.normalize:
         g = (g - u * (u * g).sum(-1, keepdim=True)) / r
     return (g * self.scale_.to(g.dtype)
             if self.coordinates == "standardised" else g)
+
+@patch
+def value_and_grad(self: DensityRatioBarrier, a):
+    u, r = self._unit(a)
+    h, g = self._score_and_vjp(u, self._weights(a))
+    return h + (self.intercept_ + self.log_prior_), self._back(g, u, r)
 
 # %% ../nbs/02_density.ipynb #845b28d3
 @dataclass
@@ -605,14 +616,15 @@ def quadratic_form(self: PolynomialCountSketch,
 @patch
 def pairs(self: PolynomialCountSketch,
     w: Tensor,  # (n_components,)
-) -> tuple:  # i conj(fft(w)), buckets to add to, signs on the way in, buckets to read, signs on the way out, and c (d,)
-    "What `pair_product` needs of the weights, and `c`; degree 2 only."
+) -> tuple:  # i conj(fft(w)), buckets to add to, signs on the way in, buckets to read, signs on the way out, c (d,), k ()
+    "What `pair_product` needs of the weights, `c` and `k`; degree 2 only."
     n, d = self.n_components, self.indexHash_.shape[1] - (self.coef0 != 0)
     H, s = self.indexHash_[:, :d], self.gamma**0.5 * self.bitHash_[:, :d].to(w)
     half = torch.arange(2, device=w.device)[:, None]  # 0: the real part, 1: the imaginary one
     W = (1j * torch.fft.fft(w).conj()).resolve_conj()
-    c = self.vjp(w.new_zeros(d), w)
-    return W, (2 * H + half).flatten(), s * (1 - 2 * half), (2 * (-H % n) + half).flatten(), s, c
+    origin = w.new_zeros(d)
+    return (W, (2 * H + half).flatten(), s * (1 - 2 * half), (2 * (-H % n) + half).flatten(), s,
+            self.vjp(origin, w), self.score(origin, w))
 
 @patch
 def pair_product(self: PolynomialCountSketch,
@@ -621,7 +633,7 @@ def pair_product(self: PolynomialCountSketch,
 ) -> Tensor:  # Qx, (..., d)
     "The product with the matrix of degree 2, exact and without it: both tables as one complex signal."
     if not x.numel(): return torch.zeros_like(x)
-    (W, into, s_in, read, s_out, _), rows = pairs, x.reshape(-1, x.shape[-1])
+    (W, into, s_in, read, s_out, *_), rows = pairs, x.reshape(-1, x.shape[-1])
     if len(rows) > 16 and x.device.type == "cpu" and not torch.compiler.is_compiling():  # what fits into its cache
         return torch.cat([self.pair_product(r, pairs) for r in rows.split(16)]).view_as(x)
     signal = rows.new_zeros(len(rows), 2 * len(W)).index_add_(1, into, (rows[:, None] * s_in).flatten(1))
@@ -637,8 +649,7 @@ def _score(self: DensityRatioBarrier, u, w):
     phi, how = self.features, self._route(u)
     if how is None: return phi(u) @ w
     if how == "fft": return phi.score(u, w, self._derived("spectrum", w, phi.spectrum)[1])
-    Q, c, k = self._derived("form", w, phi.quadratic_form)
-    return ((u @ Q / 2 + c) * u).sum(-1) + k
+    return self._score_and_vjp(u, w)[0]
 
 @patch
 def _vjp(self: DensityRatioBarrier, u, w):
@@ -646,18 +657,17 @@ def _vjp(self: DensityRatioBarrier, u, w):
     phi, how = self.features, self._route(u)
     if how is None: return phi.vjp(u, w)
     if phi.degree != 2: return phi.vjp(u, w, self._derived("spectrum", w, phi.spectrum)[0])
-    product, c = self._form(w, how)
+    product, c, _ = self._form(w, how)
     return product(u) + c
 
 @patch
-def _form(self: DensityRatioBarrier, w, how):
-    "Of a sketch of degree 2: the product `x -> Qx`, by the matrix or by transforms, and `c`."
-    phi = self.features
-    if how == "fft":
-        pairs = self._derived("pairs", w, phi.pairs)
-        return lambda x: phi.pair_product(x, pairs), pairs[-1]
-    Q, c, _ = self._derived("form", w, phi.quadratic_form)
-    return lambda x: x @ Q, c
+def _score_and_vjp(self: DensityRatioBarrier, u, w):
+    "Both, of degree 2 by one product."
+    how = self._route(u)
+    if how is None or self.features.degree != 2: return self._score(u, w), self._vjp(u, w)
+    product, c, k = self._form(w, how)
+    Qu = product(u)
+    return ((Qu / 2 + c) * u).sum(-1) + k, Qu + c
 
 # %% ../nbs/02_density.ipynb #96b5447f
 def route(
@@ -727,6 +737,15 @@ def _route(self: DensityRatioBarrier, u):
     if self.method != "auto": return self.method
     how = route(phi.degree, u.shape[-1], phi.n_components, device=u.device, rows=u.shape[:-1].numel())
     return "fft" if how == "dense" and not self._has("form", u) else how
+
+@patch
+def _form(self: DensityRatioBarrier, w, how):
+    "Of a sketch of degree 2: the product `x -> Qx`, by the matrix or by transforms, `c` and `k`."
+    if how == "fft":
+        *_, c, k = pairs = self._derived("pairs", w, self.features.pairs)
+        return lambda x: self.features.pair_product(x, pairs), c, k
+    Q, c, k = self._derived("form", w, self.features.quadratic_form)
+    return lambda x: x @ Q, c, k
 
 @patch
 def __getstate__(self: DensityRatioBarrier): return {**self.__dict__, "_derived_tables": {}}

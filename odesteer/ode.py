@@ -696,10 +696,9 @@ class KrylovBarrier(SpectralBarrier):
         w, self.normalize, self.shift = barrier._weights(a), barrier.normalize, None
         if barrier.coordinates == "centred": self.shift = barrier.shift_.to(w)
         x = self._relative(a).reshape(-1, a.shape[-1])
-        product, c = barrier._form(w, barrier._route(x))
+        product, c, k = barrier._form(w, barrier._route(x))
         self.shape = a.shape[:-1]
-        *self.c_chain, self.size, k = barrier._derived(
-            "chain", w, lambda w: (*_chain(product, c), barrier._score(torch.zeros_like(c), w)))
+        *self.c_chain, self.size = barrier._derived("chain", w, lambda _: _chain(product, c))
         self.k = k + barrier.intercept_ + barrier.log_prior_
         self.a_chain = _Lanczos(lambda v: product(v) / self.size, x, _LONGEST)
         for _ in range(_FIRST): self.a_chain.grow()

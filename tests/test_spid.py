@@ -8,7 +8,7 @@ from scipy import optimize
 
 import odesteer as ods
 from odesteer.barrier import LinearBarrier
-from odesteer.control import EffortMeter, Recorder, Rollouts, Tracker, effort, newton_climb
+from odesteer.control import EffortMeter, Recorder, Rollouts, Tracker, _Pass, effort, newton_climb
 from odesteer.euler import Edit
 from odesteer.linear import Jacobians, block_inputs, riccati
 from odesteer.hooks import generate_text
@@ -71,16 +71,36 @@ def test_spid_the_short_way_and_both_ways_in_turn(every):
     c.width = 6
     turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
     def walk(short):
-        x, state = torch.randn(3, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64), {}
-        for _ in range(2):
+        x, here, ends = torch.randn(3, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64), _Pass(), []
+        for rows in 3, 3, 2, 3:  # as many tokens as in the pass before, fewer, more
+            x = torch.cat([x, x])[:rows]
             for t in range(25):
                 y = torch.tanh(x @ turn)
-                x = c._looped(t, state, value)(x[:, None], y[:, None])[:, 0] if short(t) else y + c._control(t, x, y, value.expand(3), state)
-        assert state == {}
-        return x
+                x = c._looped(t, here, value)(x[:, None], y[:, None])[:, 0] if short(t) else y + c._control(t, x, y, value.expand(rows), here.state)
+            ends.append(x)
+            assert here.state == {}
+        return torch.cat(ends)
     want = walk(lambda t: False)
     for short in (lambda t: True), (lambda t: t < 13), (lambda t: t >= 13), (lambda t: t % 3 > 0), (lambda t: t == 0), (lambda t: t % 7 < 5):
         torch.testing.assert_close(walk(short), want, rtol=1e-10, atol=1e-12)
+
+
+def test_a_pass_that_broke_off_leaves_nothing_behind():
+    "The room for errors serves pass after pass: in inference mode and out of it, whole or not"
+    data, value = rollouts(), torch.tensor(1.5, dtype=torch.float64)
+    c, x = ods.SPID(), torch.randn(3, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    c._fit(data)
+    c.width, here = 6, _Pass()
+    acts = [c._looped(t, here, value) for t in range(25)]
+    def walk(x, until=25):
+        for act in acts[:until]: x = act(x, x)
+        return x
+    with torch.inference_mode(): want = walk(x)
+    with torch.no_grad():
+        walk(x + 1, until=7)
+        room = here.room
+        assert torch.equal(walk(x), want) and here.room is room
+        assert torch.equal(walk(x[:2]), want[:2]) and here.room is not room
 
 
 def test_the_integral_is_zero_where_it_is_reset():
