@@ -601,7 +601,7 @@ def measure_answers(
     length, rows = dict(min_new_tokens=tokens, max_new_tokens=tokens), []
     def first(n):
         start = time.perf_counter()
-        plain_answers(model, tokenizer, prompts[:n], n, **DRAWS["greedy"], **length)
+        with torch.random.fork_rng(): plain_answers(model, tokenizer, prompts[:n], n, **DRAWS["greedy"], **length)
         return time.perf_counter() - start
     first(8)  # warm-up
     *_, batch = best_batch(first, len(prompts) / 2)
@@ -681,10 +681,10 @@ def measure(
 # %% ../nbs/23_speed.ipynb #fd66de39
 _FULL = dict(widths=(128, 1024, 4096), batches=(1, 16, 64), steps=(1, 10, 100), n_components=8000, least=.02,
              fits=((2000, 1024, 8000), (10000, 4096, 8000)), compiled=(1024, (1, 64), (10, 100)), compiler={},
-             shapes=("micro", "smollm2", "1b"), gpu_shapes=("8b",), texts=48, asked=198, answer=20)
+             shapes=("micro", "smollm2", "1b"), gpu_shapes=("8b",), texts=48, joined=5, asked=198, answer=20)
 _TINY = dict(widths=(16, 32), batches=(1, 2), steps=(1, 2), n_components=64, least=1e-3,
              fits=((40, 16, 64),), compiled=(16, (2,), (2,)), compiler=dict(backend="eager"),
-             shapes=("micro", "tiny"), gpu_shapes=(), texts=8, asked=16, answer=3)
+             shapes=("micro", "tiny"), gpu_shapes=(), texts=8, joined=1, asked=12, answer=2)
 
 def _measure_part(part, sizes, rounds, device) -> list:
     "The rows of one part."
@@ -723,7 +723,7 @@ def _on_model(part, shape, sizes, rounds, device) -> list:
         asked = _joined(truth.neg[:sizes["asked"]])
         return measure_answers(model, tokenizer, asked, sizes["answer"], min(rounds, 3), shape)
     if part == "controller":
-        both = [_joined(fold[:sizes["texts"] + 2], 5) for fold in (truth.pos, truth.neg)]
+        both = [_joined(fold[:sizes["texts"] + 2], sizes["joined"]) for fold in (truth.pos, truth.neg)]
         return measure_controller(model, tokenizer, both, min(rounds, 3), shape)
     texts = _endings(truth.pos[:8])
     methods = fitted_methods(model, tokenizer, n_components=sizes["n_components"], texts=texts)
