@@ -330,6 +330,13 @@ def _on(self: Fitted, x):
             self._copies = {**copies, key: copy.deepcopy(self).to(*key)}
     return self._copies[key]
 
+@patch
+def __setattr__(self: Fitted, name, value):
+    "A hyper-parameter that is set later is set on the card too, and copies with the old one go."
+    nn.Module.__setattr__(self, name, value)
+    if name in self.__dict__.get("params", ()):
+        self.params, self._copies = {**self.params, name: value}, {}
+
 # %% ../nbs/00_euler.ipynb #1eeef6a4
 def per_row(
     T,  # number, or tensor whose shape begins like `a`: one value per row

@@ -185,7 +185,7 @@ def steerer(self: Scene, state: State) -> Steerer:
     steerer = self.fitted(state.method, state.layer, state.metric)
     if "steps" not in knobs(type(steerer)): return steerer
     steerer = copy(steerer)
-    steerer.steps, steerer._copies = state.steps, {}  # copies on other devices would have other steps
+    steerer.steps = state.steps
     return steerer
 
 @patch

@@ -495,21 +495,22 @@ def measure_decode(
     model,  # a causal language model
     methods: dict,  # name -> (what `steering` takes, seconds of its fit)
     shape: str = "",  # name of the model in the rows
-    tokens: int = 1,  # per turn
+    tokens: int = 1,  # that are timed in a turn
+    warm: int = 0,  # more before them, in which a method prepares what it looks up later
     batch: int = 1,  # rows
     rounds: int = 15,  # turns of each method
     prompt: int = 64,  # tokens
     static=False,  # a static cache
-    compiled=None,  # arguments of torch.compile, as dict(mode="reduce-overhead"): every turn compiles anew and warms up
+    compiled=None,  # arguments of torch.compile, as dict(mode="reduce-overhead"): every turn compiles anew, and three tokens warm up
 ) -> list:  # of rows: unsteered first, its repetition and an empty edit, then the methods
     "Overhead of each method on the time of a token, turn by turn."
-    warm = 0 if compiled is None else 3
+    if compiled is not None: warm = max(warm, 3)
     arms = {"unsteered": None, "unsteered again": None, "empty edit": (EmptyEdit(), None), **methods}
     decoding = Decoding(model, prompt, batch, (len(arms) * rounds + 3) * (tokens + warm) + 8, static)
     if compiled is not None: decoding.run = torch.compile(model, **compiled)
     else:
         for _ in range(3): decoding.step()  # warm-up
-    work = {} if warm else _count_arms(model, arms, decoding)
+    work = {} if compiled is not None else _count_arms(model, arms, decoding)
     seconds, memory = _take_turns(model, arms, decoding, rounds, tokens, warm)
     about = dict(batch=batch, static=static, compiled=compiled is not None)
     return [dict(shape=shape, method=name, **about, **_times(s, ratio(s, seconds["unsteered"])),
@@ -594,7 +595,7 @@ def measure_answers(
     tokenizer,  # its tokenizer
     prompts: list,  # of str
     tokens: int = 20,  # of each answer
-    rounds: int = 3,  # of `trials`
+    rounds: int = 2,  # of `trials`
     shape: str = "",  # name of the model in the rows
 ) -> list:  # two rows for each of DRAWS: the plain loop, and `sample`
     "Time to answer all prompts, as benchmarks ask them, against the plain loop at its best batch size."
@@ -720,17 +721,17 @@ def _on_model(part, shape, sizes, rounds, device) -> list:
         few = _joined(truth.neg[:sizes["texts"] // (3 if large else 1)])
         return measure_collect(model, tokenizer, few, 16, rounds=min(rounds, 3) if large else rounds, shape=shape)
     if part == "answer":
-        asked = _joined(truth.neg[:sizes["asked"]])
-        return measure_answers(model, tokenizer, asked, sizes["answer"], min(rounds, 3), shape)
+        return measure_answers(model, tokenizer, truth.neg[:sizes["asked"]], sizes["answer"], min(rounds, 2), shape)
     if part == "controller":
         both = [_joined(fold[:sizes["texts"] + 2], sizes["joined"]) for fold in (truth.pos, truth.neg)]
         return measure_controller(model, tokenizer, both, min(rounds, 3), shape)
     texts = _endings(truth.pos[:8])
     methods = fitted_methods(model, tokenizer, n_components=sizes["n_components"], texts=texts)
     methods["published recipe"] = RecipeEdit(methods["odesteer"][0]), None
-    how, rows = dict(tokens=8 if gpu or not large else 1, rounds=2 * rounds + 1, static=gpu), []
+    # short turns: an arm and the one it is compared with share the same second
+    how, rows = dict(tokens=2, warm=1, rounds=6 * rounds - 1) if gpu or not large else dict(rounds=2 * rounds + 1), []
     for batch in (1, 8) if shape == "smollm2" else (1,):
-        rows += measure_decode(model, methods, shape, batch=batch, **how)
+        rows += measure_decode(model, methods, shape, batch=batch, static=gpu, **how)
     if gpu and large:
         graphs = dict(mode="reduce-overhead")
         rows += measure_decode(model, methods, shape, tokens=64, rounds=3, static=True, compiled=graphs)
