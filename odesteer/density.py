@@ -157,8 +157,7 @@ def vjp(self: PolynomialCountSketch,
 class DensityRatioBarrier(Barrier):
     """`h(a) = log p+(a)/p-(a)`, by logistic regression on features of `a` (of `a / |a|` when `normalize`).
 
-    Grows on this page: `value`, `fit`, `predict_proba`, `density_ratio`, `grad`, `value_and_grad`, `fit_calibrated`,
-    `spectral`."""
+    Grows on this page: `value`, `fit`, `predict_proba`, `density_ratio`, `grad`, `fit_calibrated`, `spectral`."""
     def __init__(self,
         features,  # a feature map with `fit`, `forward` and `vjp`
         C=1.0,  # inverse ridge penalty: small C keeps the weights small
@@ -616,7 +615,7 @@ def quadratic_form(self: PolynomialCountSketch,
 @patch
 def pairs(self: PolynomialCountSketch,
     w: Tensor,  # (n_components,)
-) -> tuple:  # i conj(fft(w)), buckets to add to, signs on the way in, buckets to read, signs on the way out, c (d,), k ()
+) -> tuple:  # i conj(fft(w)), buckets to add to, signs on the way in, those to read, signs on the way out, c (d,), k ()
     "What `pair_product` needs of the weights, `c` and `k`; degree 2 only."
     n, d = self.n_components, self.indexHash_.shape[1] - (self.coef0 != 0)
     H, s = self.indexHash_[:, :d], self.gamma**0.5 * self.bitHash_[:, :d].to(w)

@@ -178,11 +178,16 @@ class Fitted(nn.Module):
         if not isinstance(params.get("seed", 0), (int, np.integer)):
             raise ValueError(f"seed must be a whole number; got {params['seed']!r}")
         self.params = params  # hyper-parameters
-        self.about = {}  # what only you know: model, revision, layer, ...
-        self.chosen = {}  # what the fit chose by itself
+        self.about, self.chosen = {}, {}  # what only you know: model, revision, layer, ...; what the fit chose by itself
         self.width = None  # d, once it is fitted
         self._fitted_on, self._copies = {}, {}  # the data's size and hash; copies on other devices
         for k, v in params.items(): setattr(self, k, v)
+
+    def __setattr__(self, name, value):
+        "A hyper-parameter that is set later stands on the card too, and copies with the old one go"
+        super().__setattr__(name, value)
+        if name in self.__dict__.get("params", ()) and not isinstance(value, nn.Module):
+            self.params, self._copies = {**self.params, name: value}, {}
 
     def _store(self, **tensors):
         "Keep fitted tensors as buffers, so that they move, copy and save together; one of them is `median_norm_`."
@@ -329,13 +334,6 @@ def _on(self: Fitted, x):
         with torch.inference_mode(False):  # else a score's gradient could not pass
             self._copies = {**copies, key: copy.deepcopy(self).to(*key)}
     return self._copies[key]
-
-@patch
-def __setattr__(self: Fitted, name, value):
-    "A hyper-parameter that is set later is set on the card too, and copies with the old one go."
-    nn.Module.__setattr__(self, name, value)
-    if name in self.__dict__.get("params", ()):
-        self.params, self._copies = {**self.params, name: value}, {}
 
 # %% ../nbs/00_euler.ipynb #1eeef6a4
 def per_row(

@@ -501,7 +501,7 @@ def measure_decode(
     rounds: int = 15,  # turns of each method
     prompt: int = 64,  # tokens
     static=False,  # a static cache
-    compiled=None,  # arguments of torch.compile, as dict(mode="reduce-overhead"): every turn compiles anew, and three tokens warm up
+    compiled=None,  # arguments of torch.compile, as dict(mode="reduce-overhead"): every turn compiles anew, warm is 3
 ) -> list:  # of rows: unsteered first, its repetition and an empty edit, then the methods
     "Overhead of each method on the time of a token, turn by turn."
     if compiled is not None: warm = max(warm, 3)
@@ -582,8 +582,8 @@ def plain_answers(
     for i in range(0, len(prompts), batch_size):
         coded = encode(tokenizer, prompts[i:i + batch_size])
         batch = padded(coded, pad, "left", device)
-        torch.manual_seed(i)
-        with torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(i)
             ids = model.generate(**batch, pad_token_id=pad, **settings)
         answers += tokenizer.batch_decode(
             ids[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
@@ -602,15 +602,14 @@ def measure_answers(
     length, rows = dict(min_new_tokens=tokens, max_new_tokens=tokens), []
     def first(n):
         start = time.perf_counter()
-        with torch.random.fork_rng(): plain_answers(model, tokenizer, prompts[:n], n, **DRAWS["greedy"], **length)
+        plain_answers(model, tokenizer, prompts[:n], n, **DRAWS["greedy"], **length)
         return time.perf_counter() - start
     first(8)  # warm-up
     *_, batch = best_batch(first, len(prompts) / 2)
     for name, draws in DRAWS.items():
         ways, said = {"plain loop": plain_answers, "sample": sample}, {}
         def ask(way): said[way] = ways[way](model, tokenizer, prompts, batch_size=batch, **draws, **length)
-        with torch.random.fork_rng():  # the plain loop sets the seed
-            seconds = trials({way: functools.partial(ask, way) for way in ways}, rounds, 0., device_of(model))
+        seconds = trials({way: functools.partial(ask, way) for way in ways}, rounds, 0., device_of(model))
         same = sum(map(str.__eq__, *said.values())) / len(prompts)
         rows += [dict(shape=shape, draws=name, way=way, batch=batch, prompts=len(prompts), same=same,
                       **_times(s, ratio(seconds["plain loop"], s))) for way, s in seconds.items()]
@@ -844,8 +843,6 @@ TARGETS = {  # what -> (sign, aim, part, the row whose ratio is meant, or the tw
     "a token with odesteer, SmolLM2": ("<=", 1.05, "decode", _token("odesteer", 1)),
     "a token with a-lqr, SmolLM2": ("<=", 1.03, "decode", _token("alqr", 1)),
     "of 8 rows at once": ("<=", 1.03, "decode", _token("alqr", 8)),
-    "a token with s-pid, SmolLM2": ("<=", 1.03, "decode", _token("spid", 1)),
-    "of 8 rows at once, s-pid": ("<=", 1.03, "decode", _token("spid", 8)),
     "greedy answers, SmolLM2": (">=", 1, "answer", dict(shape="smollm2", draws="greedy", way="sample"))}
 
 # %% ../nbs/23_speed.ipynb #goal0001

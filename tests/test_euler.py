@@ -1,4 +1,5 @@
 "Page 00: data and its checks, the logistic regression, the constant fields, the registry"
+import copy
 import os
 import re
 import subprocess
@@ -280,6 +281,22 @@ def test_registry():
 
 def test_printing():
     assert repr(ods.ITI()) == "ITI(), not fitted" and repr(ods.ITI(C=2.)) == "ITI(C=2.0), not fitted"
+
+
+def test_a_hyper_parameter_that_is_set_later_counts_everywhere(tmp_path):
+    "In every precision, on the card and in the file; a shallow copy with another one leaves the original alone"
+    pos, neg, x = normal(30, 6) + 1, normal(30, 6, seed=1), normal(4, 6, seed=2)
+    def fresh(**kw): return ods.ODESteer(n_components=32, **kw).fit(pos.float(), neg.float())
+    s, want = fresh(), fresh(steps=3)
+    before = s.steer(x, T=1.), s.steer(x.float(), T=1.)  # the first by a copy in float64
+    s.steps = 3
+    assert torch.equal(s.steer(x, T=1.), want.steer(x, T=1.)) and torch.equal(s.steer(x.float(), T=1.), want.steer(x.float(), T=1.))
+    assert s.card["params"] == want.card["params"] and "steps=3" in repr(s)
+    s.save_pretrained(tmp_path/"s")
+    assert torch.equal(ods.Steerer.from_pretrained(tmp_path/"s").steer(x, T=1.), s.steer(x, T=1.))
+    twin = copy.copy(s)
+    twin.steps = 10
+    assert s.steps == s.card["params"]["steps"] == 3 and torch.equal(twin.steer(x, T=1.), before[0]) and torch.equal(s.steer(x, T=1.), want.steer(x, T=1.))
 
 
 def test_a_card_that_json_cannot_carry(tmp_path):
