@@ -178,7 +178,7 @@ class Fitted(nn.Module):
         if not isinstance(params.get("seed", 0), (int, np.integer)):
             raise ValueError(f"seed must be a whole number; got {params['seed']!r}")
         self.params = params  # hyper-parameters
-        self.about, self.chosen = {}, {}  # what only you know: model, revision, layer, ...; what the fit chose by itself
+        self.about, self.chosen = {}, {}  # what only you know: model, layer, ...; what the fit chose by itself
         self.width = None  # d, once it is fitted
         self._fitted_on, self._copies = {}, {}  # the data's size and hash; copies on other devices
         for k, v in params.items(): setattr(self, k, v)
