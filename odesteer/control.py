@@ -350,12 +350,9 @@ def _like(steered, y): return steered if steered.dtype is y.dtype else steered.t
 def _held(self: FeatureController, t, W, value):
     "What is done at block t at one strength, to each token: a product with the features, one with the corrections"
     (V, bias), W = self._goal(t, value), W.reshape(-1, self.width)
-    def one(x, y): return torch.addcmul(y, linear(x, V, bias), W, value=-1)
-    def several(x, y): return y - linear(linear(x, V, bias), W.T)
-    pull = one if len(W) == 1 else several
-    def act(x, y):
-        if x.dtype is y.dtype is W.dtype: return pull(x, y)
-        return pull(x.to(W.dtype), y.to(W.dtype)).to(y.dtype)
+    zero = torch.zeros_like(W[0])  # 0. + -0. is 0., and -0. - 0. stays -0.
+    def back(beyond): return torch.addcmul(zero, beyond, W) if len(W) == 1 else linear(beyond, W.T, zero)
+    def act(x, y): return _like(y - back(linear(x if x.dtype is W.dtype else x.to(W.dtype), V, bias)), y)
     return act
 
 @patch
@@ -581,6 +578,7 @@ def _edit(self: SPID, t, here): return Edit(self._acting(t, here), prepare=parti
 def _looped(self: SPID, t, here, value):
     "What is done at block t at one strength, to each token: one product with the directions of blocks that count"
     ((v,), bias), mix, last = self._goal(t, value), self._mix(t), t + 1 == len(self.V_)
+    zero = torch.zeros_like(v)
     def act(x, y):
         x = x.flatten(0, -2)
         if x.dtype is not v.dtype: x = x.to(v.dtype)
@@ -592,7 +590,7 @@ def _looped(self: SPID, t, here, value):
         torch.addmv(bias, x, v, out=room.rows[t])
         if last: state.clear()
         else: state["short"] = room.until[t + 1]
-        return _like(y - torch.mm(room.recent[t], mix).view_as(y), y)
+        return _like(y - torch.addmm(zero, room.recent[t], mix).view_as(y), y)
     return act
 
 # %% ../nbs/15_control.ipynb #spid0002

@@ -176,7 +176,9 @@ def test_no_error_no_change_bit_for_bit(llama, dtype):
     x[:, 3] = 3.  # where strength 2 wants it
     moved = c.edits(the_model(dtype=dtype), None, 2.)[2]
     assert torch.equal(moved(x, y, 2 * ONE).view(bits), y.view(bits)) and not torch.equal(moved(x, y, ONE), y)
-    for quick in edit.prepare(ONE), moved.prepare(2 * ONE): assert torch.equal(quick(x, y), y)  # but for the sign of a zero
+    for quick in edit.prepare(ONE), moved.prepare(2 * ONE):
+        assert torch.equal(quick(x, y).view(bits), y.view(bits))
+        for z in -torch.zeros_like(y), torch.zeros_like(y): assert torch.equal(quick(x, z).view(bits), z.view(bits)) and torch.equal(quick(x[:1], z[:1]).view(bits), z[:1].view(bits))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

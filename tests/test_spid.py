@@ -125,6 +125,9 @@ def test_at_the_set_point_nothing_changes_bit_for_bit():
     x, y = torch.zeros(3, WIDTH), torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
     y[0, 0] = -0.
     for t in range(LAYERS): assert torch.equal(edits[t](x, y, torch.zeros(())).view(torch.int32), y.view(torch.int32))
+    quick = [edits[t].prepare(torch.zeros(())) for t in range(LAYERS)]
+    for z in y, -torch.zeros_like(y), -torch.zeros_like(y[:1]):
+        for act in quick: assert torch.equal(act(x[:len(z)], z).view(torch.int32), z.view(torch.int32))
 
 
 @pytest.mark.parametrize("setpoint", ["uncentred", "centred"])
