@@ -294,7 +294,7 @@ def edits(self: Controller,
 
 class _Pass(threading.local):
     "What a controller carries from block to block, in this thread's pass"
-    def __init__(self): self.state, self.room = {}, None
+    def __init__(self): self.state = {}
 
 @patch
 def _acting(self: Controller, t, here):
@@ -351,8 +351,11 @@ def _held(self: FeatureController, t, W, value):
     "What is done at block t at one strength, to each token: a product with the features, one with the corrections"
     (V, bias), W = self._goal(t, value), W.reshape(-1, self.width)
     zero = torch.zeros_like(W[0])  # 0. + -0. is 0., and -0. - 0. stays -0.
-    def back(beyond): return torch.addcmul(zero, beyond, W) if len(W) == 1 else linear(beyond, W.T, zero)
-    def act(x, y): return _like(y - back(linear(x if x.dtype is W.dtype else x.to(W.dtype), V, bias)), y)
+    if len(W) > 1: return lambda x, y: _like(y - linear(linear(x.to(W.dtype), V, bias), W.T, zero), y)
+    (v,), (w,), first, add_times = V, W, torch.cat([bias, zero[1:]]), torch.addcmul
+    def act(x, y):  # for one feature, products of matrices take longer
+        beyond = add_times(first, x, v).sum(-1, True)
+        return _like(y - add_times(zero, beyond, w), y)
     return act
 
 @patch
@@ -569,61 +572,43 @@ def _control(self: SPID, t, x, y, value, state):
     return self._pid(t, self._alpha(t, x, value)[:, None] * self.V_[t], state)
 
 @patch
-def _first(self: SPID, t): return max(0, min(t - t % self.reset_every + 1, t - 1))  # whose error counts
-
-@patch
 def _edit(self: SPID, t, here): return Edit(self._acting(t, here), prepare=partial(self._looped, t, here))
 
 @patch
 def _looped(self: SPID, t, here, value):
-    "What is done at block t at one strength, to each token: one product with the directions of blocks that count"
-    ((v,), bias), mix, last = self._goal(t, value), self._mix(t), t + 1 == len(self.V_)
-    zero = torch.zeros_like(v)
+    "What is done at block t at one strength, to each token: `_pid` with gains multiplied into the directions"
+    ((v,), bias), own, later, sums = self._goal(t, value), *self._scaled(t)
+    zero, last, add_times = torch.zeros_like(v), t + 1 == len(self.V_), torch.addcmul
+    first = torch.cat([bias, zero[1:]])
     def act(x, y):
-        x = x.flatten(0, -2)
-        if x.dtype is not v.dtype: x = x.to(v.dtype)
-        if t == 0: self._enter(here, x)
-        room, state = here.room, here.state
-        if not room or state.get("short") is not room.until[t] or room.device != x.device:  # blocks took the long way
-            error = -torch.addmv(bias, x, v)[:, None] * v
-            return _like(y - (0 - self._pid(t, error, state)).view_as(y), y)
-        torch.addmv(bias, x, v, out=room.rows[t])
-        if last: state.clear()
-        else: state["short"] = room.until[t + 1]
-        return _like(y - torch.addmm(zero, room.recent[t], mix).view_as(y), y)
+        beyond, state = add_times(first, x, v).sum(-1, True), here.state  # minus the length of the error
+        if t == 0: state["short"] = beyond, zero, zero
+        if "short" not in state:  # blocks before took the long way
+            return _like(y - (0 - self._pid(t, -beyond.flatten(0, -2) * v, state)).view_as(y), y)
+        _, total, rest = state.pop("short")
+        if rest.device != x.device: total, rest = total.to(x.device), rest.to(x.device)
+        if not last: state["short"] = beyond, *add_times(total if sums else zero, beyond, later).unbind()
+        return _like(y - add_times(rest, beyond, own), y)
     return act
 
 # %% ../nbs/15_control.ipynb #spid0002
 @patch
-def _mix(self: SPID, t):
-    "The directions of the blocks whose errors count at block t, each times its weight, (blocks, d)"
-    reset, first = t - t % self.reset_every, self._first(t)
-    w = torch.zeros(t + 1, dtype=torch.float64)
-    w[reset + 1:] = self.ki
-    w[t] += self.kp
-    if t > 0:
-        w[t] += self.kd
-        w[t - 1] -= self.kd
-    return w[first:, None].to(self.V_) * self.V_[first:t + 1]
-
-@patch
-def _enter(self: SPID, here, x):
-    "A pass begins, (tokens, d): room for how far blocks are beyond their goals, that of the last pass if it fits"
-    like = len(x), x.dtype, x.device
-    if not here.room or here.room.like != like:
-        L = range(len(self.V_))
-        with torch.inference_mode(False): all = x.new_empty(len(L), len(x))
-        here.room = SimpleNamespace(like=like, device=x.device, rows=[*all], until=[all[:t] for t in L],
-                                    recent=[all[self._first(t):t + 1].T for t in L])
-    here.state.clear()
-    here.state["short"] = here.room.until[0]
+def _scaled(self: SPID, t):
+    "The direction of block t times the gain of its own error; times its parts in what the next block starts from; `sums`"
+    ki = self.ki if t % self.reset_every else 0
+    own = self.kp + ki + (self.kd if t else 0)
+    sums = ki != 0 and (t + 1) % self.reset_every > 0  # is there a sum that goes on?
+    ki = ki if sums else 0
+    later = torch.tensor([ki, ki - self.kd], dtype=torch.float64).to(self.V_)  # the sum so far; the same less the last error
+    return own * self.V_[t], later[:, None, None, None] * self.V_[t], sums
 
 @patch
 def _recall(self: SPID, t, state):
     "Error and sum of the block before, where blocks up to it went the short way"
-    errors = [-b[:, None] * v for b, v in zip(state.pop("short").to(self.V_), self.V_)]
-    since = (t - 1) - (t - 1) % self.reset_every
-    state["spid"] = errors[-1], sum(errors[since + 1:], torch.zeros_like(errors[-1]))
+    beyond, total, _ = state.pop("short")
+    error = -beyond.flatten(0, -2).to(self.V_) * self.V_[t - 1]
+    total = total.expand(*beyond.shape[:-1], -1).flatten(0, -2).to(error)
+    state["spid"] = error, -total / (self.ki or 1)
 
 # %% ../nbs/15_control.ipynb #3ed4401f
 class Recorder:

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import warnings
-from collections import Counter
+from collections import defaultdict
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -124,6 +124,7 @@ def add(self: Watch, steering):
 def drop(self: Watch, steering):
     "A call of this thread loses it at once, one of another thread keeps what it began with"
     with _LOCK: self.steerings = tuple(s for s in self.steerings if s is not steering)
+    self.here.ready = None
     for call in (self.here.call, self.here.single):
         if call is not None: call.steerings = tuple(s for s in call.steerings if s is not steering)
     self.settle()
@@ -249,9 +250,9 @@ class Steering:
         self.thread, self.born, self.entered, self.attached = threading.get_ident(), next(_BORN), False, True
         self._watch, self.here, self.last = watch_of(model), _Where(), None
         self._pad = _known_pad(model)
-        self._edits, self._values, self._applied = {}, {}, Counter()  # applied: by thread
+        self._edits, self._values, self._applied = {}, {}, defaultdict(lambda: [0])  # applied: by thread
         self._at = {}  # block -> keys of its edits, in their order
-        self._alike = {}  # block -> its device and what is done to each token, where that is the same for all
+        self._alike = {}  # block -> what is done to its output, where that is the same for every token
         self.strength = strength
         self.places = self._places()
         with torch.inference_mode(False): self._count = {i: _zero(device_of(stack[i])) for i in self._at}
@@ -299,7 +300,7 @@ def _zero(device): return torch.zeros((), dtype=torch.int64, device=device)
 @patch(as_prop=True)
 def applied(self: Steering) -> int:
     "How many token activations have been steered so far"
-    return sum(self._applied.values()) + sum(int(c) for c in self._count.values())
+    return sum(n for n, in list(self._applied.values())) + sum(int(c) for c in self._count.values())
 
 @patch
 def __enter__(self: Steering):
@@ -330,17 +331,16 @@ def __repr__(self: Steering):
             f"positions={self.positions!r}, {state}, applied={self.applied})")
 
 # %% ../nbs/05_hooks.ipynb #db6ef968
-class _All(int): "Every token of a pass, each in the same way"
-_ALL = _All(0)
-
 @patch
-def _all_or(self: Steering, where):
-    "`_ALL` where a pass has all its tokens steered and asks for no more, such as a gradient; else `where`"
-    if not (isinstance(where, int) and where == 0 and self._alike): return where
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or in_processes(): return where
-    kinds = {device.type for device, _ in self._alike.values()} - {"meta"}
-    recorded = "cuda" in kinds and torch.cuda.is_current_stream_capturing()
-    return where if recorded or any(map(torch.is_autocast_enabled, kinds)) else _ALL
+def _all_alike(self: Steering, tokens) -> bool:
+    "Does this pass have all its tokens steered alike, and ask for no more, such as a gradient?"
+    if not (isinstance(self.here.where, int) and self.here.where == 0 and self._alike): return False
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or in_processes(): return False
+    if tokens.device != self._home or tokens.numel() == 0: return False
+    recorded = "cuda" in self._kinds and torch.cuda.is_current_stream_capturing()
+    return not (recorded or any(map(torch.is_autocast_enabled, self._kinds)))
+
+def _tokens(given): return given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
 
 @patch
 def look(self: Watch, names, module, args, kwargs):
@@ -355,16 +355,19 @@ def look(self: Watch, names, module, args, kwargs):
         acting = self.acting()
         here.single = _Call(acting)
         self.calls.add(here.single)
-    for s in acting: s.here.where = s.last = s._all_or(s._look(given))
-    here.labels = None
+    for s in acting: s.here.where = s.last = s._look(given)
+    here.labels, tokens = None, _tokens(given)
+    here.ready = None
+    if all(s._all_alike(tokens) for s in acting):
+        here.ready = [(s, s._applied[threading.get_ident()], tokens.shape[:2].numel()) for s in acting]
 
 # %% ../nbs/05_hooks.ipynb #c4be4770
 @patch
 def looked(self: Watch, module, args, output=None):
     "After the decoder has run, or failed"
-    call = self.here.single
-    if call is None or torch.compiler.is_compiling(): return
-    self.here.single = None
+    if torch.compiler.is_compiling(): return
+    call, self.here.single, self.here.ready = self.here.single, None, None
+    if call is None: return
     if call.begun is not None: _mark(getattr(output, "past_key_values", None), call.begun)
     self.ended(call)
 
@@ -375,8 +378,18 @@ def note_labels(self: Watch, names, module, args, kwargs):
 
 @patch
 def steer(self: Watch, layer, module, args, kwargs, output):
-    "After a block has run; one that runs outside any pass is computed again by autograd, which began with `present`"
-    call = self.here.call if self.here.call is not None else self.here.single
+    "After a block has run"
+    here, y = self.here, output if isinstance(output, Tensor) else output[0]
+    if here.ready is not None and type(y) is Tensor and y.ndim == 3 and not torch.compiler.is_compiling():
+        x, steered = args[0] if args else kwargs["hidden_states"], y
+        for s, count, n in here.ready:
+            if act := s._alike.get(layer):
+                steered = act(x, steered)
+                count[0] += n
+            else: steered = s._steer(layer, args, kwargs, steered)  # acts elsewhere, or was given another strength
+        return steered if y is output else (steered, *output[1:])
+    call = here.call if here.call is not None else here.single
+    # one that runs outside any pass is computed again by autograd, which began with `present`
     for s in self.present if call is None else call.steerings: output = s._steer(layer, args, kwargs, output)
     return output
 
@@ -385,7 +398,7 @@ def steer(self: Watch, layer, module, args, kwargs, output):
 def _look(self: Steering, given):
     "Which tokens of the pass that begins are to be steered?"
     here = self._watch.here
-    tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+    tokens = _tokens(given)
     if given.get("cache") is not None:
         raise NotImplementedError("continuous batching packs several requests into one row, "
                                   "where their prompts cannot be told apart: use generate")
@@ -533,8 +546,6 @@ def _steer(self: Steering, layer, args, kwargs, output):
     if isinstance(where, str): where = self.last  # autograd computes a block again in a thread of its own
     if where is None or layer not in self._at: return output
     x = args[0] if args else kwargs["hidden_states"]
-    if where is _ALL and (steered := self._steer_all(layer, x, y)) is not None:
-        return steered if y is output else (steered, *output[1:])
     check_streams(self.model, y, self.here.tokens)
     x = x.to(y.device)
     n = len(y) * (y.shape[1] - where) if isinstance(where, int) else len(where[0])
@@ -542,7 +553,7 @@ def _steer(self: Steering, layer, args, kwargs, output):
     for key in self._at[layer]: y = self._edit(key, x, y, where)
     recorded = torch.compiler.is_compiling() or (y.is_cuda and torch.cuda.is_current_stream_capturing())
     if recorded: self._count[layer].add_(n)  # counts again whenever the code or graph runs
-    else: self._applied[threading.get_ident()] += n
+    else: self._applied[threading.get_ident()][0] += n
     return y if isinstance(output, Tensor) else (y, *output[1:])
 
 @patch
@@ -561,16 +572,6 @@ def _kept(steered, old, key):
     if steered.shape == old.shape and steered.dtype == old.dtype: return steered
     raise ValueError(f"the edit at layer {key if isinstance(key, int) else key[0]} was given {tuple(old.shape)} "
                      f"{old.dtype} and returned {tuple(steered.shape)} {steered.dtype}: both must be kept")
-
-@patch
-def _steer_all(self: Steering, layer, x, y):
-    "A block's output with every token steered; None where it must be looked at more closely"
-    place, edits = self._alike.get(layer, (None, ()))
-    if type(y) is not Tensor or y.ndim != 3 or not x.device == y.device == place: return None
-    if torch.compiler.is_compiling() or len(y) == 0: return None
-    for edit in edits: y = edit(x, y)
-    self._applied[threading.get_ident()] += y.shape[0] * y.shape[1]
-    return y
 
 # %% ../nbs/05_hooks.ipynb #df9b9e10
 @patch
@@ -622,7 +623,8 @@ def strength(self: Steering, strength):
     # a dict of units changes the edits
     if not self._edits or isinstance(strength, dict) or isinstance(self._strength, dict): self._edits = edits
     self._at = at
-    self._alike = self._prepared()
+    self._alike, self._home = self._prepared(), device_of(self.model.get_input_embeddings())
+    self._kinds = {v.device.type for v in self._values.values()} - {"meta"}
     self._strength = strength
 
 # %% ../nbs/05_hooks.ipynb #eeb97392
@@ -638,11 +640,20 @@ def _hold(old, new):
 @patch
 @torch.no_grad()
 def _prepared(self: Steering) -> dict:
-    "{block: (device, functions of input and output)}, where one number is the strength and nothing is remembered"
+    "{block: function of input and output}, where one number is the strength and nothing is remembered"
     if self._remembers() or any(v.ndim or v.requires_grad for v in self._values.values()): return {}
-    with torch.inference_mode(False):
-        return {i: (self._values[keys[0]].device, [_prepare(self._edits[key], self._values[key], key) for key in keys])
-                for i, keys in self._at.items()}
+    def at(keys): return [_prepare(self._edits[key], self._values[key], key) for key in keys]
+    apart = len({v.device for v in self._values.values()}) > 1
+    with torch.inference_mode(False): return {i: _in_turn(at(keys), apart) for i, keys in self._at.items()}
+
+def _in_turn(acts, apart):
+    "Functions as one; blocks apart may have their inputs on another device than their outputs"
+    if len(acts) == 1 and not apart: return acts[0]
+    def act(x, y):
+        if apart: x = x.to(y.device)
+        for f in acts: y = f(x, y)
+        return y
+    return act
 
 def _prepare(edit, value, key):
     "What an edit does to a whole output, (batch, n, d), at one strength"

@@ -512,6 +512,7 @@ class _Here(threading.local):
         self.prompt = None  # of the pass that runs inside `generate`, a `_PromptMask`
         self.answer = self.rows = None  # see `answer_starts`
         self.labels = None  # of the forward pass that begins
+        self.ready = None  # what is done behind its blocks, where all its tokens are steered alike
 
 class Watch:
     "Who steers a model, and the calls that run: what the hooks must know. Grows below"

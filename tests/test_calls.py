@@ -309,7 +309,7 @@ def test_decoding_takes_the_short_way(model, obj, long, monkeypatch):
         with steering(model, obj, layer=LAYER, T=.5) as handle: return answer(model, IDS), handle.applied
     want, applied = run()
     decoded = len(long)
-    monkeypatch.setattr(Steering, "_all_or", lambda self, where: where)
+    monkeypatch.setattr(Steering, "_all_alike", lambda self, tokens: False)
     again, n = run()
     assert torch.equal(again, want) and n == applied == len(IDS) * GREEDY["max_new_tokens"]
     assert len(long) - decoded == GREEDY["max_new_tokens"] * decoded > 0  # only the prompt took the long one

@@ -302,7 +302,7 @@ def test_what_was_prepared_is_what_is_done(ctl, dtype, monkeypatch):
             quick = logits(model)
             assert not long and handle.applied - before == IDS.numel() * len(handle._at)
             with monkeypatch.context() as patched:
-                patched.setattr(Steering, "_all_or", lambda self, where: where)
+                patched.setattr(Steering, "_all_alike", lambda self, tokens: False)
                 want = logits(model)
             assert len(long) == len(handle._at) and handle.applied - before == 2 * IDS.numel() * len(handle._at)
             torch.testing.assert_close(quick, want, rtol=tol, atol=tol)
