@@ -633,12 +633,13 @@ def pair_product(self: PolynomialCountSketch,
     "The product with the matrix of degree 2, exact and without it: both tables as one complex signal."
     if not x.numel(): return torch.zeros_like(x)
     (W, into, s_in, read, s_out, *_), rows = pairs, x.reshape(-1, x.shape[-1])
-    if len(rows) > 16 and x.device.type == "cpu" and not torch.compiler.is_compiling():  # what fits into its cache
+    many, n = len(rows), len(W)
+    if many > 16 and x.device.type == "cpu" and not torch.compiler.is_compiling():  # what fits into its cache
         return torch.cat([self.pair_product(r, pairs) for r in rows.split(16)]).view_as(x)
-    signal = rows.new_zeros(len(rows), 2 * len(W)).index_add_(1, into, (rows[:, None] * s_in).flatten(1))
-    spectrum = torch.fft.fft(torch.view_as_complex(signal.unflatten(1, (-1, 2))))
-    back = torch.view_as_real(torch.fft.ifft(spectrum.mul_(W))).flatten(1)
-    own = back.index_select(1, read).unflatten(1, s_out.shape) * s_out
+    signal = rows.new_zeros(many, 2 * n).index_add_(1, into, (rows[:, None] * s_in).flatten(1))
+    spectrum = torch.fft.fft(torch.view_as_complex(signal.view(many, n, 2)))
+    back = torch.view_as_real(torch.fft.ifft(spectrum.mul_(W))).view(many, 2 * n)
+    own = back.index_select(1, read).view(many, 2, -1) * s_out
     return (own[:, 0] + own[:, 1]).view_as(x)
 
 # %% ../nbs/02_density.ipynb #0489f0dd

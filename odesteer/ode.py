@@ -731,24 +731,21 @@ def enter(self: KrylovBarrier,
     rows, m = self.a_chain, len(self.a_chain.alphas)
     W, T, _, length = self.c_chain
     across = rows.bases[:, :m] @ W[:m + 1].T
-    G = torch.eye(2 * m).to(W).repeat(len(across), 1, 1)
-    F = torch.zeros_like(G)  # the form in vectors of both chains
-    G[:, m:, :m] = across[..., :m]
-    F[:, :m, :m], F[:, m:, m:] = T[:m, :m], rows.matrix()
-    F[:, m:, :m] = across @ T[:m + 1, :m]
-    F[:, :m, m:] = F[:, m:, :m].mT
+    B, I = across @ T[:m + 1, :m], torch.eye(2 * m, dtype=W.dtype, device=W.device)
+    G = torch.cat([across[..., :m], I[m:, m:].expand_as(B)], -1)
+    G = torch.cat([I[:m].expand_as(G), G], 1)  # products of the vectors of both chains; above the diagonal nobody looks
+    F = torch.cat([torch.cat([T[:m, :m].expand_as(B), B.mT], -1), torch.cat([B, rows.matrix()], -1)], 1)  # the form in them
     L, _ = torch.linalg.cholesky_ex(G)
     # no: a lies in the chain of c, or is no number
     self.sound = L.diagonal(0, -2, -1).min() > torch.finfo(a.dtype).eps**(1/3)
-    R = torch.linalg.solve_triangular(L, torch.eye(2 * m).to(W), upper=False)
-    self.H = (R @ F @ R.mT).view(*self.shape, 2 * m, 2 * m)
-    self.R = R.view(*self.shape, 2 * m, 2 * m)
-    self.c = nn.functional.pad(length, (0, 2 * m - 1))
+    self.R = R = torch.linalg.solve_triangular(L, I, upper=False)
+    self.H = torch.bmm(torch.bmm(R, F), R.mT)
+    self.c = length * I[:, :1]
     return (rows.norm * L[:, m]).view(*self.shape, 2 * m)
 
 @patch
 def _pull(self: KrylovBarrier, u, share=1.0):
-    return torch.add(self.c, (self.H @ u[..., None])[..., 0], alpha=share)
+    return torch.baddbmm(self.c, self.H, u.reshape(-1, u.shape[-1], 1), alpha=share).view_as(u)
 
 # %% ../nbs/03_ode.ipynb #kryl0007
 @patch
@@ -759,7 +756,7 @@ def leave(self: KrylovBarrier,
 ) -> Tensor:  # (..., d)
     "Activations back from their coordinates."
     m = y.shape[-1] // 2
-    by = ((y - y0)[..., None, :] @ self.R).view(-1, 1, 2 * m)  # multiples of the vectors of both chains
+    by = torch.bmm((y - y0).view(-1, 1, 2 * m), self.R)  # multiples of the vectors of both chains
     way = torch.baddbmm(by[..., :m] @ self.c_chain[0][:m], by[..., m:], self.a_chain.bases[:, :m])
     return a + way.view_as(a)
 
@@ -768,10 +765,11 @@ def error(self: KrylovBarrier,
     y: Tensor,  # coordinates of ends, or of states on the way, (..., 2m)
 ) -> Tensor:  # (), a share of the way
     "About how far the farthest end is off: what the field has outside grows like the m-th power of time."
+    if y.ndim > len(self.shape) + 1: return torch.stack([self.error(state) for state in y]).max()
     u, m = self._unit(y)[0], y.shape[-1] // 2
-    by = (u[..., None, :] @ self.R)[..., 0, :].abs()
-    outside = by[..., m - 1] * self.c_chain[2][m - 1] + by[..., -1] * self.a_chain.betas[-1].view(self.shape)
-    return (outside / torch.linalg.vector_norm(self.slope(y), dim=-1)).max() / m
+    by = torch.bmm(u.reshape(-1, 1, 2 * m), self.R).view(-1, 2 * m).abs()
+    outside = by[:, m - 1] * self.c_chain[2][m - 1] + by[:, -1] * self.a_chain.betas[-1][:, 0]
+    return (outside / torch.linalg.vector_norm(self.slope(y), dim=-1).flatten()).max() / m
 
 # %% ../nbs/03_ode.ipynb #kryl0009
 @patch
