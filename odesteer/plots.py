@@ -63,7 +63,7 @@ def _picture(fig, tight):
     "A figure at twice its resolution"
     from PIL import Image
     file = BytesIO()
-    fig.savefig(file, dpi=2*fig.dpi, bbox_inches=tight)
+    fig.savefig(file, dpi=2*fig.dpi, bbox_inches=tight, pil_kwargs=dict(compress_level=0))  # it is read at once
     return Image.open(file).convert("RGB")
 
 def _few_colours(pictures: list) -> list:
