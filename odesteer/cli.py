@@ -27,7 +27,7 @@ _COMMANDS = {  # name -> its line in the help
     "check-pairs": "look at the labels before fitting anything on them",
     "bench": "compare methods on tasks: chosen on validation, reported on test",
     "report": "tables, figures and verdicts of finished runs",
-    "speed": "what steering costs on this machine, side by side: about ten minutes and 10 GB on two cores",
+    "speed": "what steering costs on this machine, side by side: an hour and 10 GB on two cores",
     "serve": "a vLLM server whose requests name a steerer and a strength",
 }
 

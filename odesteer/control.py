@@ -594,12 +594,12 @@ def _looped(self: SPID, t, here, value):
 # %% ../nbs/15_control.ipynb #spid0002
 @patch
 def _scaled(self: SPID, t):
-    "The direction of block t times the gain of its own error; times its parts in what the next block starts from; `sums`"
+    "The direction times the gain of a block's own error; times its parts in what the next starts from; is there a sum?"
     ki = self.ki if t % self.reset_every else 0
     own = self.kp + ki + (self.kd if t else 0)
-    sums = ki != 0 and (t + 1) % self.reset_every > 0  # is there a sum that goes on?
+    sums = ki != 0 and (t + 1) % self.reset_every > 0  # and it goes on
     ki = ki if sums else 0
-    later = torch.tensor([ki, ki - self.kd], dtype=torch.float64).to(self.V_)  # the sum so far; the same less the last error
+    later = torch.tensor([ki, ki - self.kd], dtype=torch.float64).to(self.V_)  # the sum; the sum less the error
     return own * self.V_[t], later[:, None, None, None] * self.V_[t], sums
 
 @patch

@@ -573,6 +573,15 @@ def _kept(steered, old, key):
     raise ValueError(f"the edit at layer {key if isinstance(key, int) else key[0]} was given {tuple(old.shape)} "
                      f"{old.dtype} and returned {tuple(steered.shape)} {steered.dtype}: both must be kept")
 
+def _in_turn(acts, apart):
+    "Functions as one; blocks apart may have their inputs on another device than their outputs"
+    if len(acts) == 1 and not apart: return acts[0]
+    def act(x, y):
+        if apart: x = x.to(y.device)
+        for f in acts: y = f(x, y)
+        return y
+    return act
+
 # %% ../nbs/05_hooks.ipynb #df9b9e10
 @patch
 def _recall(self: Steering, edit_key, edit, y, where):
@@ -623,7 +632,7 @@ def strength(self: Steering, strength):
     # a dict of units changes the edits
     if not self._edits or isinstance(strength, dict) or isinstance(self._strength, dict): self._edits = edits
     self._at = at
-    self._alike, self._home = self._prepared(), device_of(self.model.get_input_embeddings())
+    self._alike, self._home = self._prepared(), device_of(self.model)  # where tokens come in
     self._kinds = {v.device.type for v in self._values.values()} - {"meta"}
     self._strength = strength
 
@@ -645,15 +654,6 @@ def _prepared(self: Steering) -> dict:
     def at(keys): return [_prepare(self._edits[key], self._values[key], key) for key in keys]
     apart = len({v.device for v in self._values.values()}) > 1
     with torch.inference_mode(False): return {i: _in_turn(at(keys), apart) for i, keys in self._at.items()}
-
-def _in_turn(acts, apart):
-    "Functions as one; blocks apart may have their inputs on another device than their outputs"
-    if len(acts) == 1 and not apart: return acts[0]
-    def act(x, y):
-        if apart: x = x.to(y.device)
-        for f in acts: y = f(x, y)
-        return y
-    return act
 
 def _prepare(edit, value, key):
     "What an edit does to a whole output, (batch, n, d), at one strength"

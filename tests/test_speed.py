@@ -2,6 +2,7 @@
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import torch
 
 import odesteer as ods
 from odesteer import speed
-from odesteer.euler import Edits
+from odesteer.euler import Edit, Edits
+from odesteer.models import decoder_layers
 from odesteer.speed import (PARTS, TARGETS, Decoding, EmptyEdit, RecipeEdit, activations, attached, count, fitted_methods,
-                            goals, keep, measure, measure_answers, measure_collect, measure_decode, measure_fit, measure_steer, objective,
+                            goals, keep, measure, measure_answers, measure_collect, measure_decode, measure_fit, measure_hooks, measure_steer, objective,
                             pick, plain_collect, random_llama, recipe_flow, recipe_vjp, results, show, tables)
 from odesteer.statistics import ratio, trials
 
@@ -135,6 +137,22 @@ def test_every_method_is_measured(llama):
     assert work["unsteered"] == work["unsteered again"] == work["empty edit"] < min(work[m] for m in methods)
     assert all(r["seconds"] > 0 and r["ratio"][1] <= r["ratio"][0] <= r["ratio"][2] for r in rows)
     assert "generate" not in vars(lm.model) and not any(m._forward_hooks for m in lm.model.modules())
+
+
+def test_a_clock_that_stands_still_while_blocks_compute(llama, monkeypatch):
+    "By hand: a block takes 10 seconds, an edit one"
+    now = [0.]
+    def wait(seconds): now[0] += seconds
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    class Late(EmptyEdit):
+        def edits(self, model, layer, strength): return {layer: Edit(lambda x, y, value: wait(1) or y)}
+    stack = decoder_layers(llama)
+    hooks = [block.mlp.register_forward_pre_hook(lambda *_: wait(10)) for block in stack]
+    rows = measure_hooks(llama, {"late": (Late(), None)}, "toy", rounds=2, prompt=8)
+    for h in hooks: h.remove()
+    token = 10 * len(stack)
+    assert [(r["method"], r["seconds"], r["token"]) for r in rows] == [("unsteered", 0, token), ("unsteered again", 0, token), ("empty edit", 0, token), ("late", 1, token)]
+    assert rows[-1]["ratio"] == [1 + 1/token] * 3 and not any("forward" in vars(m) or m._forward_hooks for m in llama.modules())
 
 
 def test_compiled_decoding(llama):
