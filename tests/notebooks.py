@@ -52,14 +52,18 @@ def execute(nb: Path, folder: Path) -> float:
 def serve():
     """Run the notebooks named on the input, each a line [notebook, folder] in JSON, and say how each ended.
 
-    Each is a fork of this process, in which what nearly all of them import is there already. `odesteer` is not."""
-    for name in PRELOADED: importlib.import_module(name)
+    On Linux each is a fork of this process, in which what nearly all of them import is there already. `odesteer` is not.
+    Elsewhere a fork of a process that has loaded so much is not safe, and each starts anew."""
+    forks = sys.platform == "linux"
+    for name in PRELOADED if forks else (): importlib.import_module(name)
     for line in sys.stdin:
         nb, folder = map(Path, json.loads(line))
         with open(folder.with_suffix(".txt"), "w+") as said:
-            child = os.fork()
-            if child == 0: _in_child(nb, folder, said)
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            if forks:
+                child = os.fork()
+                if child == 0: _in_child(nb, folder, said)
+                code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            else: code = subprocess.run([sys.executable, "-m", "tests.notebooks", nb, folder], stdout=said, stderr=said).returncode
             said.seek(0)
             print(json.dumps([code, said.read()]), flush=True)
 
@@ -99,7 +103,7 @@ class Pool:
             server = self.idle.pop() if self.idle else self._server()
             server.stdin.write(json.dumps([str(nb), str(where)]) + "\n")
             server.stdin.flush()
-            code, said = json.loads(server.stdout.readline() or '[1, "the tests have ended"]')
+            code, said = json.loads(server.stdout.readline() or '[1, "the process that runs notebooks has ended"]')
             self.idle.append(server)
         return subprocess.CompletedProcess(nb, code, said)
 
