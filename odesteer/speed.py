@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,8 +39,8 @@ from .statistics import Ratio, ratio, trials
 __all__ = ['SHAPES', 'ROUTES', 'LOW', 'FUSED', 'DRAWS', 'PARTS', 'TARGETS', 'Work', 'count', 'random_llama', 'Decoding',
            'recipe_vjp', 'recipe_flow', 'tables', 'activations', 'measure_steer', 'results', 'pick', 'measure_compiled',
            'plain_collect', 'measure_collect', 'measure_fit', 'objective', 'measure_controller', 'EmptyEdit',
-           'RecipeEdit', 'fitted_methods', 'measure_decode', 'attached', 'Beside', 'measure_hooks', 'plain_answers',
-           'measure_answers', 'measure_import', 'describe_machine', 'measure', 'keep', 'show', 'goals']
+           'RecipeEdit', 'fitted_methods', 'measure_decode', 'attached', 'Beside', 'RoomEdit', 'measure_hooks',
+           'plain_answers', 'measure_answers', 'measure_import', 'describe_machine', 'measure', 'keep', 'show', 'goals']
 
 # %% ../nbs/23_speed.ipynb #8242e2c8
 @dataclass
@@ -589,6 +590,32 @@ class Beside:
             return out
         return run
 
+# %% ../nbs/23_speed.ipynb #hook0006
+class RoomEdit:
+    "A-LQR that writes into room made beforehand: the same kernels, and no new tensor but what comes out."
+    def __init__(self,
+        controller: ods.ALQR,  # fitted, with one feature
+    ):
+        self.controller = controller
+        self.width, self.unit, self.about = controller.width, controller.unit, controller.about
+    def edits(self, model, layer, strength) -> dict:
+        "The edits of the controller, with one room for all blocks; a thread, a shape and a dtype, since it is a trial."
+        room, found = [], self.controller.edits(model, layer, strength)
+        return {t: replace(edit, prepare=partial(self._held, t, room)) for t, edit in found.items()}
+    def resolve(self, strength) -> Tensor:
+        "As of the controller."
+        return self.controller.resolve(strength)
+    def _held(self, t, room, value):
+        ((v,), bias), w = self.controller._goal(t, value), self.controller.W_[t].flatten()
+        zero = torch.zeros_like(w)
+        first, add_times, total = torch.cat([bias, zero[1:]]), torch.addcmul, torch.sum
+        def act(x, y):
+            if not room: room.extend((torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)))
+            wide, beyond = room
+            total(add_times(first, x, v, out=wide), -1, True, out=beyond)
+            return y - add_times(zero, beyond, w, out=wide)
+        return act
+
 # %% ../nbs/23_speed.ipynb #hook0003
 def measure_hooks(
     model,  # a causal language model on the CPU
@@ -774,6 +801,7 @@ def _on_model(part, shape, sizes, rounds, device) -> list:
     texts = _endings(truth.pos[:8])
     methods = fitted_methods(model, tokenizer, n_components=sizes["n_components"], texts=texts)
     methods["published recipe"] = RecipeEdit(methods["odesteer"][0]), None
+    if part == "hooks": methods["alqr, room kept"] = RoomEdit(methods["alqr"][0]), None
     # short turns: an arm and the one it is compared with share the same second
     how, rows = dict(tokens=2, warm=1, rounds=6 * rounds - 1) if gpu or not large else dict(rounds=2 * rounds + 1), []
     for batch in (1, 8) if shape == "smollm2" else (1,):

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import odesteer as ods
 from odesteer import speed
 from odesteer.euler import Edit, Edits
 from odesteer.models import decoder_layers
-from odesteer.speed import (PARTS, TARGETS, Decoding, EmptyEdit, RecipeEdit, activations, attached, count, fitted_methods,
+from odesteer.speed import (PARTS, TARGETS, Decoding, EmptyEdit, RecipeEdit, RoomEdit, activations, attached, count, fitted_methods,
                             goals, keep, measure, measure_answers, measure_collect, measure_decode, measure_fit, measure_hooks, measure_steer, objective,
                             pick, plain_collect, random_llama, recipe_flow, recipe_vjp, results, show, tables)
 from odesteer.statistics import ratio, trials
@@ -110,6 +111,29 @@ def test_decoding_says_what_generate_says(llama):
             if i == 2: assert decoding.count().kernels > 50  # a step that is counted is forgotten
             decoding.step()
         assert answer == expected or static and answer[:3] == expected[:3]
+
+
+class Made(TorchDispatchMode):
+    "Counts tensors in memory of their own"
+    n = 0
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in [*args, *(kwargs or {}).values()] if isinstance(x, torch.Tensor)}
+        self.n += out.untyped_storage().data_ptr() not in given
+        return out
+
+
+def test_alqr_in_room_made_beforehand_makes_nothing_but_the_result():
+    lm = ods.load_micro()
+    truth = lm.world.contrast("truth")
+    alqr = ods.ALQR(jacobian="identity").fit(lm.model, lm.tokenizer, truth.pos[:8], truth.neg[:8], progress=False)
+    x, y = torch.randn(2, 3, 1, alqr.width, generator=torch.Generator().manual_seed(0))
+    ours, trial = (part.edits(lm.model, None, 1.)[1].prepare(torch.ones(())) for part in (alqr, RoomEdit(alqr)))
+    assert torch.equal(ours(x, y), trial(x, y)) and isinstance(RoomEdit(alqr), Edits)
+    with Made() as made: trial(x, y)
+    assert made.n == 1
+    with Made() as made: ours(x, y)
+    assert made.n == 4
 
 
 def test_controls_and_the_recipe_in_a_hook(llama):
