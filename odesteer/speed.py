@@ -16,7 +16,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -601,7 +600,7 @@ class RoomEdit:
     def edits(self, model, layer, strength) -> dict:
         "The edits of the controller, with one room for all blocks; a thread, a shape and a dtype, since it is a trial."
         room, found = [], self.controller.edits(model, layer, strength)
-        return {t: replace(edit, prepare=partial(self._held, t, room)) for t, edit in found.items()}
+        return {t: replace(edit, prepare=lambda value, t=t: self._held(t, room, value)) for t, edit in found.items()}
     def resolve(self, strength) -> Tensor:
         "As of the controller."
         return self.controller.resolve(strength)

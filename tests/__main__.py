@@ -4,4 +4,6 @@ from pathlib import Path
 
 import pytest
 
-sys.exit(pytest.main([str(Path(__file__).parent), *sys.argv[1:]]))
+SHARED = "-n", "logical", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder"  # out to cores, by file; -n 0 ends that
+
+sys.exit(pytest.main([str(Path(__file__).parent), *SHARED, *sys.argv[1:]]))

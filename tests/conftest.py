@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from .notebooks import Pool
-from .project import copy_of_sources, reads_gguf, run, user_env
+from .project import copy_of_sources, reads_gguf, run
 
 REPORT = []  # lines that tests add and pytest prints at the end: times, never asserted, and how much was tried
 
@@ -16,8 +15,18 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_collection_modifyitems(items):
-    "Notebooks run beside the other tests, so their results are asked for last"
-    items.sort(key=lambda item: item.path.stem == "test_notebooks")
+    "The file that takes longest comes first, so that others are shared out beside it"
+    items.sort(key=lambda item: item.path.stem != "test_notebooks")
+
+
+def pytest_sessionfinish(session):
+    "Where tests are shared out, what each process has to say goes to the one that prints"
+    if hasattr(session.config, "workeroutput"): session.config.workeroutput["report"] = REPORT
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    REPORT.extend(getattr(node, "workeroutput", {}).get("report", []))
 
 
 @pytest.fixture(scope="session")
@@ -51,14 +60,3 @@ def smollm2() -> tuple:
     if not reads_gguf(): pytest.skip("this transformers misreads tokenizers of GGUF files")
     from odesteer.pretrained import load_model
     return load_model("smollm2", device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def notebooks(request, tmp_path_factory):
-    "The chosen notebooks, which begin to run before the first test does"
-    asked = [item for item in request.session.items if item.path.stem == "test_notebooks"]
-    chosen = [item.callspec.params["nb"] for item in asked if not any(any(mark.args) for mark in item.iter_markers("skipif"))]
-    if not chosen: return (yield)
-    pool = Pool(chosen, tmp_path_factory.mktemp("notebooks"), user_env(request.getfixturevalue("site")))
-    yield pool
-    pool.close()

@@ -1,4 +1,4 @@
-"Notebooks run beside the other tests, each in a process of its own: `python -m tests.notebooks page.ipynb folder` runs one and prints its seconds"
+"Notebooks run each in a process of its own: `python -m tests.notebooks page.ipynb folder` runs one and prints its seconds"
 import importlib
 import json
 import os
@@ -6,10 +6,8 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .project import ROOT, directive
@@ -82,50 +80,29 @@ def _in_child(nb, folder, said):
         os._exit(code)
 
 
-class Pool:
-    "Runs notebooks on all cores but one, and on that one too as soon as somebody waits for a result"
+class Runner:
+    "Runs notebooks one after the other, each in an empty folder"
     def __init__(self,
-        notebooks: list,  # paths, in the order in which they start
-        folder: Path,  # each runs in an empty folder in here
+        folder: Path,  # the empty folders are made in here
         env: dict,  # in which the wheel is what a user has
     ):
-        cores = os.cpu_count()
-        self.folder, self.env, self.running, self.idle = folder, env, set(), []
-        self.slots = threading.Semaphore(max(1, cores - 1))
-        self.waiting = cores == 1
-        self.threads = ThreadPoolExecutor(max(1, min(cores, len(notebooks))))
-        self.runs = {nb: self.threads.submit(self._run, nb) for nb in notebooks}
+        self.folder = folder
+        self.server = subprocess.Popen([sys.executable, "-m", "tests.notebooks"], cwd=ROOT, env=env, text=True, start_new_session=True,
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def _run(self, nb: Path) -> subprocess.CompletedProcess:
+    def __call__(self, nb: Path) -> subprocess.CompletedProcess:
+        "What running it has printed, the seconds last"
         where = self.folder/nb.stem
         where.mkdir()
-        with self.slots:
-            server = self.idle.pop() if self.idle else self._server()
-            server.stdin.write(json.dumps([str(nb), str(where)]) + "\n")
-            server.stdin.flush()
-            code, said = json.loads(server.stdout.readline() or '[1, "the process that runs notebooks has ended"]')
-            self.idle.append(server)
+        self.server.stdin.write(json.dumps([str(nb), str(where)]) + "\n")
+        self.server.stdin.flush()
+        code, said = json.loads(self.server.stdout.readline() or '[1, "the process that runs notebooks has ended"]')
         return subprocess.CompletedProcess(nb, code, said)
-
-    def _server(self) -> subprocess.Popen:
-        server = subprocess.Popen([sys.executable, "-m", "tests.notebooks"], cwd=ROOT, env=self.env, text=True, start_new_session=True,
-                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.running.add(server)
-        return server
-
-    def result(self, nb: Path) -> subprocess.CompletedProcess:
-        "What running it has printed, the seconds last"
-        if not self.waiting: self.slots.release()
-        self.waiting = True
-        return self.runs[nb].result()
 
     def close(self):
         "End what still runs, where the tests ended early"
-        self.threads.shutdown(wait=False, cancel_futures=True)
-        for server in list(self.running):
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait()
-        self.threads.shutdown()
+        os.killpg(self.server.pid, signal.SIGTERM)
+        self.server.wait()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 "What is for teachers: assignments that grade themselves, quizzes, pages for students, and words that keep to the pages"
 import json
+import os
 import re
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 
 from . import grade, students
+from .notebooks import Runner
 from .project import PAGES, ROOT, cells, directive, module_of, run
 from .test_pages import anchors, slug
 
@@ -211,6 +214,7 @@ QUICK = ("11_statistics", "plots")
 
 
 def test_students_pages_run(tmp_path):
-    for name in QUICK:
-        nb = students.write(ROOT/"nbs"/f"{name}.ipynb", tmp_path)
-        run(sys.executable, "-m", "tests.notebooks", nb, tmp_path, cwd=ROOT)
+    with closing(Runner(tmp_path, os.environ)) as execute:
+        for name in QUICK:
+            done = execute(students.write(ROOT/"nbs"/f"{name}.ipynb", tmp_path))
+            assert done.returncode == 0, done.stdout
