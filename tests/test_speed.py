@@ -170,12 +170,14 @@ def test_a_clock_that_stands_still_while_blocks_compute(llama, monkeypatch):
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     class Late(EmptyEdit):
         def edits(self, model, layer, strength): return {layer: Edit(lambda x, y, value: wait(1) or y)}
-    stack = decoder_layers(llama)
-    hooks = [block.mlp.register_forward_pre_hook(lambda *_: wait(10)) for block in stack]
-    rows = measure_hooks(llama, {"late": (Late(), None)}, "toy", rounds=2, prompt=8)
+    class Evicts(EmptyEdit):  # and the next block takes a hundred seconds
+        def edits(self, model, layer, strength): return {layer: Edit(lambda x, y, value: slow.append(100) or y)}
+    stack, slow = decoder_layers(llama), []
+    hooks = [block.mlp.register_forward_pre_hook(lambda *_: wait(slow.pop() if slow else 10)) for block in stack]
+    rows = measure_hooks(llama, {"evicts": (Evicts(), None), "late": (Late(), None)}, "toy", rounds=2, prompt=8)
     for h in hooks: h.remove()
     token = 10 * len(stack)
-    assert [(r["method"], r["seconds"], r["token"]) for r in rows] == [("unsteered", 0, token), ("unsteered again", 0, token), ("empty edit", 0, token), ("late", 1, token)]
+    assert [(r["method"], r["seconds"], r["token"]) for r in rows] == [("unsteered", 0, token), ("unsteered again", 0, token), ("empty edit", 0, token), ("evicts", 0, token), ("late", 1, token)]
     assert rows[-1]["ratio"] == [1 + 1/token] * 3 and not any("forward" in vars(m) or m._forward_hooks for m in llama.modules())
 
 
@@ -257,7 +259,10 @@ def test_results_of_two_machines_are_not_mixed(found, tmp_path):
     kept, out = json.loads(found[1].read_text()), tmp_path/"speed.json"
     keep({"machine": kept["machine"]}, out)
     keep({"machine": kept["machine"] | {"flops": 1., "bandwidth": 2.}, "import": []}, out)  # these vary
+    assert json.loads(out.read_text())["machine"] == kept["machine"]  # the rates are those of what they are compared with
+    keep({"machine": kept["machine"] | {"flops": 1.}, "steer": []}, out)
     before = out.read_text()
+    assert json.loads(before)["machine"]["flops"] == 1
     for other in {"name": "another"}, {"threads": 64}, {"sizes": "full"}:
         with pytest.raises(ValueError, match="results of another run"): keep({"machine": kept["machine"] | other, "fit": []}, out)
     assert out.read_text() == before
