@@ -127,6 +127,11 @@ def test_a_batch_is_doubled_until_that_no_longer_pays():
     assert [*best_batch(small_memory, 500)] == [8, 16], "what held a few tokens of 32 answers may not hold them whole"
     def broken(n): raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="shapes"): best_batch(broken, 64)
+    asked = []
+    def disturbed(n):  # once, for a moment
+        asked.append(n)
+        return seconds(n) * (3 if asked == [8, 16] else 1)
+    assert best_batch(disturbed, 500) == best_batch(seconds, 500) and asked == [8, 16, 16, 32, 64, 64]
 
 def test_a_measured_batch_size_is_that_of_the_folder_from_then_on(lm, tmp_path, monkeypatch):
     times = iter([dict.fromkeys((8, 16, 32), 1.)] + [{8: 1., 16: 2., 32: 9.}]*9)
