@@ -278,7 +278,7 @@ def _check_choice(name, value, *known):
 def edits(self: Controller,
     model,  # the model to be steered
     layer=None,  # a controller acts on all blocks
-    strength=1.0,  # where the activations should be: 1 is the mean of the wanted texts, as the method measures it
+    strength=1.0,  # where the activations should be, as the method measures it: 1 is the wanted mean if centred
 ) -> dict:  # {block: Edit}
     "What to do at each block; what a method must carry from block to block lives for one forward pass only."
     self._must_be_fitted()
@@ -478,9 +478,9 @@ def feature_gains(
     qf: float = .1,  # cost of a feature's deviation at the end
     rank: int = None,  # keep at most so many rows of Z, the largest by
                        # singular values
-    E: Tensor = None,  # whose gain is wanted, (L, m, d);
+    E: Tensor = None,  # whose gain is wanted, (L, d) or (L, m, d);
                        # default: the features themselves
-) -> Tensor:  # K_t v_t, shaped like V without its end, float64
+) -> Tensor:  # K_t times the rows of E, shaped like E, float64
     "Gains of the feature-only cost, without any (d, d) matrix."
     check_weights(q, r, qf)
     jvp, vjp = _probes(A)
