@@ -692,7 +692,7 @@ def steering(
     model,  # a causal language model
     obj,  # a steerer or controller, a list of them, each steering what the one before leaves, or {layer: one or a list}
     layer: int = None,  # 0-based block whose output is edited, -1 is the last; default: the one on the steerer's card
-    strength=None,  # a number, one per row, or {unit: number}; 0 changes nothing (but a controller's 0 is a set-point)
+    strength=None,  # a number, one per row, or {unit: number}; 0 changes no bit (but a controller's 0 is a set-point)
     T=None,  # another name for strength
     positions="last",  # "last" prompt token and all later ones; "all": prompt tokens too; or (batch,) prompt lengths
     blocks: str = None,  # dotted name of the list of blocks, if the search for it fails
