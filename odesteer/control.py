@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .barrier import Barrier, ascent
+from .barrier import Barrier
 from .euler import Edit, Fitted, hash_tensors
 from .linear import Jacobians, block_inputs, check_weights, matrix_of, riccati_steps
 from .hooks import generate_text, steering
@@ -721,21 +721,23 @@ def _pushed(self: PIDAcT, t, value):
 # %% ../nbs/15_control.ipynb #cbd53edb
 def newton_climb(
     barrier: Barrier,  # fitted
-    x: Tensor,  # activations, (n, d)
+    x: Tensor,  # activations, (..., d)
     level: Tensor,  # value to reach, () or one per row
     steps: int = 3,  # Newton steps
     leash=math.inf,  # longest way, a number or () tensor
-) -> Tensor:  # (n, d)
+) -> Tensor:  # (..., d)
     """Walk along the gradient until h reaches the level.
 
     Rows already there stay, bit for bit."""
-    a, left = x, torch.full_like(x[:, 0], math.inf).clamp_max(leash)
+    a, left = x, torch.full_like(x[..., 0], math.inf).clamp_max(leash)
+    # squares of smaller entries underflow: so flat is level ground
+    flat = 16 * math.sqrt(torch.finfo(x.dtype).tiny)
     for _ in range(steps):
         h, g = barrier.value_and_grad(a)
-        gap = (level - h).clamp_min(0)
-        length = torch.minimum(
-            gap / g.norm(dim=-1).clamp_min(torch.finfo(g.dtype).tiny), left)
-        a, left = a + length[:, None] * ascent(g), left - length
+        slope = torch.linalg.vector_norm(g, dim=-1).clamp_min(flat)
+        length = torch.minimum((level - h).clamp_min(0) / slope, left)
+        a = torch.addcmul(a, (length / slope)[..., None], g)
+        left = left - length
     return a
 
 # %% ../nbs/15_control.ipynb #dfd82abe
@@ -745,7 +747,7 @@ class BarrierLQR(Controller):
         q: float = 1.0,  # cost of the error before each block
         r: float = 0.1,  # cost of a correction
         qf: float = 1.0,  # cost of the error at the end
-        jacobian: str = "mean",  # "identity": scalar gains, nothing of size d x d
+        jacobian: str = "mean",  # "identity": scalar gains, and no Jacobian is computed
         n_components: int = 2000,  # width of the barriers' feature maps
         gamma: float = 0.1,  # scale of their kernel
         C: float = 1.0,  # inverse ridge penalty of their logistic regressions
@@ -787,15 +789,6 @@ def _fit(self: BarrierLQR, data):
     norms = torch.cat([data.pos, data.neg], 1)[:-1].norm(dim=-1)
     self._store(low_=low, high_=high, leash_=self.leash * norms.median(1).values, K_=K)
 
-# %% ../nbs/15_control.ipynb #543883c0
-@patch
-def _control(self: BarrierLQR, t, x, y, value, state):
-    barrier, K = self.parts[t].barrier, self.K_[t]
-    level = self.low_[t] + value.to(x.dtype) * (self.high_[t] - self.low_[t])
-    error = newton_climb(barrier, x, level, self.steps, self.leash_[t]) - x
-    return K * error if K.numel() == 1 else error @ K.T
-
-# %% ../nbs/15_control.ipynb #8d0f5a24
 @patch
 def _new_parts(self: BarrierLQR, L):
     "One unfitted ODESteer per block"
@@ -806,6 +799,43 @@ def _new_parts(self: BarrierLQR, L):
 def _median_levels(self: BarrierLQR, states):
     "Median of h_t before each block, (L,)"
     return torch.stack([part.barrier.value(x).median() for part, x in zip(self.parts, states)])
+
+# %% ../nbs/15_control.ipynb #543883c0
+@patch
+def _control(self: BarrierLQR, t, x, y, value, state):
+    return self._towards(t, x, value)(x)
+
+@patch
+def _towards(self: BarrierLQR, t, like, value):
+    "The correction at block t, a function of the states before it"
+    barrier, enter, gain = self._diagonal(t, like)
+    low, high, leash = self.low_[t], self.high_[t], self.leash_[t]
+    level = low + value.to(like.dtype) * (high - low)
+    def correction(x):
+        y = enter(x)
+        return gain(newton_climb(barrier, y, level, self.steps, leash) - y)
+    return correction
+
+# %% ../nbs/15_control.ipynb #8d0f5a24
+@patch
+def _diagonal(self: BarrierLQR, t, like):
+    "Barrier, the way into its coordinates, and the gain from there: those in which it is diagonal, where these pay"
+    barrier, K, scalar = self.parts[t].barrier, self.K_[t], self.K_.shape[-1] == 1
+    as_it_is = barrier, lambda x: x, lambda error: K * error if scalar else linear(error, K)
+    if self.width > 1024 or like.is_meta or not barrier._has(("spectral", None), like): return as_it_is
+    if (way := barrier.spectral()).low_rank: return as_it_is
+    if scalar: return way, way.enter, lambda error: K * linear(error, way.V)
+    G = barrier._derived("gain", K, lambda K: K @ way.V, self.K_)
+    return way, way.enter, lambda error: linear(error, G)
+
+@patch
+def _edit(self: BarrierLQR, t, here): return Edit(self._acting(t, here), prepare=partial(self._lifted, t))
+
+@patch
+def _lifted(self: BarrierLQR, t, value):
+    "What is done at block t at one strength, to each token"
+    correction, dtype = self._towards(t, self.low_, value), self.low_.dtype
+    return lambda x, y: _like(y - (0 - correction(x.to(dtype))), y)
 
 @patch
 def _restore(self: BarrierLQR, tensors):

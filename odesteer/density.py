@@ -720,9 +720,9 @@ def product_costs(
 
 # %% ../nbs/02_density.ipynb #e38e25f8
 @patch
-def _derived(self: DensityRatioBarrier, name, w, make):
-    "What `make` makes of the weights, remembered per precision and device until they change."
-    return _kept(self, (name, w.dtype, w.device), self.coef_, lambda: make(w.clone()))
+def _derived(self: DensityRatioBarrier, name, w, make, source=None):
+    "What `make` makes of `w`, remembered per precision and device until the source changes, by default the weights."
+    return _kept(self, (name, w.dtype, w.device), self.coef_ if source is None else source, lambda: make(w.clone()))
 
 @patch
 def _has(self: DensityRatioBarrier, name, x):
@@ -964,9 +964,15 @@ def slope(self: SpectralBarrier, y):
 
 # %% ../nbs/02_density.ipynb #sgrd0002
 @patch
-def grad(self: SpectralBarrier, y):
-    "The gradient in coordinates, (..., r) -> (..., r)."
-    return self.size * self.slope(y) / self._unit(y)[1]
+def value_and_grad(self: SpectralBarrier, y):
+    u, r = self._unit(y)
+    g = self._pull(u)
+    along = (u * g).sum(-1, keepdim=True)
+    h = torch.addcmul(self.k, along[..., 0] + u @ self.c, self.size, value=.5)
+    return h, (torch.addcmul(g, u, along, value=-1) if self.normalize else g) * (self.size / r)
+
+@patch
+def grad(self: SpectralBarrier, y): return self.value_and_grad(y)[1]
 
 @patch
 def direction(self: SpectralBarrier, y):

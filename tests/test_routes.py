@@ -74,7 +74,9 @@ def test_values_and_gradients_by_every_route(kw):
         if not way.low_rank: torch.testing.assert_close(way.leave(x, y, y), x, rtol=0, atol=0)
         after = way.leave(x, y, y + 1e-2 * way.direction(y))
         assert closest(after, NEW.double() + 1e-2 * ascent(gold)) <= tol
-        torch.testing.assert_close(way.grad(y).norm(dim=-1).double(), gold.norm(dim=-1), rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=0)
+        value, slope = way.value_and_grad(y)
+        assert (value.double() - h).abs().max() <= tol * size and torch.equal(slope, way.grad(y))
+        torch.testing.assert_close(slope.norm(dim=-1).double(), gold.norm(dim=-1), rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=0)
 
 
 @pytest.mark.parametrize("degree,n,coef0", [(D, n, c) for D in (1, 2, 3, 4) for n in (16, 17) for c in (1., 0.)])

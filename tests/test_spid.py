@@ -254,6 +254,17 @@ def test_newton_climb_on_a_ball_and_on_a_leash():
     torch.testing.assert_close((short - x).norm(dim=1), (r - 1).clamp(0, .7), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steep", [0., 1e-300, 1e-40, 1e-25, 1e-19, 1e-17, 1e-9, 1., 1e15])
+def test_newton_climb_never_leaves_its_leash_however_flat(dtype, steep):
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    w = torch.full((6,), steep / 6**.5, dtype=dtype)
+    way = newton_climb(LinearBarrier(w, 0.), x, torch.tensor(2., dtype=dtype), 3, .7) - x
+    assert way.isfinite().all() and (way.norm(dim=1) <= .7001).all() and (way >= 0).all()
+    if steep >= 100 * torch.finfo(dtype).tiny**.5: torch.testing.assert_close(way.norm(dim=1), ((2. - x @ w) / steep).clamp(0, .7), rtol=1e-4, atol=1e-5)
+    if not steep: assert not way.any()
+
+
 @pytest.fixture(scope="module")
 def guard(): return fit("barrier-lqr", jacobian="identity", q=2., r=1., qf=3., n_components=128, n_texts=None)
 
@@ -292,6 +303,26 @@ def test_corrections_stop_at_the_level(guard):
     u = u / u.norm()
     s = optimize.brentq(lambda s: float(h.value(x[i] + s * u)) - float(guard.low_[2]), 0., float(guard.leash_[2]) * 4)
     assert abs(newton_climb(h, x[i:i + 1], guard.low_[2], 5).sub(x[i]).norm().item() / s - 1) < .2
+
+
+@pytest.mark.parametrize("jacobian", ["identity", "mean"])
+@pytest.mark.parametrize("n,width,rotates", [(128, WIDTH, True), (12, WIDTH, False), (128, 1025, False)])  # few buckets: of low rank
+def test_corrections_beside_newtons_method_with_autograd(jacobian, n, width, rotates):
+    c = fit("barrier-lqr", jacobian=jacobian, n_components=n, n_jacobian=3)._on(torch.zeros(0, dtype=torch.float64))
+    x, c.width = block_inputs(the_model(), TOK, NEG)[2].double(), width  # a width from which on it would not pay
+    b, goal, a, left = c.parts[2].barrier, c.low_[2] + .7 * (c.high_[2] - c.low_[2]), x.clone(), c.leash_[2].expand(len(x))
+    for _ in range(3):
+        a.requires_grad_()
+        h = b.value(a)
+        g, = torch.autograd.grad(h.sum(), a)
+        length = torch.minimum((goal - h.detach()).clamp_min(0) / g.norm(dim=1), left)
+        a, left = a.detach() + length[:, None] * g / g.norm(dim=1, keepdim=True), left - length
+    K = c.K_[2].expand(WIDTH, WIDTH) * torch.eye(WIDTH) if jacobian == "identity" else c.K_[2]
+    u = c._control(2, x, x, torch.tensor(.7, dtype=torch.float64), {})
+    torch.testing.assert_close(u, (a - x) @ K.T, rtol=1e-9, atol=1e-11)
+    assert u.any() and (u == 0).all(1).any() and (c._diagonal(2, x)[0] is not b) == rotates
+    c._store(K_=2 * c.K_)  # other gains
+    torch.testing.assert_close(c._control(2, x, x, torch.tensor(.7, dtype=torch.float64), {}), 2 * u)
 
 
 def test_blocks_that_see_no_difference_have_no_say():
