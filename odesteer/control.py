@@ -730,7 +730,7 @@ def newton_climb(
 
     Rows already there stay, bit for bit."""
     a, left = x, torch.full_like(x[..., 0], math.inf).clamp_max(leash)
-    # squares of smaller entries underflow: so flat is level ground
+    # a gradient shorter than this, whose squares underflow, leads nowhere
     flat = 16 * math.sqrt(torch.finfo(x.dtype).tiny)
     for _ in range(steps):
         h, g = barrier.value_and_grad(a)
