@@ -736,7 +736,7 @@ def newton_climb(
         h, g = barrier.value_and_grad(a)
         slope = torch.linalg.vector_norm(g, dim=-1).clamp_min(flat)
         length = torch.minimum((level - h).clamp_min(0) / slope, left)
-        a = torch.addcmul(a, (length / slope)[..., None], g)
+        a = torch.addcmul(a, length[..., None], g / slope[..., None])
         left = left - length
     return a
 

@@ -262,7 +262,7 @@ def test_newton_climb_never_leaves_its_leash_however_flat(dtype, steep):
     way = newton_climb(LinearBarrier(w, 0.), x, torch.tensor(2., dtype=dtype), 3, .7) - x
     assert way.isfinite().all() and (way.norm(dim=1) <= .7001).all() and (way >= 0).all()
     if steep >= 100 * torch.finfo(dtype).tiny**.5: torch.testing.assert_close(way.norm(dim=1), ((2. - x @ w) / steep).clamp(0, .7), rtol=1e-4, atol=1e-5)
-    if not steep: assert not way.any()
+    if not steep: assert not way.any() and torch.equal(newton_climb(LinearBarrier(w, 0.), x, torch.tensor(1e4, dtype=dtype)), x)  # no leash, and far below
 
 
 @pytest.fixture(scope="module")
