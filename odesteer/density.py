@@ -882,7 +882,7 @@ def _diagonal(
 class SpectralBarrier(Barrier):
     """A barrier of degree 2 in the coordinates `y` in which its quadratic form is diagonal.
 
-    Grows on this page: `enter`, `leave`, and in coordinates `value`, `slope`, `value_and_grad`, `grad`, `direction`, `rounding`."""
+    Grows on this page: `enter`, `leave`, and in coordinates `value`, `slope`, `grad`, `direction`, `rounding`."""
     def __init__(self,
         barrier,  # fitted DensityRatioBarrier over a sketch of degree 2; ValueError for another, or if standardised
         w,  # its weights, in the precision to work in
